@@ -1,0 +1,247 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+
+import torch
+
+from . import goals
+from .gate import WRONG_FACTOR, Gate
+from .memory import measure_in_subprocess
+from .peers import OURS, PEERS, Contender
+from .timing import available_memory, callable_for, interleave, machine, ratio
+from .workloads import WORKLOADS, Case, growth_case, make_inputs
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXIT_GATE, EXIT_GOALS = 1, 2
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    def listed(choices):
+        def parse(text):
+            names = list(choices) if text == "all" else text.split(",")
+            unknown = [name for name in names if name not in choices]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(choices)}, or all")
+            return names
+
+        return parse
+
+    peers, modes = [p.name for p in PEERS], ["forward", "train"]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Modular attention with bias, sink, lse and mass, beside what PyTorch offers for the same.",
+        epilog="Exit status: 1 if ours disagrees with the float64 reference, 2 if --check-goals finds a goal missed.",
+    )
+    default = ["small-cpu", "llava-1.5"]
+    parser.add_argument("--workload", type=listed(WORKLOADS), default=default, help=f"{', '.join(WORKLOADS)}, or all")
+    parser.add_argument("--peers", type=listed(peers), default=peers, help=", ".join(peers))
+    parser.add_argument("--mode", type=listed(modes), default=modes, help="forward, train")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's own choice")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time spent timing one case in one mode (default 8)")
+    parser.add_argument("--max-gflop", type=float, default=1500, help="skip calls with more useful work than this")
+    parser.add_argument("--quick", action="store_true", help="three rounds each, shorter lengths: is everything alive?")
+    parser.add_argument("--memory", action="store_true", help=f"also measure peak memory at N={goals.MEMORY_LENGTH}")
+    parser.add_argument("--growth", action="store_true", help="also measure time per useful FLOP against length")
+    parser.add_argument("--check-goals", action="store_true", help="run what the goals need and say which are met")
+    parser.add_argument("--json", metavar="FILE", help="write machine, options, all samples and verdicts")
+    args = parser.parse_args(argv)
+    if args.check_goals:
+        args.workload, args.mode, args.dtype = ["small-cpu", "decode"], modes, "float32"
+        args.peers = [p for p in peers if p not in ("onehot-v", "eager")]
+        args.memory = args.growth = True
+    return args
+
+
+def say(text: str) -> None:
+    """What is going on, on a terminal, in one line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
+    """Check, then time, every contender of one case; one result row each, ours first."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    label = {"workload": case.workload, "case": case.label, "mode": mode, "dtype": dtype}
+    gflop = case.useful_flops(mode) / 1e9
+    if gflop > args.max_gflop:
+        print(f"\n{case.label}, {mode}: skipped: {gflop:.0f} GFLOP a call, limit --max-gflop {args.max_gflop:g}")
+        return []
+    need = 3 * case.key_value_bytes()  # the inputs, their bfloat16 copies, and one batch element in float64
+    if need > 0.6 * available_memory():
+        print(f"\n{case.label}, {mode}: skipped: inputs need about {need / 1e9:.0f} GB")
+        return []
+    if mode == "train" and case.rows != case.num_keys:
+        print(f"\n{case.label}, {mode}: skipped: decoding has no backward")
+        return []
+    torch.compiler.reset()  # compiled FlexAttention of earlier shapes
+    contenders = [(c, case) for c in OURS + [p for p in PEERS if p.name in args.peers]]
+    if case.dtype == torch.float32:
+        bf16 = replace(OURS[0], name="ours-bf16", what="ours on bfloat16 inputs")
+        contenders.insert(len(OURS), (bf16, replace(case, dtype=torch.bfloat16)))
+
+    rows, calls = [], {}
+    for contender, own_case in contenders:
+        row = {**label, "contender": contender.name, "what": contender.what}
+        rows.append(row)
+        row["reason"] = contender.obstacle(own_case, mode, 0.6 * available_memory())
+        if row["reason"]:
+            continue
+        say(f"{case.label}, {mode}: checking {contender.name}")
+        calls[contender.name] = checked_call(contender, own_case, mode, row)
+        if calls[contender.name] is None:
+            del calls[contender.name]
+    say(f"{case.label}, {mode}: timing {', '.join(calls)}")
+    rounds = (3, 3) if args.quick else (7, 200)
+    samples = interleave(calls, args.seconds, rounds) if "ours" in calls else {}
+    for row in rows:
+        row["samples"] = samples.get(row["contender"], [])
+        row["gflop"] = gflop
+    return rows
+
+
+_gates: dict = {}
+
+
+def gate_for(case: Case, mode: str) -> Gate:
+    """The gate of a case, shared by its contenders; only the last two (float32 and bfloat16) are kept."""
+    key = (case, mode)
+    if key not in _gates:
+        while len(_gates) > 1:
+            _gates.pop(next(iter(_gates)))
+        inputs = make_inputs(case)
+        inputs.require_grad(mode == "train")
+        _gates[key] = Gate(case, inputs, mode)
+    return _gates[key]
+
+
+def checked_call(contender: Contender, case: Case, mode: str, row: dict):
+    """The timed call, or None with row["reason"] when it fails or is wrong."""
+    gate = gate_for(case, mode)
+    try:
+        forward = contender.build(case, gate.inputs)
+        with torch.set_grad_enabled(mode == "train"):
+            verdict = gate.check(contender, forward)
+    except Exception as error:  # a peer that this torch or machine cannot run; ours must not be forgiven
+        if contender.ours:
+            raise
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        row["reason"] = f"failed: {type(error).__name__}: {first[0][:160]}"
+        return None
+    row.update(error=verdict.error, bound=verdict.bound, worst=verdict.worst)
+    row["ok"] = verdict.excess <= (1.0 if contender.ours else WRONG_FACTOR)
+    if verdict.excess > WRONG_FACTOR:
+        row["reason"] = f"WRONG: {verdict}"
+        return None
+    return callable_for(contender, forward, gate.inputs, mode)
+
+
+def print_rows(rows: list[dict]) -> None:
+    say("")
+    if not rows:
+        return
+    ours = next(r for r in rows if r["contender"] == "ours")
+    print(f"\n{ours['case']}, {ours['mode']}, {ours['dtype']}: {ours['gflop']:.1f} useful GFLOP")
+    print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} {'ours/it':>8}  error/bound")
+    for row in rows:
+        t = row["samples"]
+        if not t:
+            print(f"  {row['contender']:16}{row['reason'] or 'not timed'}")
+            continue
+        middle = statistics.median(t)
+        times = f"{middle * 1e3:9.2f} {min(t) * 1e3:8.2f} {max(t) * 1e3:8.2f} {row['gflop'] / middle:8.0f}"
+        relative = f"{ratio(ours['samples'], t):8.2f}"
+        accuracy = f"{row['error']:.0e}/{row['bound']:.0e}" + ("" if row["ok"] else f" {row['worst']} OVER ITS BOUND")
+        print(f"  {row['contender']:16}{times} {relative}  {accuracy}  {row['what']}")
+    sys.stdout.flush()
+
+
+def run_growth(quick: bool) -> dict[str, dict[int, float]]:
+    """Time per useful FLOP at each length over that at the first one."""
+    table = {}
+    for mode, lengths in goals.GROWTH_LENGTHS.items():
+        lengths = lengths[:3] if quick else lengths
+        say(f"growth, {mode}: N = {lengths}")
+        calls, flops = {}, {}
+        for n in lengths:
+            case = growth_case(n)
+            inputs = make_inputs(case)
+            inputs.require_grad(mode == "train")
+            calls[n] = callable_for(OURS[0], OURS[0].build(case, inputs), inputs, mode)
+            flops[n] = case.useful_flops(mode)
+        samples = interleave(calls, seconds=20.0, rounds=(3, 9))
+        first = lengths[0]
+        table[mode] = {n: ratio(samples[n], samples[first]) * flops[first] / flops[n] for n in lengths}
+        rate = flops[first] / statistics.median(samples[first]) / 1e9
+        say("")
+        print(f"\ngrowth, {mode}: {rate:.0f} GFLOP/s at N={first}; time per useful FLOP against it:")
+        print("  " + "  ".join(f"N={n} {value:.2f}" for n, value in table[mode].items()))
+    return table
+
+
+def run_memory() -> dict[str, float | None]:
+    """Extra megabytes of one call, forward and train."""
+    n, table = goals.MEMORY_LENGTH, {}
+    for mode in ("forward", "train"):
+        say(f"memory, {mode}: N = {n}")
+        table[mode] = measure_in_subprocess(n, mode)
+    say("")
+    figures = ", ".join(f"{mode} " + ("not measured" if mb is None else f"{mb:.1f} MB") for mode, mb in table.items())
+    print(f"\npeak memory beyond inputs and outputs, N={n}, Hq=8, Hkv=2, D=128: {figures}")
+    return table
+
+
+def print_goals(verdicts: list[dict]) -> None:
+    print("\ngoals")
+    for v in verdicts:
+        word = {True: "met", False: "MISSED", None: "no figure"}[v["met"]]
+        figures = ", ".join(f"{case.removeprefix('small-cpu ')}: {value:.2f}" for case, value in v["figures"].items())
+        print(f"  {word:9} <= {v['limit']:<5g} {v['goal']}: {figures}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about = machine()
+    print(
+        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']} "
+        f"({about['torch_cpu_capability']}), moda_ext {about['moda_ext']['version']} "
+        f"({about['moda_ext']['isa'] or 'fallback'})"
+    )
+    if not about["moda_ext"]["native"]:
+        print("The native library is not loaded: 'ours' is the dense PyTorch fallback.")
+    results = []
+    for name in args.workload:
+        for case in WORKLOADS[name]:
+            for mode in args.mode:
+                rows = run_case(replace(case, dtype=DTYPES[args.dtype]), mode, args)
+                print_rows(rows)
+                results += rows
+    _gates.clear()
+    memory = run_memory() if args.memory else {}
+    growth = run_growth(args.quick) if args.growth else {}
+    verdicts = goals.judge(results, memory, growth) if args.check_goals else []
+    if verdicts:
+        print_goals(verdicts)
+    if args.json:
+        command = ["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]
+        record = {"machine": about, "command": command, "results": results, "memory_mb": memory, "growth": growth}
+        with open(args.json, "w") as file:
+            json.dump({**record, "goals": verdicts}, file, indent=1)
+    wrong = [r for r in results if r["contender"].startswith("ours") and r.get("ok") is False]
+    for row in wrong:
+        print(f"{row['case']}, {row['mode']}: {row['contender']} is off: {row['worst']}", file=sys.stderr)
+    if wrong:
+        return EXIT_GATE
+    return EXIT_GOALS if any(v["met"] is False for v in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

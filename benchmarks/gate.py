@@ -1,0 +1,156 @@
+"""The correctness gate: the float64 reference on the same inputs, on a sample of rows, before anything is timed.
+
+Rows of attention do not depend on one another, so a block of rows [s, e) with the keys it can see is a whole problem
+for the dense reference, and small. For gradients the incoming gradient is zero outside the sampled rows; then the
+gradients of key and value, which sum over rows, are those of the sampled rows alone. The contender runs at full size.
+
+Bound: |x - ref| <= 2 |low - ref| + 2 |(ref + 0.3 - 0.3) - ref| in max norm, ``low`` being dense PyTorch in the
+contender's own dtype (float32 for lse and mass, which are float32 for low-precision inputs too). Ours has to keep it.
+What is ten times further off computes something else and is not timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moda_ext import reference
+
+from .peers import Call, Contender
+from .workloads import Case, Inputs
+
+BLOCK_ROWS = 64
+WRONG_FACTOR = 10.0
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def sampled_blocks(case: Case) -> list[tuple[int, int]]:
+    """First and last rows, the rows around each of the first few run boundaries, and the middle."""
+    offset, position, starts = case.num_keys - case.rows, 0, {0, case.rows // 2, case.rows - BLOCK_ROWS}
+    for _, length in case.runs[:4]:
+        position += length
+        starts.add(position - offset - BLOCK_ROWS // 2)
+    blocks, last = [], 0
+    for start in sorted(max(0, min(s, case.rows - BLOCK_ROWS)) for s in starts):
+        start, stop = max(start, last), min(case.rows, max(0, start) + BLOCK_ROWS)
+        if start < stop:
+            blocks.append((start, stop))
+            last = stop
+    return blocks
+
+
+def row_mask(case: Case) -> torch.Tensor:
+    mask = torch.zeros(case.rows, dtype=torch.bool)
+    for start, stop in sampled_blocks(case):
+        mask[start:stop] = True
+    return mask
+
+
+def incoming(x: Inputs, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """The incoming gradient of one output, zero outside the sampled rows."""
+    grad = x.grad[name]
+    keep = rows.view(1, 1, -1, *[1] * (grad.dim() - 3))
+    return torch.where(keep, grad, torch.zeros((), dtype=grad.dtype))
+
+
+def dense_reference(case: Case, x: Inputs, contender: Contender, mode: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Outputs on the sampled rows, then gradients, each step of the mathematics in ``dtype``; blocks add in float64."""
+    blocks, offset = sampled_blocks(case), case.num_keys - case.rows
+    leaves = x.leaves(contender.terms)
+    outputs: list[list[torch.Tensor]] = []
+    grads = [torch.zeros(t.shape, dtype=torch.float64) for t in leaves]
+    for b in range(case.batch):
+        per_block = []
+        for start, stop in blocks:
+            end = stop + offset
+            views = [(slice(b, b + 1), slice(None), slice(start, stop))]
+            views += [(slice(b, b + 1), slice(None), slice(0, end))] * 2
+            views += [views[0]] * (len(leaves) - 3)
+            parts = [t.detach()[v].to(dtype) for t, v in zip(leaves, views, strict=True)]
+            for part in parts:
+                part.requires_grad_(mode == "train")
+            terms = {"modality_bias": parts[3], "sink": parts[4]} if contender.terms else {}
+            modality = x.key_modality[b : b + 1, :end]
+            options = {"num_modalities": case.num_modalities, "is_causal": True, **terms}
+            result = reference.dense_attention(*parts[:3], modality, **options)
+            picked = [r for name, r in zip(("out", "lse", "mass"), result, strict=True) if name in contender.outputs]
+            if mode == "train":
+                upstream = [
+                    x.grad[name][b : b + 1, :, start:stop].to(r.dtype)
+                    for name, r in zip(contender.outputs, picked, strict=True)
+                ]
+                for total, view, grad in zip(grads, views, torch.autograd.grad(picked, parts, upstream), strict=True):
+                    total[view] += grad
+            per_block.append([r.detach().double() for r in picked])
+        outputs.append([torch.cat(column, dim=2) for column in zip(*per_block, strict=True)])
+    stacked = [torch.cat(column) for column in zip(*outputs, strict=True)]
+    return stacked + (grads if mode == "train" else [])
+
+
+@dataclass
+class Verdict:
+    worst: str  # the tensor nearest its bound
+    error: float
+    bound: float
+
+    @property
+    def excess(self) -> float:
+        """Error over bound: above 1 ours fails the gate, above WRONG_FACTOR nobody is timed."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.bound if self.bound else float("inf")
+
+    def __str__(self) -> str:
+        return f"{self.worst} off by {self.error:.1e}, bound {self.bound:.1e}"
+
+
+class Gate:
+    """Checks the contenders of one case; keeps the references that several of them share."""
+
+    def __init__(self, case: Case, inputs: Inputs, mode: str):
+        self.case, self.inputs, self.mode = case, inputs, mode
+        self._cache: dict = {}
+
+    def _references(self, contender: Contender, names: list[str]):
+        key = (contender.terms, contender.outputs)
+        if key not in self._cache:
+            args = (self.case, self.inputs, contender, self.mode)
+            low = dense_reference(*args, self.case.dtype)
+            if self.case.dtype in LOW_PRECISION:
+                single = dense_reference(*args, torch.float32)
+                low = [s if n in ("lse", "mass") else t for n, s, t in zip(names, single, low, strict=True)]
+            self._cache[key] = dense_reference(*args, torch.float64), low
+        return self._cache[key]
+
+    def check(self, contender: Contender, call: Call) -> Verdict:
+        case, x = self.case, self.inputs
+        rows = row_mask(case)
+        outputs = call()
+        found = [o.detach()[:, :, rows].double() for o in outputs]
+        names = list(contender.outputs)
+        if self.mode == "train":
+            leaves = x.leaves(contender.terms)
+            upstream = [incoming(x, name, rows).to(o.dtype) for name, o in zip(names, outputs, strict=True)]
+            found += [g.double() for g in torch.autograd.grad(outputs, leaves, upstream)]
+            names += ["grad of " + n for n in ("query", "key", "value", "bias", "sink")[: len(leaves)]]
+        verdicts = []
+        for name, got, ref, low in zip(names, found, *self._references(contender, names), strict=True):
+            rounding = self._rounding(ref, name)
+            verdicts.append(Verdict(name, distance(got, ref), 2 * distance(low, ref) + 2 * rounding))
+        return max(verdicts, key=lambda verdict: verdict.excess)
+
+    def _rounding(self, ref: torch.Tensor, name: str) -> float:
+        # lse, mass and the gradients of bias and sink are float32 whatever the dtype of query.
+        wide = name in ("lse", "mass", "grad of bias", "grad of sink")
+        dtype = torch.float32 if wide and self.case.dtype in LOW_PRECISION else self.case.dtype
+        rounded = ref.to(dtype)
+        return distance((rounded + 0.3 - 0.3).double(), rounded.double())
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Max norm of the difference; equal infinities (a row that sees nothing) are equal."""
+    if a.numel() == 0:
+        return 0.0
+    difference = torch.where(a == b, torch.zeros((), dtype=torch.float64), (a - b).abs())
+    return float("inf") if bool(difference.isnan().any()) else difference.max().item()

@@ -1,0 +1,75 @@
+"""The project's CPU goals (float32, 2 threads) and what a run says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .timing import ratio
+
+MEMORY_LENGTH = 16384
+MEMORY_LIMIT_MB = 64.0
+GROWTH_LIMIT = 1.10
+GROWTH_LENGTHS = {"forward": [2048, 4096, 8192, 16384, 32768], "train": [2048, 4096, 8192]}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``numerator / peer`` must not exceed ``limit`` on any case whose label holds every word of ``where``."""
+
+    peer: str
+    limit: float
+    where: str = "small-cpu"
+    mode: str = "forward"
+    numerator: str = "ours"
+
+    def applies(self, row: dict) -> bool:
+        return row["mode"] == self.mode and set(self.where.split()) <= set(row["case"].split())
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.where}: {self.numerator} / {self.peer}"
+
+
+# The dense mask and the merge are each held against their two forms: one that does the whole work, one that is tuned.
+GOALS = [
+    Goal("sdpa", 0.60, "small-cpu N=1024 D=128"),
+    Goal("sdpa", 0.55, "small-cpu N=1024 D=64"),
+    Goal("sdpa", 0.65, "small-cpu N=2048 D=128"),
+    Goal("sdpa", 0.62, "small-cpu N=2048 D=64"),
+    Goal("sdpa", 0.60, "small-cpu N=1024", mode="train"),
+    Goal("sdpa", 0.72, "small-cpu N=2048", mode="train"),
+    Goal("flex", 0.30),
+    Goal("sdpa-mask", 0.35),
+    Goal("sdpa-mask-given", 0.35),
+    Goal("merge", 0.60),
+    Goal("merge-runs", 0.60),
+    Goal("ours-plain", 1.03),
+    Goal("ours-plain", 1.03, mode="train"),
+    Goal("ours", 1.10, numerator="ours-bf16"),
+    Goal("sdpa", 1.00, "decode"),
+]
+
+
+def judge(results: list[dict], memory: dict[str, float | None], growth: dict[str, dict[int, float]]) -> list[dict]:
+    """One entry per goal: text, limit, figures, met (None when the run holds no figure for it)."""
+    verdicts = []
+    for goal in GOALS:
+        samples: dict[str, dict[str, list[float]]] = {}
+        for row in filter(goal.applies, results):
+            samples.setdefault(row["case"], {})[row["contender"]] = row["samples"]
+        figures = {
+            case: ratio(of[goal.numerator], of[goal.peer])
+            for case, of in samples.items()
+            if of.get(goal.numerator) and of.get(goal.peer)
+        }
+        verdicts.append(verdict(str(goal), goal.limit, figures))
+    figures = {f"N={MEMORY_LENGTH} {mode}": megabytes for mode, megabytes in memory.items() if megabytes is not None}
+    verdicts.append(verdict("peak memory beyond inputs and outputs, MB", MEMORY_LIMIT_MB, figures))
+    for mode, times in growth.items():
+        figures = {f"N={n}": value for n, value in times.items()}
+        verdicts.append(verdict(f"{mode}: time per useful FLOP, against N=2048", GROWTH_LIMIT, figures))
+    return verdicts
+
+
+def verdict(text: str, limit: float, figures: dict[str, float]) -> dict:
+    met = max(figures.values()) <= limit if figures else None
+    return {"goal": text, "limit": limit, "figures": figures, "met": met}

@@ -1,0 +1,106 @@
+"""Interleaved timing in one process, and the description of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+
+import torch
+
+import moda_ext
+
+from .peers import Call, Contender
+from .workloads import Inputs
+
+SHORTEST_SAMPLE = 0.01  # seconds; shorter calls are repeated within a sample
+
+
+def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> Call:
+    """What is timed: the forward without gradients, or forward and backward with respect to everything.
+
+    ``train`` returns the outputs and then the gradients of query, key, value and, where the contender has them, bias
+    and sink. Incoming gradients of all outputs are dense and random.
+    """
+    if mode == "forward":
+
+        def call():
+            with torch.no_grad():
+                return forward()
+
+        return call
+    leaves = x.leaves(contender.terms)
+    upstream = [x.grad[name] for name in contender.outputs]
+
+    def call():
+        outputs = forward()
+        return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
+
+    return call
+
+
+def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
+    """Time the calls A B C A B C ...; returns the seconds per call of each, one number per round.
+
+    Every call runs twice before anything counts (once if it takes more than a second). The number of rounds follows
+    from ``seconds`` within the limits ``rounds``; sample k of every contender comes from round k, so ratios may be
+    taken round by round.
+    """
+    repeat, cost = {}, 0.0
+    for name, call in calls.items():
+        once = clock(call)
+        if once < 1.0:
+            once = clock(call)
+        repeat[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-6)))
+        cost += once * repeat[name]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(min(rounds[1], max(rounds[0], int(seconds / cost)))):
+        for name, call in calls.items():
+            samples[name].append(clock(call, repeat[name]))
+    return samples
+
+
+def clock(call: Call, repeat: int = 1) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def ratio(ours: list[float], peer: list[float]) -> float:
+    """Median over the rounds of ours / peer: a disturbance that lasts longer than a round cancels."""
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+
+
+def available_memory() -> float:
+    """Bytes that may still be allocated on this machine."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def machine() -> dict:
+    """What a reader needs in order to judge the figures."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "moda_ext": moda_ext.info(),
+    }

@@ -1,0 +1,48 @@
+# Unit tests, one ctest case for each GoogleTest case, in up to three programs: core code and kernels, which link no torch and start
+# at once, and operators. Kernel tests run once for each instruction set of this machine: the cap in ATEN_CPU_CAPABILITY is what the
+# library's own dispatcher obeys.
+include(FindOrFetchGTest)
+include(GoogleTest)
+
+set(environment "UBSAN_OPTIONS=print_stacktrace=1")
+
+# moda_ext_test_program(name library sources...): `library` is what the tests exercise.
+function(moda_ext_test_program name library)
+  add_executable(${name} ${ARGN})
+  target_link_libraries(${name} PRIVATE moda_ext_flags ${library} GTest::gtest_main)
+endfunction()
+
+if(MODA_EXT_TEST_CORE_SOURCES)
+  moda_ext_test_program(moda_ext_core_tests moda_ext_kernels ${MODA_EXT_TEST_CORE_SOURCES})
+  gtest_discover_tests(moda_ext_core_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}")
+endif()
+
+if(MODA_EXT_TEST_OPERATOR_SOURCES)
+  moda_ext_test_program(moda_ext_operator_tests moda_ext_operators ${MODA_EXT_TEST_OPERATOR_SOURCES})
+  gtest_discover_tests(moda_ext_operator_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}")
+endif()
+
+if(MODA_EXT_TEST_PER_ISA_SOURCES)
+  moda_ext_test_program(moda_ext_isa_tests moda_ext_kernels ${MODA_EXT_TEST_PER_ISA_SOURCES})
+  # What torch calls the instruction sets: the machine's, and in ATEN_CPU_CAPABILITY each of ours.
+  set(machine_isas baseline)
+  if(MODA_EXT_MACHINE_ISA MATCHES "^AVX(2|512)")
+    list(APPEND machine_isas avx2)
+  endif()
+  if(MODA_EXT_MACHINE_ISA MATCHES "^AVX512")
+    list(APPEND machine_isas avx512)
+  endif()
+  foreach(isa ${MODA_EXT_ISAS})
+    if(NOT isa IN_LIST machine_isas)
+      message(STATUS "Kernel tests for ${isa} are not registered: this machine (${MODA_EXT_MACHINE_ISA}) cannot run them")
+      continue()
+    endif()
+    string(REPLACE baseline default capability ${isa})
+    gtest_discover_tests(
+      moda_ext_isa_tests
+      TEST_PREFIX "${isa}/"
+      TEST_LIST moda_ext_isa_tests_${isa}
+      DISCOVERY_TIMEOUT 60
+      PROPERTIES ENVIRONMENT "${environment};ATEN_CPU_CAPABILITY=${capability}")
+  endforeach()
+endif()

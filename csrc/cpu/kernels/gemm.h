@@ -1,0 +1,109 @@
+// Register-blocked matrix products of the CPU attention kernels.
+//
+//   C[i][j] (+)= sum_k A(i, k) B[k][j]        for a block of kRows<T> rows and two vectors of columns
+//
+// A is broadcast element by element, B is read in vectors, C stays in registers over the whole k loop. Leading
+// dimensions of A are compile-time constants, so the rows of a block are one base register plus displacements; B comes
+// in panels of kPanel<T> columns (packed, stride kPanel) or as rows of a scratch block (stride kScratchStride).
+//
+// Block shape: rows x 2 vectors must fill the register file and leave room for two vectors of B and one broadcast:
+// 12 x 2 + 3 = 27 of 32 registers with AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2 and SSE. 24 (12) independent sums cover
+// the latency of 4 cycles x 2 multiply-adds per cycle, and 14 (8) loads for 24 (12) multiply-adds stay below the load
+// ports.
+#pragma once
+
+#include "simd.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+template <class T>
+constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
+
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+
+// Leading dimension of every scratch block: the largest head size or key tile (256) plus one cache line, so that equal
+// columns of consecutive rows fall into different cache sets.
+constexpr int kScratchColumns = 256;
+template <class T>
+constexpr int kScratchStride = kScratchColumns + 64 / static_cast<int>(sizeof(T));
+
+enum class Accumulate { kStore, kAdd, kScaledAdd };  // C = AB, C += AB, C = row_scale * C + AB
+
+// How A(i, k) lies in memory: kRowMajor a[i * stride + k], kColumnMajor a[k * stride + i] (the transpose of a scratch
+// block).
+enum class Order { kRowMajor, kColumnMajor };
+
+template <class T, int R, int NV, Order order, Accumulate mode>
+MODA_EXT_INLINE void multiply_block(int depth, const T* __restrict a, const T* __restrict b, int b_stride,
+                                    T* __restrict c, int64_t c_stride, const T* __restrict row_scale) {
+  typedef Vector<T> V;
+  constexpr int kStride = kScratchStride<T>;
+  V acc[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+  }
+  for (int k = 0; k < depth; ++k) {
+    V bk[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) bk[j] = load(b + j * kLanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const V ai = splat(order == Order::kRowMajor ? a[i * kStride] : a[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] += ai * bk[j];
+    }
+    a += order == Order::kRowMajor ? 1 : kStride;
+    b += b_stride;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      T* out = c + i * c_stride + j * kLanes<T>;
+      if (mode == Accumulate::kStore) store(out, acc[i][j]);
+      if (mode == Accumulate::kAdd) store(out, load(out) + acc[i][j]);
+      if (mode == Accumulate::kScaledAdd) store(out, load(out) * splat(row_scale[i]) + acc[i][j]);
+    }
+  }
+}
+
+// One block of any height up to kRows: the full height in one kernel, the rest of a ragged edge in pieces of 4 and 1.
+template <class T, int NV, Order order, Accumulate mode>
+__attribute__((noinline)) void multiply_rows(int rows, int depth, const T* a, const T* b, int b_stride, T* c,
+                                             int64_t c_stride, const T* row_scale) {
+  constexpr int kRowStep = order == Order::kRowMajor ? kScratchStride<T> : 1;
+  if (rows == kRows) {
+    multiply_block<T, kRows, NV, order, mode>(depth, a, b, b_stride, c, c_stride, row_scale);
+    return;
+  }
+  int i = 0;
+  for (; i + 4 <= rows; i += 4)
+    multiply_block<T, 4, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
+                                          row_scale + i);
+  for (; i < rows; ++i)
+    multiply_block<T, 1, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
+                                          row_scale + i);
+}
+
+// The same for `columns` in {1 .. kPanel}: one vector suffices for the left half of a panel.
+template <class T, Order order, Accumulate mode>
+MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const T* a, const T* b, int b_stride, T* c,
+                                    int64_t c_stride, const T* row_scale) {
+  if (columns > kLanes<T>) {
+    multiply_rows<T, 2, order, mode>(rows, depth, a, b, b_stride, c, c_stride, row_scale);
+  } else {
+    multiply_rows<T, 1, order, mode>(rows, depth, a, b, b_stride, c, c_stride, row_scale);
+  }
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,114 @@
+// Interface between the adapters (cpu/modular_attention.cpp) and the kernels of one instruction set tier: plain structs
+// and raw pointers, no libtorch and no STL containers, because the kernels are compiled with special flags (see
+// simd.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "core/tile.h"
+
+namespace moda_ext {
+namespace cpu {
+
+constexpr int kMaxModalities = 16;
+
+// Where element (sequence, head, row, 0) of an operand lies: data + batch * sequence.batch + head * h + row * (sequence
+// offset + i). The last dimension (head size, or one number) is contiguous; modality_bias also has a stride over
+// modalities.
+template <class Pointer>
+struct Operand {
+  Pointer data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  int64_t last = 1;  // modality stride of modality_bias; 1 elsewhere
+  int64_t view = 0;  // query views: stride over key modalities; 0 when one query serves all
+};
+using Input = Operand<const void*>;
+using Output = Operand<void*>;
+
+// One sequence: a batch element of the dense operator or a segment of the packed one, with its planned keys.
+struct Sequence {
+  int64_t batch = 0;                       // index for the batch strides
+  int64_t first_query = 0, first_key = 0;  // row offsets (packed layout)
+  int64_t num_queries = 0, num_keys = 0;
+  const int32_t* order = nullptr;  // KeyPlan of the sequence
+  const KeyTile* tiles = nullptr;
+  int32_t num_tiles = 0, num_panels = 0, num_slots = 0;
+};
+
+// What both directions share. query, key, value, out and their gradients have the storage type, everything else the
+// compute type.
+struct AttentionArgs {
+  int head_dim = 0, num_modalities = 0, num_views = 1;
+  int group = 1;  // query heads for each key/value head
+  bool causal = false;
+  double scale = 1;
+  Input query, key, value, bias, sink;  // bias.data and sink.data may be null
+};
+
+struct ForwardArgs : AttentionArgs {
+  Output out, lse, mass;
+};
+
+struct BackwardArgs : AttentionArgs {
+  Input saved_out, saved_lse, saved_mass;
+  Input grad_out, grad_lse, grad_mass;                            // grad_lse.data, grad_mass.data null: zero
+  Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
+  Output delta;  // workspace, one number for each row: D_i of MATH.md section 3
+};
+
+// Work item of the forward pass: query rows against a range of key tiles. The rows are [first_row, first_row +
+// num_rows) of heads [first_head, first_head + num_heads); several heads (of one group) only when each contributes all
+// its rows.
+struct ForwardItem {
+  const Sequence* sequence;
+  int64_t first_head, num_heads;
+  int64_t first_row, num_rows;
+  int64_t first_tile, last_tile;
+  const void* packed;  // packed keys and values of the kv head, or null: the item packs each tile for itself
+  void* partial;  // null: write the outputs. Else leave the unnormalised state of each row here (partial_bytes for the
+                  // item)
+};
+
+// Work item of the backward pass: a stretch of row blocks of one kv head, flattened over the heads of its group: block
+// b is rows [b % blocks_per_head * block_rows, ...) of head kv_head * group + b / blocks_per_head. The item owns those
+// rows, so the gradients of query, bias and sink need no synchronisation.
+struct BackwardItem {
+  const Sequence* sequence;
+  int64_t kv_head;
+  int64_t first_block, last_block;
+  void* partial;  // null: the item sees every row, key gradients go to the outputs. Else partial sums, key then value,
+                  // each [slots of the plan][head_dim], one buffer for each item of the kv head
+};
+
+// The kernels of one instruction set tier for one storage type.
+struct AttentionKernels {
+  int panel_keys;  // keys in a packed panel
+  int forward_tile_keys, backward_tile_keys;
+  int block_rows;     // query rows of a work item
+  int compute_bytes;  // sizeof of the compute type
+
+  int64_t (*packed_bytes)(const AttentionArgs&, int64_t num_panels);  // keys and values of one kv head
+  int64_t (*partial_bytes)(const AttentionArgs&, int64_t num_rows);   // unnormalised state of num_rows rows
+  int64_t (*forward_scratch_bytes)(const AttentionArgs&);             // for each thread
+  int64_t (*backward_scratch_bytes)(const BackwardArgs&, int64_t num_blocks);
+
+  void (*pack_tile)(const AttentionArgs&, const Sequence&, int64_t kv_head, int64_t tile, void* packed);
+  void (*forward)(const ForwardArgs&, const ForwardItem&, void* scratch);
+  // Merges the states of num_splits items that differ in their tiles only, in order, and writes the outputs.
+  void (*merge)(const ForwardArgs&, const ForwardItem&, void* const* partials, int num_splits, void* scratch);
+
+  void (*backward)(const BackwardArgs&, const BackwardItem&, void* scratch);
+  // Adds the partial key and value gradients of the items of one kv head for keys [begin, end) of the plan, in order,
+  // to the outputs.
+  void (*reduce_partials)(const BackwardArgs&, const Sequence&, int64_t kv_head, void* const* partials, int num_items,
+                          int64_t begin, int64_t end);
+};
+
+enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+const AttentionKernels& attention_kernels_baseline(Storage);
+const AttentionKernels& attention_kernels_avx2(Storage);
+const AttentionKernels& attention_kernels_avx512(Storage);
+
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,349 @@
+// Backward pass of modular attention on the CPU (MATH.md section 3).
+//
+//   D_i = dO_i . o_i + sum_m g_im mass_im - dL_i                   dS_ij = p_ij (dO_i . v_j + g_{i,a_j} - D_i)
+//   dq^(m)_i = tau sum_{a_j = m} dS_ij k_j    dk_j = tau sum_i dS_ij q_i^(a_j)    dv_j = sum_i p_ij dO_i
+//   db_im = sum_{a_j = m} dS_ij               dc_i = -exp(c_i - L_i) D_i
+//
+// Tiling: a work item owns a stretch of query rows of one kv head (all heads of the group when the item owns the head),
+// so query, bias and sink gradients are written by one thread in a fixed order. The outer loop runs over key tiles,
+// which are packed once in the three forms the products need (K^T for S, V^T for dP, K by columns for dQ); the inner
+// loop over row blocks recomputes P from lse and runs the five products. Key gradients of the tile stay in scratch over
+// the whole inner loop. Packing three forms of a tile costs 3 D per key for 10 D rows operations. The sum order depends
+// on shapes and on the number of items alone: results are deterministic.
+#pragma once
+
+#include "modular_attention_forward.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+constexpr int kBackwardTileKeys = 128;  // 5 blocks of 128 x D and 4 of 96 x D floats stay in 1 MB of L2 at D = 128
+
+template <class T>
+struct BackwardScratch {
+  T query[kBlockRows * kScratchStride<T>];
+  T grad_out[kBlockRows * kScratchStride<T>];
+  T probability[kBlockRows * kScratchStride<T>];  // S, then P
+  T grad_score[kBlockRows * kScratchStride<T>];   // dP, then dS
+  T grad_key[kBackwardTileKeys * kScratchStride<T>];
+  T grad_value[kBackwardTileKeys * kScratchStride<T>];
+  T rows[kLanes<T> * kScratchColumns];
+  // followed by: packed K^T, V^T and K, then the query gradient of the item's rows unless it is accumulated in place
+};
+
+// The query gradient can be accumulated in the output itself if that has the compute type and rows of whole vectors.
+template <class Storage, class T>
+bool accumulates_in_place(const BackwardArgs& args) {
+  return sizeof(Storage) == sizeof(T) && args.head_dim % kLanes<T> == 0;
+}
+
+template <class Storage, class T>
+int64_t backward_scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+  const int64_t width = round_up_to_panel<T>(args.head_dim);
+  int64_t elements = kBackwardTileKeys * 3 * width;
+  if (args.grad_query.data != nullptr && !accumulates_in_place<Storage, T>(args))
+    elements += args.num_views * num_blocks * kBlockRows * width;
+  return sizeof(BackwardScratch<T>) + sizeof(T) * elements;
+}
+
+// A block of rows of one head, and what a tile shows it.
+template <class T>
+struct BlockView {
+  int64_t head, first_row;
+  int count;
+  int visible[kBlockRows];        // keys of the tile that the row sees
+  int limit[kBlockRows / kRows];  // the largest of a register block
+  int tile_limit;
+};
+
+template <class T>
+void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row, const T* out,
+                 const T* grad_out) {
+  T delta = 0;
+  {
+    constexpr int L = kLanes<T>;
+    Vector<T> sum{};
+    int d = 0;
+    for (; d + L <= args.head_dim; d += L) sum += load(out + d) * load(grad_out + d);
+    delta = reduce_add<T>(sum);
+    for (; d < args.head_dim; ++d) delta += out[d] * grad_out[d];
+  }
+  if (args.grad_mass.data != nullptr) {
+    const T* grad_mass = row_of<T>(args.grad_mass, sequence, head, sequence.first_query, row);
+    const T* mass = row_of<T>(args.saved_mass, sequence, head, sequence.first_query, row);
+    for (int m = 0; m < args.num_modalities; ++m)
+      delta += grad_mass[m * args.grad_mass.last] * mass[m * args.saved_mass.last];
+  }
+  if (args.grad_lse.data != nullptr) delta -= *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
+  *row_of<T>(args.delta, sequence, head, sequence.first_query, row) = delta;
+  if (args.grad_bias.data != nullptr)
+    memset(row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row), 0, sizeof(T) * args.num_modalities);
+  if (args.grad_sink.data != nullptr) {
+    const T sink = *row_of<T>(args.sink, sequence, head, sequence.first_query, row);
+    const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
+    *row_of<T>(args.grad_sink, sequence, head, sequence.first_query, row) =
+        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(static_cast<double>(sink - lse))) * delta;
+  }
+}
+
+template <class T>
+bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile, BlockView<T>& block) {
+  block.tile_limit = 0;
+  const int64_t offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
+  if (visible_keys(sequence.order, tile, args.causal ? block.first_row + block.count - 1 + offset : offset) == 0)
+    return false;
+  for (int first = 0; first < block.count; first += kRows) {
+    int limit = 0;
+    for (int i = first; i < block.count && i < first + kRows; ++i) {
+      const int64_t row = block.first_row + i;
+      const bool hidden = args.bias.data != nullptr && row_of<T>(args.bias, sequence, block.head, sequence.first_query,
+                                                                 row)[args.bias.last * tile.modality] == T(-INFINITY);
+      block.visible[i] = hidden ? 0 : visible_keys(sequence.order, tile, args.causal ? row + offset : offset);
+      limit = limit > block.visible[i] ? limit : block.visible[i];
+    }
+    block.limit[first / kRows] = limit;
+    block.tile_limit = block.tile_limit > limit ? block.tile_limit : limit;
+  }
+  return block.tile_limit > 0;
+}
+
+// scores <- P, grads <- dS for one row; returns the sum of dS.
+template <class T>
+MODA_EXT_INLINE T score_gradient_row(T* scores, T* grads, int count, T score_scale, T shift, T delta) {
+  constexpr int L = kLanes<T>;
+  const Vector<T> a = splat(score_scale), c = splat(shift), d = splat(delta);
+  Vector<T> sum{};
+  int j = 0;
+  for (; j + L <= count; j += L) {
+    const Vector<T> p = exp2_nonpositive(load(scores + j) * a + c);
+    const Vector<T> ds = p * (load(grads + j) - d);
+    store(scores + j, p);
+    store(grads + j, ds);
+    sum += ds;
+  }
+  if (j < count) {
+    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) * a + c), count - j);
+    const Vector<T> ds = keep_first<T>(p * (load(grads + j) - d), count - j);
+    store(scores + j, p);
+    store(grads + j, ds);
+    sum += ds;
+  }
+  return reduce_add<T>(sum);
+}
+
+// C[i] += sum_rows A[row][i] B[row] for the keys i of a tile: rows before the first that sees a register block of keys
+// are left out.
+template <class T>
+void accumulate_key_gradient(const BlockView<T>& block, const T* a, const T* b, int head_dim, T* c) {
+  constexpr int kStride = kScratchStride<T>;
+  int first_row[kBackwardTileKeys / kRows + 1];
+  for (int key = 0, row = 0; key < block.tile_limit; key += kRows) {
+    while (block.visible[row] <= key) ++row;  // ends: some row sees tile_limit keys
+    first_row[key / kRows] = row;
+  }
+  for (int column = 0; column < head_dim; column += kPanel<T>) {
+    for (int key = 0; key < block.tile_limit; key += kRows) {
+      const int row = first_row[key / kRows];
+      multiply_panel<T, Order::kColumnMajor, Accumulate::kAdd>(
+          block.tile_limit - key < kRows ? block.tile_limit - key : kRows, head_dim - column, block.count - row,
+          a + row * kStride + key, b + row * kStride + column, kStride, c + key * kStride + column, kStride, nullptr);
+    }
+  }
+}
+
+// The five products of one key tile and one row block. query_grad: rows of the query gradient, or null.
+template <class T>
+void differentiate_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
+                         const BlockView<T>& block, const T* keys_transposed, const T* values_transposed, const T* keys,
+                         T* query_grad, int64_t query_grad_stride, BackwardScratch<T>& scratch) {
+  constexpr int kStride = kScratchStride<T>;
+  for (int panel = 0; panel < block.tile_limit; panel += kPanel<T>) {
+    for (int i = 0; i < block.count; i += kRows) {
+      const int columns = block.limit[i / kRows] - panel;
+      if (columns <= 0) continue;
+      const int rows = block.count - i < kRows ? block.count - i : kRows;
+      const int64_t offset = static_cast<int64_t>(panel) * args.head_dim;
+      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
+          rows, columns, args.head_dim, scratch.query + i * kStride, keys_transposed + offset, kPanel<T>,
+          scratch.probability + i * kStride + panel, kStride, nullptr);
+      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
+          rows, columns, args.head_dim, scratch.grad_out + i * kStride, values_transposed + offset, kPanel<T>,
+          scratch.grad_score + i * kStride + panel, kStride, nullptr);
+    }
+  }
+
+  for (int i = 0; i < block.count; ++i) {
+    T* probability = scratch.probability + i * kStride;
+    T* grad_score = scratch.grad_score + i * kStride;
+    if (block.visible[i] > 0) {
+      const int64_t row = block.first_row + i;
+      T bias = 0;
+      if (args.bias.data != nullptr)
+        bias = row_of<T>(args.bias, sequence, block.head, sequence.first_query, row)[args.bias.last * tile.modality];
+      const T lse = *row_of<T>(args.saved_lse, sequence, block.head, sequence.first_query, row);
+      T delta = *row_of<T>(args.delta, sequence, block.head, sequence.first_query, row);
+      if (args.grad_mass.data != nullptr)
+        delta -= row_of<T>(args.grad_mass, sequence, block.head, sequence.first_query,
+                           row)[args.grad_mass.last * tile.modality];
+      const T sum = score_gradient_row(probability, grad_score, block.visible[i], T(args.scale * kLog2e),
+                                       (bias - lse) * T(kLog2e), delta);
+      if (args.grad_bias.data != nullptr)
+        row_of<T>(args.grad_bias, sequence, block.head, sequence.first_query, row)[tile.modality] += sum;
+    }
+    zero_from(probability, block.visible[i], block.tile_limit);
+    zero_from(grad_score, block.visible[i], block.tile_limit);
+  }
+
+  if (args.grad_value.data != nullptr)
+    accumulate_key_gradient(block, scratch.probability, scratch.grad_out, args.head_dim, scratch.grad_value);
+  if (args.grad_key.data != nullptr)
+    accumulate_key_gradient(block, scratch.grad_score, scratch.query, args.head_dim, scratch.grad_key);
+  if (query_grad != nullptr) {
+    for (int column = 0; column < args.head_dim; column += kPanel<T>) {
+      for (int i = 0; i < block.count; i += kRows) {
+        const int depth = block.limit[i / kRows];
+        if (depth == 0) continue;
+        multiply_panel<T, Order::kRowMajor, Accumulate::kAdd>(
+            block.count - i < kRows ? block.count - i : kRows, args.head_dim - column, depth,
+            scratch.grad_score + i * kStride, keys + static_cast<int64_t>(column) * tile.length, kPanel<T>,
+            query_grad + i * query_grad_stride + column, query_grad_stride, nullptr);
+      }
+    }
+  }
+}
+
+template <class Storage, class T>
+void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, const KeyTile& tile,
+                         BackwardScratch<T>& scratch) {
+  const Sequence& sequence = *item.sequence;
+  T* partial = static_cast<T*>(item.partial);
+  for (int j = 0; j < tile.length; ++j) {
+    T* key = scratch.grad_key + j * kScratchStride<T>;
+    T* value = scratch.grad_value + j * kScratchStride<T>;
+    if (partial != nullptr) {
+      const int64_t slot = tile.start + j;
+      store_row(key, T(args.scale), partial + slot * args.head_dim, args.head_dim);
+      store_row(value, T(1), partial + (sequence.num_slots + slot) * args.head_dim, args.head_dim);
+      continue;
+    }
+    const int64_t position = sequence.order[tile.start + j];
+    if (args.grad_key.data != nullptr)
+      store_row(key, T(args.scale),
+                row_of<Storage>(args.grad_key, sequence, item.kv_head, sequence.first_key, position), args.head_dim);
+    if (args.grad_value.data != nullptr)
+      store_row(value, T(1), row_of<Storage>(args.grad_value, sequence, item.kv_head, sequence.first_key, position),
+                args.head_dim);
+  }
+}
+
+template <class Storage, class T>
+void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) {
+  BackwardScratch<T>& scratch = *static_cast<BackwardScratch<T>*>(memory);
+  const Sequence& sequence = *item.sequence;
+  const int D = args.head_dim;
+  const int64_t width = round_up_to_panel<T>(D);
+  T* keys_transposed = reinterpret_cast<T*>(&scratch + 1);
+  T* values_transposed = keys_transposed + kBackwardTileKeys * width;
+  T* keys = values_transposed + kBackwardTileKeys * width;
+  T* query_grads = keys + kBackwardTileKeys * width;
+
+  const int64_t blocks_per_head = (sequence.num_queries + kBlockRows - 1) / kBlockRows;
+  const int64_t num_blocks = item.last_block - item.first_block;
+  const bool wants_query = args.grad_query.data != nullptr;
+  const bool in_place = accumulates_in_place<Storage, T>(args);
+  const auto locate = [&](int64_t index, BlockView<T>& block) {
+    block.head = item.kv_head * args.group + index / blocks_per_head;
+    block.first_row = index % blocks_per_head * kBlockRows;
+    const int64_t left = sequence.num_queries - block.first_row;
+    block.count = static_cast<int>(left < kBlockRows ? left : kBlockRows);
+  };
+  const auto query_grad_of = [&](int64_t index, const BlockView<T>& block, int view) {
+    if (in_place)
+      return row_of<T>(args.grad_query, sequence, block.head, sequence.first_query, block.first_row) +
+             args.grad_query.view * view;
+    return query_grads + (view * num_blocks + index - item.first_block) * kBlockRows * width;
+  };
+
+  BlockView<T> block;
+  for (int64_t index = item.first_block; index < item.last_block; ++index) {
+    locate(index, block);
+    for (int i = 0; i < block.count; ++i) {
+      const int64_t row = block.first_row + i;
+      load_row(row_of<Storage>(args.saved_out, sequence, block.head, sequence.first_query, row), T(1), scratch.query,
+               D);
+      load_row(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, row), T(1), scratch.grad_out,
+               D);
+      prepare_row(args, sequence, block.head, row, scratch.query, scratch.grad_out);
+    }
+    for (int view = 0; wants_query && view < args.num_views; ++view) {
+      T* grads = query_grad_of(index, block, view);
+      const int64_t stride = in_place ? args.grad_query.row : width;
+      for (int i = 0; i < block.count; ++i) memset(grads + i * stride, 0, sizeof(T) * (in_place ? D : width));
+    }
+  }
+
+  for (int64_t t = 0; t < sequence.num_tiles; ++t) {
+    const KeyTile& tile = sequence.tiles[t];
+    const int view = args.num_views > 1 ? tile.modality : 0;
+    memset(scratch.grad_key, 0, sizeof(T) * tile.length * kScratchStride<T>);
+    memset(scratch.grad_value, 0, sizeof(T) * tile.length * kScratchStride<T>);
+    bool packed = false;
+    for (int64_t index = item.first_block; index < item.last_block; ++index) {
+      locate(index, block);
+      if (!view_block(args, sequence, tile, block)) continue;
+      if (!packed) {
+        packed = true;
+        pack_transposed<Storage, T>(args.key, sequence, item.kv_head, tile, D, scratch.rows, keys_transposed);
+        pack_transposed<Storage, T>(args.value, sequence, item.kv_head, tile, D, scratch.rows, values_transposed);
+        if (wants_query)
+          pack_columns<Storage, T>(args.key, sequence, item.kv_head, tile, D, T(args.scale), scratch.rows, keys);
+      }
+      load_block(row_of<Storage>(args.query, sequence, block.head, sequence.first_query, block.first_row) +
+                     args.query.view * view,
+                 args.query.row, block.count, D, T(1), scratch.query);
+      load_block(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, block.first_row),
+                 args.grad_out.row, block.count, D, T(1), scratch.grad_out);
+      differentiate_block(args, sequence, tile, block, keys_transposed, values_transposed, keys,
+                          wants_query ? query_grad_of(index, block, view) : nullptr,
+                          in_place ? args.grad_query.row : width, scratch);
+    }
+    write_key_gradients<Storage>(args, item, tile, scratch);
+  }
+
+  if (!wants_query || in_place) return;
+  for (int64_t index = item.first_block; index < item.last_block; ++index) {
+    locate(index, block);
+    for (int view = 0; view < args.num_views; ++view) {
+      const T* grads = query_grad_of(index, block, view);
+      for (int i = 0; i < block.count; ++i)
+        store_row(grads + i * width, T(1),
+                  row_of<Storage>(args.grad_query, sequence, block.head, sequence.first_query, block.first_row + i) +
+                      args.grad_query.view * view,
+                  D);
+    }
+  }
+}
+
+template <class Storage, class T>
+void reduce_partials(const BackwardArgs& args, const Sequence& sequence, int64_t kv_head, void* const* partials,
+                     int num_items, int64_t begin, int64_t end) {
+  T sum[kScratchColumns];
+  for (int64_t slot = begin; slot < end; ++slot) {
+    for (int part = 0; part < 2; ++part) {
+      const Output& output = part == 0 ? args.grad_key : args.grad_value;
+      if (output.data == nullptr) continue;
+      memset(sum, 0, sizeof(sum));
+      for (int s = 0; s < num_items; ++s) {
+        const T* partial = static_cast<const T*>(partials[s]) + (part * sequence.num_slots + slot) * args.head_dim;
+        for (int d = 0; d < args.head_dim; ++d) sum[d] += partial[d];
+      }
+      store_row(sum, T(1), row_of<Storage>(output, sequence, kv_head, sequence.first_key, sequence.order[slot]),
+                args.head_dim);
+    }
+  }
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,327 @@
+// Forward pass of modular attention on the CPU (MATH.md sections 2 and 3).
+//
+//   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j    L = log(sum_j exp(S) + exp(c))    mass_m
+//   = sum_{a_j = m} p
+//
+// Tiling: a block of query rows (kBlockRows) meets key tiles of one modality each. Scores of a tile live in a scratch
+// block in L2; the running maximum, the masses and the unnormalised output are rescaled once a tile (online softmax),
+// in units of log2. The denominator needs no sum of its own: it is the sum of the masses plus the sink, whose logarithm
+// seeds the running maximum. Work above the diagonal is skipped in units of (register block rows) x (one vector of
+// keys), hidden (row, modality) pairs in units of register block rows. Memory traffic: packed keys and values are
+// streamed once for each row block, 8 D bytes for 4 D kBlockRows operations, which caches serve easily; nothing of size
+// N x N exists.
+#pragma once
+
+#include "pack.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+constexpr int kBlockRows = 96;         // a multiple of kRows (12 or 6): 8 or 16 register blocks
+constexpr int kForwardTileKeys = 256;  // <= kScratchColumns
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+template <class T>
+constexpr T kLowest =
+    sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);  // running maximum of a row that has seen nothing; finite
+
+template <class T>
+int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
+  return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
+}
+template <class T>
+T* packed_tile(const AttentionArgs& args, const KeyTile& tile, T* packed) {
+  return packed + packed_elements<T>(args, tile.panel);
+}
+// Values of a tile follow its transposed keys.
+template <class T>
+int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
+  return round_up_to_panel<T>(tile.length) * args.head_dim;
+}
+
+template <class Storage, class T>
+void pack_tile_at(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
+                  T* packed) {
+  T rows[kLanes<T> * kScratchColumns];
+  pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
+  pack_columns<Storage, T>(args.value, sequence, kv_head, tile, args.head_dim, T(1), rows,
+                           packed + packed_value_offset<T>(args, tile));
+}
+
+template <class Storage, class T>
+void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index, void* packed) {
+  const KeyTile& tile = sequence.tiles[index];
+  pack_tile_at<Storage, T>(args, sequence, kv_head, tile, packed_tile(args, tile, static_cast<T*>(packed)));
+}
+
+// State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(maximum).
+template <class T>
+struct RowState {
+  T output[kBlockRows * kScratchStride<T>];
+  T maximum[kBlockRows];
+  T mass[kMaxModalities][kBlockRows];
+  T sink[kBlockRows];  // in log2 units; kLowest without one
+};
+
+template <class T>
+struct ForwardScratch {
+  RowState<T> state;
+  T scores[kBlockRows * kScratchStride<T>];
+  T bias[kBlockRows];     // of the tile's modality, in log2 units
+  T best[kBlockRows];     // maximum of the tile's scores, without bias
+  T shift[kBlockRows];    // bias - running maximum
+  T rescale[kBlockRows];  // 2^(old - new running maximum)
+  // followed by: one query block for each view, then room for one packed tile
+};
+
+template <class T>
+int64_t forward_scratch_bytes(const AttentionArgs& args) {
+  return sizeof(ForwardScratch<T>) + sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> +
+                                                  packed_elements<T>(args, kForwardTileKeys / kPanel<T>));
+}
+
+// The state that passes between items split over keys: maximum, masses and output of each row, dense.
+template <class T>
+int64_t partial_bytes(const AttentionArgs& args, int64_t num_rows) {
+  return sizeof(T) * num_rows * (1 + args.num_modalities + args.head_dim);
+}
+
+// The rows of an item, enumerated head by head. Addresses are kept as offsets so that sweeps over rows divide nothing.
+struct ItemRows {
+  const ForwardItem& item;
+  int count;
+  int32_t head[kBlockRows], row[kBlockRows];
+
+  explicit ItemRows(const ForwardItem& item) : item(item), count(0) {
+    for (int64_t h = 0; h < item.num_heads; ++h) {
+      for (int64_t r = 0; r < item.num_rows; ++r) {
+        head[count] = static_cast<int32_t>(item.first_head + h);
+        row[count++] = static_cast<int32_t>(item.first_row + r);
+      }
+    }
+  }
+  template <class Element, class Operand>
+  MODA_EXT_INLINE auto at(const Operand& operand, int i) const {
+    return row_of<Element>(operand, *item.sequence, head[i], item.sequence->first_query, row[i]);
+  }
+};
+
+template <class T>
+void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
+  for (int i = 0; i < rows.count; ++i) {
+    T sink = -INFINITY;
+    if (args.sink.data != nullptr) sink = *rows.at<T>(args.sink, i) * T(kLog2e);
+    state.sink[i] = sink == T(-INFINITY) ? kLowest<T> : sink;
+    state.maximum[i] = state.sink[i];
+    memset(state.output + i * kScratchStride<T>, 0, sizeof(T) * round_up_to_panel<T>(args.head_dim));
+  }
+  memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
+}
+
+MODA_EXT_INLINE float binary_logarithm(float x) { return log2f(x); }
+MODA_EXT_INLINE double binary_logarithm(double x) { return log2(x); }
+
+template <class Storage, class T>
+void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
+  for (int i = 0; i < rows.count; ++i) {
+    T* output = state.output + i * kScratchStride<T>;
+    T seen = 0;
+    for (int m = 0; m < args.num_modalities; ++m) seen += state.mass[m][i];
+    const bool has_sink = state.sink[i] != kLowest<T>;
+    const T total = has_sink ? seen + exp2_nonpositive(state.sink[i] - state.maximum[i]) : seen;
+    const T inverse = total == T(0) ? T(0) : T(1) / total;
+    T lse = (state.maximum[i] + binary_logarithm(total)) * T(kLn2);
+    if (seen == T(0))  // nothing visible: exactly the sink
+      lse = has_sink ? *rows.at<T>(args.sink, i) : T(-INFINITY);
+    store_row(output, inverse, rows.at<Storage>(args.out, i), args.head_dim);
+    *rows.at<T>(args.lse, i) = lse;
+    T* out_mass = rows.at<T>(args.mass, i);
+    for (int m = 0; m < args.num_modalities; ++m) out_mass[m] = state.mass[m][i] * inverse;
+  }
+}
+
+template <class T>
+MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
+  constexpr int L = kLanes<T>;
+  Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>),
+                       splat(kLowest<T>)};  // four chains hide the latency
+  int j = 0;
+  for (; j + 4 * L <= count; j += 4 * L) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) best[c] = maximum(best[c], load(scores + j + c * L));
+  }
+  for (; j + L <= count; j += L) best[0] = maximum(best[0], load(scores + j));
+  if (j < count) best[1] = maximum(best[1], keep_first_or(load(scores + j), count - j, kLowest<T>));
+  return reduce_max<T>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
+}
+
+// scores[j] <- 2^(scores[j] + shift) for j < count, zero up to the end of the last vector; returns the sum.
+template <class T>
+MODA_EXT_INLINE T exponentiate_row(T* scores, int count, T shift) {
+  constexpr int L = kLanes<T>;
+  const Vector<T> c = splat(shift);
+  Vector<T> sum{};
+  int j = 0;
+  for (; j + L <= count; j += L) {
+    const Vector<T> p = exp2_nonpositive(load(scores + j) + c);
+    store(scores + j, p);
+    sum += p;
+  }
+  if (j < count) {
+    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) + c), count - j);
+    store(scores + j, p);
+    sum += p;
+  }
+  return reduce_add<T>(sum);
+}
+
+template <class T>
+MODA_EXT_INLINE void zero_from(T* row, int begin, int end) {
+  if (begin < end) memset(row + begin, 0, sizeof(T) * (end - begin));
+}
+
+// One tile for all rows of the item: scores, online softmax, weighted values.
+template <class T>
+void attend_tile(const AttentionArgs& args, const ItemRows& rows, const KeyTile& tile, const T* queries,
+                 const T* packed, ForwardScratch<T>& scratch) {
+  constexpr int kStride = kScratchStride<T>;
+  const Sequence& sequence = *rows.item.sequence;
+  const int64_t last_offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
+  const int count = rows.count;
+  RowState<T>& state = scratch.state;
+
+  int visible[kBlockRows];        // keys of the tile that the row sees
+  int limit[kBlockRows / kRows];  // the largest of a register block
+  T* bias = scratch.bias;
+  int tile_limit = 0;
+  for (int block = 0; block * kRows < count; ++block) {
+    limit[block] = 0;
+    for (int i = block * kRows; i < count && i < (block + 1) * kRows; ++i) {
+      bias[i] = 0;
+      if (args.bias.data != nullptr) bias[i] = rows.at<T>(args.bias, i)[args.bias.last * tile.modality] * T(kLog2e);
+      const int64_t last = args.causal ? rows.row[i] + last_offset : last_offset;
+      visible[i] = bias[i] == T(-INFINITY) ? 0 : visible_keys(sequence.order, tile, last);
+      limit[block] = limit[block] > visible[i] ? limit[block] : visible[i];
+    }
+    tile_limit = tile_limit > limit[block] ? tile_limit : limit[block];
+  }
+  if (tile_limit == 0) return;
+
+  for (int panel = 0; panel < tile_limit; panel += kPanel<T>) {
+    for (int block = 0; block * kRows < count; ++block) {
+      if (limit[block] <= panel) continue;
+      const int i = block * kRows;
+      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
+          count - i < kRows ? count - i : kRows, limit[block] - panel, args.head_dim, queries + i * kStride,
+          packed + static_cast<int64_t>(panel) * args.head_dim, kPanel<T>, scratch.scores + i * kStride + panel,
+          kStride, nullptr);
+    }
+  }
+
+  // Softmax in three sweeps, each free of dependencies between neighbours: maxima of rows, running state of all rows in
+  // vectors, exponentials of rows.
+  for (int i = 0; i < count; ++i)
+    scratch.best[i] = visible[i] > 0 ? row_maximum(scratch.scores + i * kStride, visible[i]) : kLowest<T>;
+  for (int i = 0; i < count; i += kLanes<T>) {
+    const Vector<T> before = load(state.maximum + i), b = load(bias + i);
+    const Vector<T> now = maximum(load(scratch.best + i) + b, before);
+    const Vector<T> rescale = exp2_nonpositive(before - now);
+    store(state.maximum + i, now);
+    store(scratch.shift + i, b - now);
+    store(scratch.rescale + i, rescale);
+    for (int m = 0; m < args.num_modalities; ++m) store(state.mass[m] + i, load(state.mass[m] + i) * rescale);
+  }
+  T* mass = state.mass[tile.modality];
+  for (int i = 0; i < count; ++i) {
+    T* scores = scratch.scores + i * kStride;
+    if (visible[i] > 0) mass[i] += exponentiate_row(scores, visible[i], scratch.shift[i]);
+    zero_from(scores, visible[i], limit[i / kRows]);
+  }
+
+  const T* values = packed + packed_value_offset<T>(args, tile);
+  for (int column = 0; column < args.head_dim; column += kPanel<T>) {
+    for (int block = 0; block * kRows < count; ++block) {
+      if (limit[block] == 0) continue;
+      const int i = block * kRows;
+      multiply_panel<T, Order::kRowMajor, Accumulate::kScaledAdd>(
+          count - i < kRows ? count - i : kRows, args.head_dim - column, limit[block], scratch.scores + i * kStride,
+          values + static_cast<int64_t>(column) * tile.length, kPanel<T>, state.output + i * kStride + column, kStride,
+          scratch.rescale + i);
+    }
+  }
+}
+
+template <class Storage, class T>
+void forward(const ForwardArgs& args, const ForwardItem& item, void* memory) {
+  ForwardScratch<T>& scratch = *static_cast<ForwardScratch<T>*>(memory);
+  T* queries = reinterpret_cast<T*>(&scratch + 1);
+  T* own_tile = queries + args.num_views * kBlockRows * kScratchStride<T>;
+  const Sequence& sequence = *item.sequence;
+  const ItemRows rows(item);
+  initialise_rows(args, rows, scratch.state);
+  const int64_t last_position =
+      args.causal ? item.first_row + item.num_rows - 1 + sequence.num_keys - sequence.num_queries : sequence.num_keys;
+
+  uint32_t loaded_views = 0;
+  for (int64_t index = item.first_tile; index < item.last_tile; ++index) {
+    const KeyTile& tile = sequence.tiles[index];
+    if (visible_keys(sequence.order, tile, last_position) == 0) continue;
+    const int view = args.num_views > 1 ? tile.modality : 0;
+    T* block = queries + view * kBlockRows * kScratchStride<T>;
+    if ((loaded_views >> view & 1) == 0) {
+      loaded_views |= 1u << view;
+      for (int64_t h = 0; h < item.num_heads; ++h)
+        load_block(row_of<Storage>(args.query, sequence, item.first_head + h, sequence.first_query, item.first_row) +
+                       args.query.view * view,
+                   args.query.row, item.num_rows, args.head_dim, T(args.scale * kLog2e),
+                   block + h * item.num_rows * kScratchStride<T>);
+    }
+    const T* packed = own_tile;
+    if (item.packed != nullptr) {
+      packed = packed_tile(args, tile, static_cast<const T*>(item.packed));
+    } else {
+      pack_tile_at<Storage, T>(args, sequence, item.first_head / args.group, tile, own_tile);
+    }
+    attend_tile(args, rows, tile, block, packed, scratch);
+  }
+
+  if (item.partial == nullptr) {
+    finish_rows<Storage, T>(args, rows, scratch.state);
+    return;
+  }
+  T* partial = static_cast<T*>(item.partial);
+  for (int i = 0; i < rows.count; ++i) {
+    *partial++ = scratch.state.maximum[i];
+    for (int m = 0; m < args.num_modalities; ++m) *partial++ = scratch.state.mass[m][i];
+    memcpy(partial, scratch.state.output + i * kScratchStride<T>, sizeof(T) * args.head_dim);
+    partial += args.head_dim;
+  }
+}
+
+template <class Storage, class T>
+void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partials, int num_splits, void* memory) {
+  RowState<T>& state = static_cast<ForwardScratch<T>*>(memory)->state;
+  const ItemRows rows(item);
+  initialise_rows(args, rows, state);
+  const int64_t width = 1 + args.num_modalities + args.head_dim;
+  for (int i = 0; i < rows.count; ++i) {
+    for (int s = 0; s < num_splits; ++s) {
+      const T maximum = static_cast<const T*>(partials[s])[i * width];
+      state.maximum[i] = maximum > state.maximum[i] ? maximum : state.maximum[i];
+    }
+    T* output = state.output + i * kScratchStride<T>;
+    for (int s = 0; s < num_splits; ++s) {
+      const T* partial = static_cast<const T*>(partials[s]) + i * width;
+      const T rescale = exp2_nonpositive(partial[0] - state.maximum[i]);
+      for (int m = 0; m < args.num_modalities; ++m) state.mass[m][i] += rescale * partial[1 + m];
+      for (int d = 0; d < args.head_dim; ++d) output[d] += rescale * partial[1 + args.num_modalities + d];
+    }
+  }
+  finish_rows<Storage, T>(args, rows, state);
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

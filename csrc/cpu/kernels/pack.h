@@ -1,0 +1,117 @@
+// Loading rows into scratch blocks and packing key tiles into panels (see gemm.h for the two operand forms).
+#pragma once
+
+#include "gemm.h"
+#include "modular_attention.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+template <class T>
+MODA_EXT_INLINE int64_t round_up_to_panel(int64_t n) {
+  return (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+}
+
+template <class Element>
+MODA_EXT_INLINE const Element* row_of(const Input& operand, const Sequence& sequence, int64_t head, int64_t first,
+                                      int64_t i) {
+  return static_cast<const Element*>(operand.data) + operand.batch * sequence.batch + operand.head * head +
+         operand.row * (first + i);
+}
+template <class Element>
+MODA_EXT_INLINE Element* row_of(const Output& operand, const Sequence& sequence, int64_t head, int64_t first,
+                                int64_t i) {
+  return static_cast<Element*>(operand.data) + operand.batch * sequence.batch + operand.head * head +
+         operand.row * (first + i);
+}
+
+// Transposes a square of kLanes x kLanes elements held in vectors: each of log2(kLanes) rounds interleaves rows i and i
+// + kLanes/2.
+template <class T>
+MODA_EXT_INLINE void transpose_square(Vector<T>* rows) {
+  constexpr int L = kLanes<T>;
+  typedef Bits<T> I;
+  I low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + (i % 2) * L;
+    high[i] = L / 2 + i / 2 + (i % 2) * L;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vector<T> next[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+#if defined(__clang__)
+      for (int lane = 0; lane < L; ++lane) {
+        next[2 * i][lane] = rows[i + (lane % 2) * (L / 2)][lane / 2];
+        next[2 * i + 1][lane] = rows[i + (lane % 2) * (L / 2)][L / 2 + lane / 2];
+      }
+#else
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+#endif
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// Keys of a tile, transposed: panels [head_dim][kPanel], zero beyond the tile's length up to a whole vector (no kernel
+// reads further). `rows` is scratch for kLanes rows.
+template <class Storage, class T>
+MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
+                                     int head_dim, T* rows, T* packed) {
+  constexpr int L = kLanes<T>;
+  const int32_t* order = sequence.order + tile.start;
+  const int64_t stride = round_up_to_panel<T>(head_dim);
+  for (int first = 0; first < tile.length; first += L) {
+    const int count = tile.length - first < L ? tile.length - first : L;
+    for (int j = 0; j < count; ++j)
+      load_row(row_of<Storage>(operand, sequence, head, sequence.first_key, order[first + j]), T(1), rows + j * stride,
+               head_dim);
+    for (int j = count; j < L; ++j) memset(rows + j * stride, 0, sizeof(T) * stride);
+    T* out = packed + (first / kPanel<T>)*kPanel<T> * static_cast<int64_t>(head_dim) + first % kPanel<T>;
+    int d = 0;
+    for (; d + L <= head_dim; d += L) {
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) square[j] = load(rows + j * stride + d);
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) store(out + (d + j) * kPanel<T>, square[j]);
+    }
+    for (; d < head_dim; ++d)
+      for (int j = 0; j < L; ++j) out[d * kPanel<T> + j] = rows[j * stride + d];
+  }
+}
+
+// Rows of a tile as column panels: [head_dim / kPanel][tile rows][kPanel], times `factor`. Columns beyond head_dim are
+// zero.
+template <class Storage, class T>
+MODA_EXT_INLINE void pack_columns(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
+                                  int head_dim, T factor, T* row, T* packed) {
+  const int32_t* order = sequence.order + tile.start;
+  const int64_t width = round_up_to_panel<T>(head_dim);
+  for (int64_t d = head_dim; d < width; ++d) row[d] = T(0);
+  for (int j = 0; j < tile.length; ++j) {
+    load_row(row_of<Storage>(operand, sequence, head, sequence.first_key, order[j]), factor, row, head_dim);
+    for (int64_t d = 0; d < width; d += kPanel<T>) {
+      T* out = packed + d * tile.length + j * kPanel<T>;
+      store(out, load(row + d));
+      store(out + kLanes<T>, load(row + d + kLanes<T>));
+    }
+  }
+}
+
+// Query-side rows into a scratch block of stride kScratchStride, times `factor`.
+template <class Storage, class T>
+MODA_EXT_INLINE void load_block(const Storage* from, int64_t row_stride, int64_t rows, int head_dim, T factor,
+                                T* block) {
+  for (int64_t i = 0; i < rows; ++i) load_row(from + i * row_stride, factor, block + i * kScratchStride<T>, head_dim);
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,569 @@
+// CPU adapter of modular_attention: plans the keys, cuts the work into items, hands items to threads, owns all
+// workspace.
+//
+// Items are taken from a shared counter, the largest first, so threads stay busy whatever the causal triangle or the
+// machine does; every number is written by one item in a fixed order, so results do not depend on which thread ran it.
+#include "cpu/kernels/modular_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/runs.h"
+#include "cpu/isa.h"
+#include "ops/modular_attention.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace {
+
+// Packed keys and values of as many kv heads as fit in this much memory are held at a time (at least one).
+constexpr int64_t kPackedBudget = int64_t{32} << 20;
+// Partial key gradients of items that share a kv head: at least this much memory may go to them, and this much for each
+// thread.
+constexpr int64_t kPartialBudget = int64_t{24} << 20;
+constexpr int64_t kPartialBudgetPerThread = int64_t{8} << 20;
+// Splitting few large items: how many are wanted at least, whatever the number of threads (so that small machines agree
+// bit for bit).
+constexpr int64_t kForwardItems = 16;
+constexpr int64_t kBackwardItems = 8;
+
+const AttentionKernels& select_kernels(ScalarType dtype) {
+  const Storage storage = dtype == ScalarType::Double     ? Storage::kFloat64
+                          : dtype == ScalarType::BFloat16 ? Storage::kBFloat16
+                          : dtype == ScalarType::Half     ? Storage::kFloat16
+                                                          : Storage::kFloat32;
+#if defined(MODA_EXT_X86_TIERS)
+  if (active_isa() == Isa::avx512) return attention_kernels_avx512(storage);
+  if (active_isa() == Isa::avx2) return attention_kernels_avx2(storage);
+#endif
+  return attention_kernels_baseline(storage);
+}
+
+int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Runs work(index, thread) for every index, in order of index as far as threads allow.
+template <class Work>
+void run_items(int64_t count, const Work& work) {
+  const int64_t threads = std::min(num_threads(), count);
+  if (threads <= 0) return;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
+  });
+}
+
+// Uninitialised memory from PyTorch's allocator.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : tensor_(torch::stable::empty({std::max<int64_t>(bytes, 1)}, ScalarType::Byte)) {}
+  char* at(int64_t offset = 0) const { return static_cast<char*>(tensor_.mutable_data_ptr()) + offset; }
+
+ private:
+  Tensor tensor_;
+};
+
+int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One block of scratch for each thread that can run.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, int64_t items)
+      : stride_(round_up(bytes)), memory_(stride_ * std::max<int64_t>(1, std::min(num_threads(), items))) {}
+  void* of(int64_t thread) const { return memory_.at(thread * stride_); }
+
+ private:
+  int64_t stride_;
+  Workspace memory_;
+};
+
+enum class Last { kNone, kPresent };  // does the operand have a dimension after (batch, heads, tokens)?
+
+template <class Operand, class Pointer>
+Operand make_operand(const Tensor& tensor, Pointer data, bool packed, Last last) {
+  Operand operand;
+  operand.data = data;
+  int64_t d = tensor.dim() - 1;
+  if (last == Last::kPresent) operand.last = tensor.stride(d--);
+  if (packed) {
+    operand.head = tensor.stride(d--);
+    operand.row = tensor.stride(d--);
+  } else {
+    operand.row = tensor.stride(d--);
+    operand.head = tensor.stride(d--);
+    operand.batch = tensor.stride(d--);
+  }
+  if (d == 0) operand.view = tensor.stride(0);
+  return operand;
+}
+Input input(const Tensor& tensor, bool packed, Last last) {
+  return make_operand<Input>(tensor, tensor.const_data_ptr(), packed, last);
+}
+Input input(const std::optional<Tensor>& tensor, bool packed, Last last) {
+  return tensor ? input(*tensor, packed, last) : Input{};
+}
+Output output(const Tensor& tensor, bool packed, Last last) {
+  return make_operand<Output>(tensor, tensor.mutable_data_ptr(), packed, last);
+}
+
+// The sequences of a call with the key plans they point into.
+struct Batch {
+  std::vector<KeyPlan> plans;
+  std::vector<Sequence> sequences;
+  bool covers_every_row = true;  // no padding key, no token outside the sequences
+};
+
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen,
+                      const char* max_name) {
+  const int32_t* offsets = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t stride = cu_seqlens.stride(0), count = cu_seqlens.size(0);
+  const std::string prefix = "modular_attention_varlen: ";
+  if (offsets[0] != 0 || offsets[(count - 1) * stride] != total) {
+    throw std::invalid_argument(prefix + name + ": expected to start at 0 and end at the number of tokens " +
+                                std::to_string(total) + ", got " + std::to_string(offsets[0]) + " and " +
+                                std::to_string(offsets[(count - 1) * stride]));
+  }
+  for (int64_t i = 1; i < count; ++i) {
+    const int64_t length = int64_t{offsets[i * stride]} - offsets[(i - 1) * stride];
+    if (length < 0)
+      throw std::invalid_argument(prefix + name + ": expected ascending offsets, got a decrease at index " +
+                                  std::to_string(i));
+    if (length > max_seqlen)
+      throw std::invalid_argument(prefix + max_name + ": expected at least the longest sequence, got " +
+                                  std::to_string(max_seqlen) + " for a sequence of " + std::to_string(length));
+  }
+}
+
+Batch plan_batch(const AttentionInputs& in, const AttentionShape& shape, int tile_keys, int panel_keys,
+                 int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  Batch batch;
+  const int32_t* modality = static_cast<const int32_t*>(in.key_modality.const_data_ptr());
+  const int64_t token_stride = in.key_modality.dim() ? in.key_modality.stride(in.key_modality.dim() - 1) : 1;
+  if (in.packed()) {
+    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, shape.num_queries, max_seqlen_q, "max_seqlen_q");
+    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, shape.num_keys, max_seqlen_k, "max_seqlen_k");
+    const int32_t* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
+    const int32_t* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
+    const int64_t q_stride = in.cu_seqlens_q->stride(0), k_stride = in.cu_seqlens_k->stride(0);
+    for (int64_t i = 0; i + 1 < in.cu_seqlens_q->size(0); ++i) {
+      Sequence sequence;
+      sequence.first_query = q[i * q_stride];
+      sequence.num_queries = q[(i + 1) * q_stride] - sequence.first_query;
+      sequence.first_key = k[i * k_stride];
+      sequence.num_keys = k[(i + 1) * k_stride] - sequence.first_key;
+      batch.sequences.push_back(sequence);
+    }
+  } else {
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      Sequence sequence;
+      sequence.batch = b;
+      sequence.num_queries = shape.num_queries;
+      sequence.num_keys = shape.num_keys;
+      batch.sequences.push_back(sequence);
+    }
+  }
+  batch.plans.reserve(batch.sequences.size());
+  for (Sequence& sequence : batch.sequences) {
+    const int64_t batch_stride = in.packed() ? 0 : in.key_modality.stride(0);
+    batch.plans.push_back(plan_keys(modality + sequence.batch * batch_stride + sequence.first_key * token_stride,
+                                    token_stride, sequence.num_keys, static_cast<int>(in.num_modalities), tile_keys,
+                                    panel_keys));
+    const KeyPlan& plan = batch.plans.back();
+    sequence.order = plan.order.data();
+    sequence.tiles = plan.tiles.data();
+    sequence.num_tiles = static_cast<int32_t>(plan.tiles.size());
+    sequence.num_panels = plan.num_panels;
+    sequence.num_slots = static_cast<int32_t>(plan.order.size());
+    if (sequence.num_slots < sequence.num_keys || sequence.num_queries == 0) batch.covers_every_row = false;
+  }
+  return batch;
+}
+
+void fill_args(const AttentionInputs& in, const AttentionShape& shape, AttentionArgs& args) {
+  args.head_dim = static_cast<int>(shape.head_dim);
+  args.num_modalities = static_cast<int>(in.num_modalities);
+  args.num_views = static_cast<int>(shape.num_views);
+  args.group = static_cast<int>(shape.kv_heads > 0 ? shape.query_heads / shape.kv_heads : 1);
+  args.causal = in.is_causal;
+  args.scale = in.scale;
+  args.query = input(in.query, in.packed(), Last::kPresent);
+  args.key = input(in.key, in.packed(), Last::kPresent);
+  args.value = input(in.value, in.packed(), Last::kPresent);
+  args.bias = input(in.modality_bias, in.packed(), Last::kPresent);
+  args.sink = input(in.sink, in.packed(), Last::kNone);
+}
+
+// Last key position that a row sees.
+int64_t last_visible(const Sequence& sequence, bool causal, int64_t row) {
+  return causal ? row + sequence.num_keys - sequence.num_queries : sequence.num_keys - 1;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// forward
+
+// The forward items of a call, kv head by kv head, and which of them share packed keys.
+struct ForwardPlan {
+  struct Head {  // one (sequence, kv head)
+    const Sequence* sequence;
+    int64_t kv_head;
+    int64_t first_block, last_block;  // of `blocks`
+    bool packs;                       // keys are packed once for all blocks; else each item packs what it reads
+  };
+  std::vector<Head> heads;
+  std::vector<ForwardItem> blocks;  // row blocks, not yet split over keys
+  std::vector<int64_t> kv_heads_of_block;
+};
+
+ForwardPlan plan_forward(const Batch& batch, const AttentionShape& shape, int64_t group, int64_t block_rows) {
+  ForwardPlan plan;
+  for (const Sequence& sequence : batch.sequences) {
+    const int64_t rows = sequence.num_queries;
+    if (rows == 0) continue;
+    // Short sequences of queries (decoding): several heads of the group share a block, so that a key tile is read once
+    // for all.
+    const int64_t heads_per_block = std::min(group, std::max<int64_t>(1, block_rows / rows));
+    for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      const int64_t first = static_cast<int64_t>(plan.blocks.size());
+      for (int64_t row = (rows - 1) / block_rows * block_rows; row >= 0; row -= block_rows) {
+        for (int64_t head = 0; head < group; head += heads_per_block) {
+          ForwardItem item{};
+          item.sequence = &sequence;
+          item.first_head = kv_head * group + head;
+          item.num_heads = std::min(heads_per_block, group - head);
+          item.first_row = row;
+          item.num_rows = std::min(block_rows, rows - row);
+          item.last_tile = sequence.num_tiles;
+          plan.blocks.push_back(item);
+        }
+      }
+      const int64_t last = static_cast<int64_t>(plan.blocks.size());
+      plan.heads.push_back({&sequence, kv_head, first, last, last - first > 1});
+    }
+  }
+  return plan;
+}
+
+void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const AttentionShape& shape,
+                 const Batch& batch) {
+  const ForwardPlan plan = plan_forward(batch, shape, args.group, kernels.block_rows);
+  const int64_t num_blocks = static_cast<int64_t>(plan.blocks.size());
+  if (num_blocks == 0) return;
+
+  // Few blocks: split each over its keys, into pieces of at least four tiles.
+  const int64_t wanted = std::max(kForwardItems, 2 * num_threads());
+  const int64_t splits_wanted = num_blocks >= wanted / 2 ? 1 : (wanted + num_blocks - 1) / num_blocks;
+  const Scratch scratch(kernels.forward_scratch_bytes(args), num_blocks * splits_wanted);
+
+  // Waves of kv heads whose packed keys fit in the budget.
+  for (size_t begin = 0; begin < plan.heads.size();) {
+    size_t end = begin;
+    int64_t packed_bytes = 0;
+    std::vector<int64_t> packed_at;
+    while (end < plan.heads.size()) {
+      const ForwardPlan::Head& head = plan.heads[end];
+      const int64_t bytes = head.packs ? round_up(kernels.packed_bytes(args, head.sequence->num_panels)) : 0;
+      if (end > begin && packed_bytes + bytes > kPackedBudget) break;
+      packed_at.push_back(packed_bytes);
+      packed_bytes += bytes;
+      ++end;
+    }
+    const Workspace packed(packed_bytes);
+
+    struct PackItem {
+      const ForwardPlan::Head* head;
+      int64_t tile;
+      void* packed;
+    };
+    std::vector<PackItem> packs;
+    std::vector<ForwardItem> items;
+    struct Split {
+      ForwardItem item;
+      std::vector<void*> partials;
+    };
+    std::vector<Split> splits;
+    int64_t partial_bytes = 0;
+    for (size_t h = begin; h < end; ++h) {
+      const ForwardPlan::Head& head = plan.heads[h];
+      char* at = packed.at(packed_at[h - begin]);
+      for (int64_t tile = 0; head.packs && tile < head.sequence->num_tiles; ++tile) packs.push_back({&head, tile, at});
+      for (int64_t b = head.first_block; b < head.last_block; ++b) {
+        ForwardItem item = plan.blocks[b];
+        item.packed = head.packs ? at : nullptr;
+        const int64_t pieces = std::min<int64_t>(splits_wanted, std::max<int64_t>(1, item.last_tile / 4));
+        if (pieces == 1) {
+          items.push_back(item);
+          continue;
+        }
+        splits.push_back({item, {}});
+        for (int64_t s = 0; s < pieces; ++s)
+          partial_bytes += round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
+      }
+    }
+    const Workspace partials(partial_bytes);
+    int64_t partial_at = 0;
+    for (Split& split : splits) {
+      const int64_t pieces = std::min<int64_t>(splits_wanted, std::max<int64_t>(1, split.item.last_tile / 4));
+      for (int64_t s = 0; s < pieces; ++s) {
+        ForwardItem item = split.item;
+        item.first_tile = split.item.last_tile * s / pieces;
+        item.last_tile = split.item.last_tile * (s + 1) / pieces;
+        item.partial = partials.at(partial_at);
+        partial_at += round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
+        split.partials.push_back(item.partial);
+        items.push_back(item);
+      }
+    }
+    // The blocks of a head come last rows first; across heads, sort by the number of visible keys.
+    if (args.causal) {
+      std::stable_sort(items.begin(), items.end(), [](const ForwardItem& a, const ForwardItem& b) {
+        return last_visible(*a.sequence, true, a.first_row) > last_visible(*b.sequence, true, b.first_row);
+      });
+    }
+
+    run_items(static_cast<int64_t>(packs.size()), [&](int64_t i, int64_t) {
+      kernels.pack_tile(args, *packs[i].head->sequence, packs[i].head->kv_head, packs[i].tile, packs[i].packed);
+    });
+    run_items(static_cast<int64_t>(items.size()),
+              [&](int64_t i, int64_t thread) { kernels.forward(args, items[i], scratch.of(thread)); });
+    run_items(static_cast<int64_t>(splits.size()), [&](int64_t i, int64_t thread) {
+      kernels.merge(args, splits[i].item, splits[i].partials.data(), static_cast<int>(splits[i].partials.size()),
+                    scratch.of(thread));
+    });
+    begin = end;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const AttentionShape shape = check_attention(in);
+  const AttentionKernels& kernels = select_kernels(in.query.scalar_type());
+  const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
+  const AttentionOutputs outputs = empty_outputs(in, shape);
+  ForwardArgs args;
+  fill_args(in, shape, args);
+  args.out = output(outputs.out, in.packed(), Last::kPresent);
+  args.lse = output(outputs.lse, in.packed(), Last::kNone);
+  args.mass = output(outputs.mass, in.packed(), Last::kPresent);
+  run_forward(kernels, args, shape, batch);
+  return {outputs.out, outputs.lse, outputs.mass};
+}
+
+// -----------------------------------------------------------------------------------------------------------------
+// backward
+
+// Cuts the blocks of a kv head into `pieces` stretches of about equal work, where the work of a block is the keys its
+// rows see.
+std::vector<int64_t> balance_blocks(const Sequence& sequence, bool causal, int64_t group, int64_t block_rows,
+                                    int64_t pieces) {
+  const int64_t per_head = (sequence.num_queries + block_rows - 1) / block_rows;
+  const auto work = [&](int64_t block) {
+    const int64_t row = std::min(sequence.num_queries - 1, block % per_head * block_rows + block_rows / 2);
+    return 1 + std::max<int64_t>(0, last_visible(sequence, causal, row) + 1);
+  };
+  int64_t total = 0;
+  for (int64_t b = 0; b < per_head * group; ++b) total += work(b);
+  std::vector<int64_t> bounds = {0};
+  int64_t done = 0;
+  for (int64_t b = 0; b < per_head * group; ++b) {
+    done += work(b);
+    if (static_cast<int64_t>(bounds.size()) < pieces && done * pieces >= total * static_cast<int64_t>(bounds.size()))
+      bounds.push_back(b + 1);
+  }
+  while (static_cast<int64_t>(bounds.size()) < pieces) bounds.push_back(per_head * group);
+  bounds.push_back(per_head * group);
+  return bounds;
+}
+
+void run_backward(const AttentionKernels& kernels, const BackwardArgs& args, const AttentionShape& shape,
+                  const Batch& batch) {
+  struct Head {
+    const Sequence* sequence;
+    int64_t kv_head;
+    std::vector<void*> partials;  // empty: one item owns the kv head
+  };
+  std::vector<Head> heads;
+  std::vector<BackwardItem> items;
+  int64_t partial_bytes = 0, most_blocks = 0, num_heads = 0, slots = 0;
+  for (const Sequence& sequence : batch.sequences) {
+    if (sequence.num_queries == 0) continue;
+    num_heads += shape.kv_heads;
+    slots += shape.kv_heads * sequence.num_slots;
+  }
+  if (num_heads == 0) return;
+
+  const int64_t budget = std::max(kPartialBudget, kPartialBudgetPerThread * num_threads());
+  const int64_t bytes_per_split = std::max<int64_t>(1, 2 * slots * shape.head_dim * kernels.compute_bytes);
+  const int64_t wanted = std::max(kBackwardItems, 2 * num_threads());
+  int64_t splits = num_heads >= wanted ? 1 : (wanted + num_heads - 1) / num_heads;
+  splits = std::max<int64_t>(1, std::min(splits, budget / bytes_per_split));
+
+  for (const Sequence& sequence : batch.sequences) {
+    if (sequence.num_queries == 0) continue;
+    const int64_t blocks = args.group * ((sequence.num_queries + kernels.block_rows - 1) / kernels.block_rows);
+    const int64_t pieces = std::min(splits, blocks);
+    const std::vector<int64_t> bounds = balance_blocks(sequence, args.causal, args.group, kernels.block_rows, pieces);
+    for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      heads.push_back({&sequence, kv_head, std::vector<void*>(pieces > 1 ? pieces : 0)});
+      for (int64_t p = 0; p < pieces; ++p) {
+        items.push_back({&sequence, kv_head, bounds[p], bounds[p + 1], nullptr});
+        most_blocks = std::max(most_blocks, bounds[p + 1] - bounds[p]);
+        if (pieces > 1)
+          partial_bytes += round_up(2 * int64_t{sequence.num_slots} * args.head_dim * kernels.compute_bytes);
+      }
+    }
+  }
+  const Workspace partials(partial_bytes);
+  int64_t at = 0;
+  size_t next_item = 0;
+  for (Head& head : heads) {
+    if (head.partials.empty()) ++next_item;
+    for (void*& partial : head.partials) {
+      partial = items[next_item++].partial = partials.at(at);
+      at += round_up(2 * int64_t{head.sequence->num_slots} * args.head_dim * kernels.compute_bytes);
+    }
+  }
+
+  const Scratch scratch(kernels.backward_scratch_bytes(args, most_blocks), static_cast<int64_t>(items.size()));
+  run_items(static_cast<int64_t>(items.size()),
+            [&](int64_t i, int64_t thread) { kernels.backward(args, items[i], scratch.of(thread)); });
+
+  constexpr int64_t kSlotsPerItem = 256;
+  struct Reduction {
+    const Head* head;
+    int64_t begin, end;
+  };
+  std::vector<Reduction> reductions;
+  for (const Head& head : heads) {
+    if (head.partials.empty()) continue;
+    for (int64_t slot = 0; slot < head.sequence->num_slots; slot += kSlotsPerItem)
+      reductions.push_back({&head, slot, std::min<int64_t>(slot + kSlotsPerItem, head.sequence->num_slots)});
+  }
+  run_items(static_cast<int64_t>(reductions.size()), [&](int64_t i, int64_t) {
+    const Reduction& r = reductions[i];
+    kernels.reduce_partials(args, *r.head->sequence, r.head->kv_head, r.head->partials.data(),
+                            static_cast<int>(r.head->partials.size()), r.begin, r.end);
+  });
+}
+
+struct Saved {
+  std::optional<Tensor> grad_out, grad_lse, grad_mass;
+  Tensor out, lse, mass;
+};
+struct Needs {
+  bool query, key, value, bias, sink;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInputs& in, const Saved& saved,
+                                                            const Needs& needs, int64_t max_seqlen_q,
+                                                            int64_t max_seqlen_k) {
+  const AttentionShape shape = check_attention(in);
+  const AttentionKernels& kernels = select_kernels(in.query.scalar_type());
+  const Batch batch = plan_batch(in, shape, kernels.backward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
+  const bool packed = in.packed();
+  const ScalarType compute = compute_dtype(in.query.scalar_type());
+  const std::vector<int64_t> rows(saved.lse.sizes().begin(), saved.lse.sizes().end());
+  check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
+
+  BackwardArgs args;
+  fill_args(in, shape, args);
+  args.saved_out = input(saved.out, packed, Last::kPresent);
+  args.saved_lse = input(saved.lse, packed, Last::kNone);
+  args.saved_mass = input(saved.mass, packed, Last::kPresent);
+  args.grad_lse = input(saved.grad_lse, packed, Last::kNone);
+  args.grad_mass = input(saved.grad_mass, packed, Last::kPresent);
+  const Tensor zero_row = torch::stable::new_zeros(in.query, {shape.head_dim});
+  if (saved.grad_out) {
+    args.grad_out = input(*saved.grad_out, packed, Last::kPresent);
+  } else {
+    args.grad_out.data = zero_row.const_data_ptr();  // every stride 0
+  }
+
+  const Tensor delta = torch::stable::new_empty(in.query, rows, compute);
+  args.delta = output(delta, packed, Last::kNone);
+
+  const auto gradient_like = [&](const Tensor& tensor, bool needed, Output& target) {
+    if (!needed) return torch::stable::new_empty(tensor, {0});
+    Tensor gradient = empty_in_layout_of(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, packed);
+    target = output(gradient, packed, Last::kPresent);
+    return gradient;
+  };
+  const Tensor grad_query = gradient_like(in.query, needs.query, args.grad_query);
+  Tensor grad_key = gradient_like(in.key, needs.key, args.grad_key);
+  Tensor grad_value = gradient_like(in.value, needs.value, args.grad_value);
+  const bool has_bias = needs.bias && in.modality_bias, has_sink = needs.sink && in.sink;
+  std::vector<int64_t> bias_sizes = rows;
+  bias_sizes.push_back(in.num_modalities);
+  const Tensor grad_bias = torch::stable::new_empty(in.query, has_bias ? bias_sizes : std::vector<int64_t>{0}, compute);
+  const Tensor grad_sink = torch::stable::new_empty(in.query, has_sink ? rows : std::vector<int64_t>{0}, compute);
+  if (has_bias) args.grad_bias = output(grad_bias, packed, Last::kPresent);
+  if (has_sink) args.grad_sink = output(grad_sink, packed, Last::kNone);
+
+  if (!batch.covers_every_row) {
+    if (needs.key) torch::stable::zero_(grad_key);
+    if (needs.value) torch::stable::zero_(grad_value);
+  }
+  run_backward(kernels, args, shape, batch);
+  return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// operators
+
+std::tuple<Tensor, Tensor, Tensor> modular_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const Tensor& key_modality,
+                                                     const std::optional<Tensor>& modality_bias,
+                                                     const std::optional<Tensor>& sink, int64_t num_modalities,
+                                                     bool is_causal, double scale) {
+  return forward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale}, 0,
+                 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_backward(
+    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+    const Tensor& out, const Tensor& lse, const Tensor& mass, int64_t num_modalities, bool is_causal, double scale,
+    bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+  return backward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale},
+                  {grad_out, grad_lse, grad_mass, out, lse, mass},
+                  {need_query, need_key, need_value, need_bias, need_sink}, 0, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> modular_attention_varlen(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_modality, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal, double scale) {
+  return forward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                  is_causal, scale},
+                 max_seqlen_q, max_seqlen_k);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_varlen_backward(
+    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& key_modality, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+    const Tensor& mass, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal,
+    double scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+  return backward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                   is_causal, scale},
+                  {grad_out, grad_lse, grad_mass, out, lse, mass},
+                  {need_query, need_key, need_value, need_bias, need_sink}, max_seqlen_q, max_seqlen_k);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace moda_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
+  m.impl("modular_attention", TORCH_BOX(&moda_ext::cpu::modular_attention));
+  m.impl("modular_attention_backward", TORCH_BOX(&moda_ext::cpu::modular_attention_backward));
+  m.impl("modular_attention_varlen", TORCH_BOX(&moda_ext::cpu::modular_attention_varlen));
+  m.impl("modular_attention_varlen_backward", TORCH_BOX(&moda_ext::cpu::modular_attention_varlen_backward));
+}

@@ -1,0 +1,57 @@
+// What every device does first with the arguments of modular_attention and modular_attention_varlen: check what memory
+// safety depends on, and reduce both layouts to one description. User-facing validation, with Python's error types, is
+// moda_ext/_ops/checks.py; these checks guard direct callers of torch.ops.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace moda_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct AttentionInputs {
+  Tensor query, key, value, key_modality;
+  std::optional<Tensor> modality_bias, sink;
+  std::optional<Tensor> cu_seqlens_q,
+      cu_seqlens_k;  // present: packed layout (tokens, heads, ...), else (batch, heads, tokens, ...)
+  int64_t num_modalities;
+  bool is_causal;
+  double scale;
+
+  bool packed() const { return cu_seqlens_q.has_value(); }
+};
+
+struct AttentionShape {
+  int64_t batch;  // 1 in the packed layout
+  int64_t query_heads, kv_heads;
+  int64_t num_queries, num_keys;  // rows of the tensors: totals in the packed layout
+  int64_t head_dim, num_views;    // num_views 1: one query serves all key modalities
+};
+
+// Throws std::invalid_argument, naming operator and argument.
+AttentionShape check_attention(const AttentionInputs& inputs);
+
+// The same for what a backward receives beside the inputs.
+void check_saved(const AttentionInputs& inputs, const AttentionShape& shape, const Tensor& out, const Tensor& lse,
+                 const Tensor& mass, const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+                 const std::optional<Tensor>& grad_mass);
+
+// float64 for float64, else float32: the dtype of lse, mass, modality_bias, sink and of all sums.
+ScalarType compute_dtype(ScalarType storage);
+
+// New tensor of the given sizes (..., heads, tokens, last) in the memory order of `like`: tokens before heads where its
+// row stride exceeds its head stride, contiguous otherwise. Packed tensors are contiguous.
+Tensor empty_in_layout_of(const Tensor& like, const std::vector<int64_t>& sizes, bool packed);
+
+struct AttentionOutputs {
+  Tensor out, lse, mass;
+};
+AttentionOutputs empty_outputs(const AttentionInputs& inputs, const AttentionShape& shape);
+
+}  // namespace moda_ext

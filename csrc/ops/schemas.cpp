@@ -1,0 +1,35 @@
+// The schemas of every operator, declared once for all devices. Kernels register in csrc/<device>/, fakes and autograd
+// in moda_ext/_ops. Only the libtorch stable ABI is used, so that one binary serves torch 2.11 and later.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moda_ext, m) {
+  m.def(
+      "modular_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? "
+      "sink, "
+      "int num_modalities, bool is_causal, float scale) -> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "modular_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, "
+      "Tensor value, "
+      "Tensor key_modality, Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, int "
+      "num_modalities, "
+      "bool is_causal, float scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) "
+      "-> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink)");
+  m.def(
+      "modular_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? sink, int max_seqlen_q, int max_seqlen_k, int "
+      "num_modalities, "
+      "bool is_causal, float scale) -> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "modular_attention_varlen_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor "
+      "key, "
+      "Tensor value, Tensor key_modality, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? "
+      "sink, Tensor out, "
+      "Tensor lse, Tensor mass, int max_seqlen_q, int max_seqlen_k, int num_modalities, bool is_causal, float scale, "
+      "bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink)");
+  m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
+  m.def(
+      "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "
+      "(Tensor grad_decay, Tensor grad_base)");
+}

@@ -1,0 +1,3 @@
+#include "primitives_tier.h"
+
+MODA_EXT_DEFINE_PRIMITIVES(baseline)

@@ -1,0 +1,11 @@
+"""Modality-aware attention (MODA) for PyTorch: native operators with gradients, and their plain PyTorch reference."""
+
+import torch
+
+from moda_ext import attention, reference
+from moda_ext._info import info
+from moda_ext._version import __version__
+
+ops = torch.ops.moda_ext
+
+__all__ = ["__version__", "attention", "info", "ops", "reference"]

@@ -1,0 +1,41 @@
+"""What this installation is: `moda_ext.info()`, printed by `python -m moda_ext.info`."""
+
+import platform
+
+import torch
+
+from moda_ext._ops import library
+from moda_ext._version import TORCH_REQUIREMENT, __version__
+
+
+def info() -> dict:
+    """Versions, what the native library was built for and whether it is loaded, as a dict of plain values.
+
+    Keys: version, native (bool), build (one line), library (path), isa (CPU instruction set in use), isas_built (list),
+    compiler, torch, torch_built_for, torch_supported, cuda (torch's, or None), cuda_built_for (None: no CUDA kernels),
+    cuda_archs (list), python, platform. What only a native build knows is None without one.
+    """
+    built = library.build_info or {}
+    return {
+        "version": __version__,
+        "native": library.native_loaded,
+        "build": built.get("summary", f"PyTorch reference: {library.fallback_reason}"),
+        "library": library.library_path,
+        "isa": built.get("isa"),
+        "isas_built": built.get("isas"),
+        "compiler": built.get("compiler"),
+        "torch": torch.__version__,
+        "torch_built_for": built.get("torch"),
+        "torch_supported": TORCH_REQUIREMENT.removeprefix("torch"),
+        "cuda": torch.version.cuda,
+        "cuda_built_for": built.get("cuda"),
+        "cuda_archs": built.get("cuda_archs"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def main() -> None:
+    for key, value in info().items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{key:16} {'-' if text in (None, '') else text}")

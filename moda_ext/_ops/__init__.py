@@ -1,0 +1,1 @@
+"""What stands between the public functions and the operators of csrc/: one file for each concern."""

@@ -1,0 +1,128 @@
+"""Gradients of the native operators; each backward pass is an operator of its own.
+
+Every operator is bound twice. ``torch.library.register_autograd`` serves plain autograd, in eager mode as under
+torch.compile and torch.export, and direct callers of ``torch.ops.moda_ext``. It fails under torch.func transforms and
+gives zero tangents in forward mode; there the package calls the operator through a ``torch.autograd.Function``, which
+composes with the former and refuses the latter. (Always taking that way costs 100 us per call, and keeps torch.compile
+from caching graphs across processes.)
+"""
+
+import torch
+
+from . import autocast, fake, library, vmap
+
+_GRADIENTS = ("query", "key", "value", "modality_bias", "sink")
+
+
+def _differentiable(name: str, setup_context, backward):
+    """A callable that runs operator ``name`` and records ``backward`` for it."""
+    op = getattr(torch.ops.moda_ext, name).default
+
+    def refuse_forward_mode(ctx, *tangents):
+        raise NotImplementedError(
+            f"moda_ext::{name} has no forward-mode derivative; moda_ext.reference has, by plain PyTorch"
+        )
+
+    function = type(
+        f"moda_ext_{name}",
+        (torch.autograd.Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *inputs: op(*inputs)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(refuse_forward_mode),
+        },
+    )
+    torch.library.register_autograd(f"moda_ext::{name}", backward, setup_context=setup_context)
+
+    @torch.compiler.allow_in_graph
+    def through_function(*inputs):
+        return function.apply(*inputs)
+
+    def call(*inputs):
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return through_function(*inputs)
+        return op(*inputs)
+
+    return call
+
+
+def _first_order_only(name: str):
+    """The operator of a backward pass: usable under every transform, but not differentiable once more."""
+
+    def setup_context(ctx, inputs, output):
+        pass
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"moda_ext::{name} has no derivative; moda_ext.reference has second derivatives, by plain PyTorch"
+        )
+
+    return _differentiable(name, setup_context, backward)
+
+
+def _attention(name: str, options):
+    """Dense and varlen differ only in their ``options``: the operator's arguments after key_modality, by name."""
+    arguments = ("query", "key", "value", "key_modality", *options)
+    saved = [n for n in arguments if n in _TENSORS]
+    plain = [n for n in arguments if n not in _TENSORS]
+    run_backward = _first_order_only(f"{name}_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        given = dict(zip(arguments, inputs, strict=True))
+        ctx.save_for_backward(*(given[n] for n in saved), *output)
+        ctx.options = [given[n] for n in plain]
+
+    def backward(ctx, grad_out, grad_lse, grad_mass):
+        if grad_out is None and grad_lse is None and grad_mass is None:
+            return (None,) * len(arguments)
+        if grad_out is not None and grad_out.stride(-1) != 1:  # the gradient of a plain sum is expanded
+            grad_out = grad_out.contiguous()
+        need = [ctx.needs_input_grad[arguments.index(n)] for n in _GRADIENTS]
+        grads = run_backward(grad_out, grad_lse, grad_mass, *ctx.saved_tensors, *ctx.options, *need)
+        by_name = {n: grad for n, grad, needed in zip(_GRADIENTS, grads, need, strict=True) if needed}
+        return tuple(by_name.get(n) for n in arguments)
+
+    return _differentiable(name, setup_context, backward)
+
+
+_TENSORS = ("query", "key", "value", "key_modality", "cu_seqlens_q", "cu_seqlens_k", "modality_bias", "sink")
+
+
+def _sink_operator():
+    run_backward = _first_order_only("pseudo_score_sink_backward")
+
+    def setup_context(ctx, inputs, output):
+        decay, base, *ctx.options = inputs
+        ctx.save_for_backward(decay, base)
+
+    def backward(ctx, grad):
+        decay, base = ctx.saved_tensors
+        return (*run_backward(grad, decay, base, *ctx.options), None, None, None)
+
+    return _differentiable("pseudo_score_sink", setup_context, backward)
+
+
+if library.native_loaded:
+    for concern in (fake, vmap, autocast):
+        concern.register()
+    modular_attention = _attention(
+        "modular_attention", ("modality_bias", "sink", "num_modalities", "is_causal", "scale")
+    )
+    modular_attention_varlen = _attention(
+        "modular_attention_varlen",
+        (
+            "cu_seqlens_q",
+            "cu_seqlens_k",
+            "modality_bias",
+            "sink",
+            "max_seqlen_q",
+            "max_seqlen_k",
+            "num_modalities",
+            "is_causal",
+            "scale",
+        ),
+    )
+    pseudo_score_sink = _sink_operator()

@@ -1,0 +1,281 @@
+"""Argument checks of the public functions, the same for the native operators and for the reference fallback.
+
+Only what tensors say about themselves (rank, sizes, dtype, device) is looked at, never their values: a check costs no
+device synchronisation, and torch.compile turns it into guards. Shapes and options raise ValueError, dtypes and
+non-tensors TypeError, and what no kernel can run NotImplementedError with the reason and the remedy.
+"""
+
+import torch
+from torch import Tensor
+
+from . import library
+
+MAX_MODALITIES = 16
+MAX_HEAD_SIZE = 256
+HEAD_SIZE_STEP = 8  # one AVX2 vector of float32, one 16-byte load of bfloat16
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+OFFSETS = (torch.int32, torch.int64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse, mass, modality_bias and sink: float64 for float64 inputs, float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Devices with native kernels; a meta tensor is answered by the fake kernels.
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": None}
+NATIVE_DEVICES = frozenset(
+    device
+    for device, key in _DISPATCH_KEYS.items()
+    if library.native_loaded
+    and (key is None or torch._C._dispatch_has_kernel_for_dispatch_key("moda_ext::modular_attention", key))
+)
+
+
+def runs_natively(op: str, device: torch.device) -> bool:
+    """Whether the native operators (True) or the reference (False: no native library) take tensors on ``device``."""
+    if not library.native_loaded:
+        return False
+    if device.type not in NATIVE_DEVICES:
+        raise NotImplementedError(
+            f"{op}: query is on {device}, and this build of moda_ext has no kernels for {device.type}; install it "
+            f"again where the compiler for that device is found (python -m moda_ext.info shows what was built), or "
+            f"call moda_ext.reference.{op}, which runs on any device, with O(Nq Nk) memory"
+        )
+    return True
+
+
+def dense(query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale) -> None:
+    """Raise unless ``modular_attention`` can run these arguments (after the autocast conversion)."""
+    op = "modular_attention"
+    _attention_options(op, num_modalities, is_causal, scale)
+    _tensors(op, query, key, value, key_modality, modality_bias, sink)
+    _views(op, query, 4, num_modalities, "(B, Hq, Nq, D)")
+    _rank(op, "key", key, 4, "(B, Hkv, Nk, D)")
+    _rank(op, "value", value, 4, "(B, Hkv, Nk, D)")
+    batch, heads, rows, head_size = query.shape[-4:]
+    kv_heads, columns = key.shape[1], key.shape[2]
+    if key.shape[0] != batch:
+        _mismatch(op, "key", "the batch size of query", batch, key.shape[0])
+    _kv_shapes(op, heads, head_size, kv_heads, key, value)
+    _rank(op, "key_modality", key_modality, 2, "(B, Nk)")
+    if key_modality.shape[0] != batch or key_modality.shape[1] != columns:
+        _mismatch(op, "key_modality", "the shape (B, Nk)", (batch, columns), tuple(key_modality.shape))
+    if modality_bias is not None:
+        _broadcastable(op, "modality_bias", modality_bias, (batch, heads, rows, num_modalities), "(B, Hq, Nq, M)")
+    if sink is not None:
+        _broadcastable(op, "sink", sink, (batch, heads, rows), "(B, Hq, Nq)")
+
+
+def varlen(
+    query,
+    key,
+    value,
+    key_modality,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    modality_bias,
+    sink,
+    num_modalities,
+    is_causal,
+    scale,
+) -> None:
+    """Raise unless ``modular_attention_varlen`` can run these arguments (after the autocast conversion)."""
+    op = "modular_attention_varlen"
+    _attention_options(op, num_modalities, is_causal, scale)
+    _tensors(op, query, key, value, key_modality, modality_bias, sink)
+    _views(op, query, 3, num_modalities, "(Tq, Hq, D)")
+    _rank(op, "key", key, 3, "(Tk, Hkv, D)")
+    _rank(op, "value", value, 3, "(Tk, Hkv, D)")
+    tokens, heads, head_size = query.shape[-3:]
+    key_tokens, kv_heads = key.shape[0], key.shape[1]
+    _kv_shapes(op, heads, head_size, kv_heads, key, value)
+    _rank(op, "key_modality", key_modality, 1, "(Tk,)")
+    if key_modality.shape[0] != key_tokens:
+        _mismatch(op, "key_modality", "the shape (Tk,)", (key_tokens,), tuple(key_modality.shape))
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _tensor(op, name, offsets)
+        _dtype(op, name, offsets, OFFSETS)
+        _device(op, name, offsets, query)
+        _rank(op, name, offsets, 1, "(number of sequences + 1,)")
+        if offsets.shape[0] < 1:
+            _mismatch(op, name, "at least one offset, 0", "1 or more", 0)
+    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+        expected = "as many offsets as cu_seqlens_q"
+        _mismatch(op, "cu_seqlens_k", expected, cu_seqlens_q.shape[0], cu_seqlens_k.shape[0])
+    _count(op, "max_seqlen_q", max_seqlen_q)
+    _count(op, "max_seqlen_k", max_seqlen_k)
+    if modality_bias is not None:
+        _broadcastable(op, "modality_bias", modality_bias, (tokens, heads, num_modalities), "(Tq, Hq, M)")
+    if sink is not None:
+        _broadcastable(op, "sink", sink, (tokens, heads), "(Tq, Hq)")
+
+
+def sink(num_rows, length, decay, base, start, device, dtype) -> None:
+    """Raise unless ``pseudo_score_sink`` can run these arguments."""
+    op = "pseudo_score_sink"
+    _count(op, "num_rows", num_rows)
+    _count(op, "start", start)
+    if length is not None:
+        _count(op, "length", length)
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype must be one of {_names(FLOATS)}, got {dtype}")
+    for name, argument in (("decay", decay), ("base", base)):
+        if not isinstance(argument, Tensor):
+            if not _is_number(argument):
+                raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(argument).__name__}")
+            continue
+        _dtype(op, name, argument, FLOATS)
+        if argument.dim() > 1:
+            raise ValueError(f"{op}: {name} must be a scalar or have shape (H,), got shape {tuple(argument.shape)}")
+        if device is not None and not _same_device(argument.device, torch.device(device)):
+            raise ValueError(f"{op}: {name} must be on the device asked for ({device}), got {argument.device}")
+    if isinstance(decay, Tensor) and isinstance(base, Tensor):
+        _device(op, "base", base, decay, "decay")
+        if decay.dim() == base.dim() == 1 and decay.shape[0] != base.shape[0] and 1 not in (*decay.shape, *base.shape):
+            _mismatch(op, "base", "as many heads as decay", decay.shape[0], base.shape[0])
+    if not isinstance(decay, Tensor):
+        if not decay >= 0:  # also NaN
+            raise ValueError(f"{op}: decay must be at least 0, got {decay}")
+        if length is None and decay == 0:
+            raise ValueError(
+                f"{op}: decay must be above 0 when length is None, or the sum of pseudo scores is infinite; got {decay}"
+            )
+
+
+def _attention_options(op, num_modalities, is_causal, scale) -> None:
+    if not _is_integer(num_modalities):
+        raise TypeError(f"{op}: num_modalities must be an int, got {type(num_modalities).__name__}")
+    if num_modalities < 1 or num_modalities > MAX_MODALITIES:
+        raise ValueError(f"{op}: num_modalities must lie in 1 to {MAX_MODALITIES}, got {num_modalities}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"{op}: is_causal must be a bool, got {type(is_causal).__name__}")
+    if scale is not None and not _is_number(scale):
+        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+
+
+def _tensors(op, query, key, value, key_modality, modality_bias, sink) -> None:
+    """Types, dtypes and devices, all compared with query's."""
+    _tensor(op, "query", query)
+    dtype, device = query.dtype, query.device
+    if dtype not in FLOATS:
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise NotImplementedError(
+                f"{op}: query has dtype {dtype}, and there is no kernel for 8-bit floating point; convert query, key "
+                f"and value to torch.bfloat16"
+            )
+        raise TypeError(f"{op}: query must have one of the dtypes {_names(FLOATS)}, got {dtype}")
+    for name, tensor in (("key", key), ("value", value)):
+        _tensor(op, name, tensor)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of query ({dtype}), got {tensor.dtype}")
+        if tensor.device != device:
+            _device(op, name, tensor, query)
+    _tensor(op, "key_modality", key_modality)
+    _dtype(op, "key_modality", key_modality, INTEGERS)
+    if key_modality.device != device:
+        _device(op, "key_modality", key_modality, query)
+    for name, tensor in (("modality_bias", modality_bias), ("sink", sink)):
+        if tensor is None:
+            continue
+        _tensor(op, name, tensor)
+        if tensor.dtype != dtype and tensor.dtype != accumulation_dtype(dtype):
+            also = accumulation_dtype(dtype)
+            raise TypeError(f"{op}: {name} must have the dtype of query ({dtype}) or {also}, got {tensor.dtype}")
+        if tensor.device != device:
+            _device(op, name, tensor, query)
+
+
+def _views(op, query, rank, num_modalities, layout) -> None:
+    """query is one view of the given rank, or num_modalities views stacked in front."""
+    if query.dim() == rank + 1:
+        if query.shape[0] != num_modalities:
+            expected = f"num_modalities={num_modalities} views in front"
+            _mismatch(op, "query", f"{expected}, (M, {layout[1:]}", num_modalities, query.shape[0])
+    elif query.dim() != rank:
+        raise ValueError(
+            f"{op}: query must have shape {layout}, or (M, {layout[1:]} with one view per modality, "
+            f"got {query.dim()} dimensions, {tuple(query.shape)}"
+        )
+
+
+def _kv_shapes(op, heads, head_size, kv_heads, key, value) -> None:
+    if value.shape != key.shape:
+        _mismatch(op, "value", "the shape of key", tuple(key.shape), tuple(value.shape))
+    if key.shape[-1] != head_size:
+        _mismatch(op, "key", "the head size of query", head_size, key.shape[-1])
+    if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
+        raise ValueError(
+            f"{op}: the heads of query must be a multiple of the heads of key (GQA, at least one), "
+            f"got {heads} query heads and {kv_heads} key heads"
+        )
+    if head_size < HEAD_SIZE_STEP or head_size > MAX_HEAD_SIZE or head_size % HEAD_SIZE_STEP != 0:
+        raise NotImplementedError(
+            f"{op}: query has head size {head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} from "
+            f"{HEAD_SIZE_STEP} to {MAX_HEAD_SIZE}. Pad query, key and value with zeros, pass the scale of the true "
+            f"head size and cut the output, or call moda_ext.reference.{op}, which takes any size"
+        )
+
+
+def _broadcastable(op, name, tensor, shape, layout) -> None:
+    given = tensor.shape
+    missing = len(shape) - len(given)
+    fits = missing >= 0
+    if fits:
+        for size, target in zip(given, shape[missing:], strict=True):
+            if size != target and size != 1:
+                fits = False
+                break
+    if not fits:
+        _mismatch(op, name, f"a shape that broadcasts to {layout}", tuple(shape), tuple(given))
+
+
+def _tensor(op, name, argument) -> None:
+    if not isinstance(argument, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(argument).__name__}")
+
+
+def _dtype(op, name, tensor, allowed) -> None:
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{op}: {name} must have one of the dtypes {_names(allowed)}, got {tensor.dtype}")
+
+
+def _device(op, name, tensor, other, other_name="query") -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name} ({other.device}), got {tensor.device}")
+
+
+def _same_device(device, wanted) -> bool:
+    return device.type == wanted.type and (wanted.index is None or wanted.index == device.index)
+
+
+def _rank(op, name, tensor, rank, layout) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(f"{op}: {name} must have shape {layout}, got {tensor.dim()} dimensions, {tuple(tensor.shape)}")
+
+
+def _count(op, name, value) -> None:
+    if not _is_integer(value):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+
+
+def _mismatch(op, name, what, expected, got) -> None:
+    raise ValueError(f"{op}: {name} must have {what}: expected {expected}, got {got}")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

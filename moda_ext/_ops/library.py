@@ -1,0 +1,91 @@
+"""Loads the native library, or says exactly why not.
+
+native_loaded is True when the operators of torch.ops.moda_ext are registered; False means that moda_ext.reference does
+the work. build_info is what the native build says of itself (csrc/bindings.cpp), None without one.
+
+Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+from moda_ext._version import TORCH_BELOW, TORCH_MIN, TORCH_REQUIREMENT, __version__
+
+native_loaded: bool = False
+build_info: dict | None = None
+library_path: str | None = None
+fallback_reason: str | None = None
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def _version_text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def torch_mismatch(found: str, built_for: str) -> str | None:
+    """Why a native library built for torch `built_for` cannot run with torch `found`, with the fix; None if it can.
+
+    The library uses only libtorch's stable ABI, so one binary serves every supported torch.
+    """
+    if TORCH_MIN <= tuple(map(int, found.split(".")[:2])) < TORCH_BELOW:
+        return None
+    newest = _version_text((TORCH_BELOW[0], TORCH_BELOW[1] - 1))
+    return (
+        f"moda_ext {__version__} was built for torch {built_for} and runs with torch {_version_text(TORCH_MIN)} to "
+        f'{newest}, but found torch {found}. Fix: python -m pip install "{TORCH_REQUIREMENT}"'
+    )
+
+
+def _load() -> None:
+    """Sets the module variables above. ImportError names the cause if a native build is there but cannot be used."""
+    global native_loaded, build_info, library_path, fallback_reason
+    required = _flag("MODA_EXT_REQUIRE_NATIVE")
+    if _flag("MODA_EXT_DISABLE_NATIVE"):
+        if required:
+            raise ImportError("moda_ext: both MODA_EXT_REQUIRE_NATIVE and MODA_EXT_DISABLE_NATIVE are set; unset one")
+        fallback_reason = "MODA_EXT_DISABLE_NATIVE is set"
+        return
+
+    operators = importlib.util.find_spec("moda_ext._operators")
+    bindings = importlib.util.find_spec("moda_ext._C")
+    if operators is None and bindings is None:
+        message = (
+            "moda_ext: the native library is not built for this Python. "
+            "Fix: run `python -m pip install .` in a checkout of moda_ext (needs a C++17 compiler)."
+        )
+        if required:
+            raise ImportError(f"{message} (MODA_EXT_REQUIRE_NATIVE is set)")
+        fallback_reason = "the native library is not built"
+        warnings.warn(f"{message} Until then the slow PyTorch reference is used.", RuntimeWarning, stacklevel=2)
+        return
+    if operators is None or bindings is None:
+        missing = "moda_ext._operators" if operators is None else "moda_ext._C"
+        raise ImportError(f"moda_ext: the native build lacks {missing}. Fix: install moda_ext again.")
+
+    info = importlib.import_module("moda_ext._C").build_info()
+    if info["version"] != __version__:
+        raise ImportError(
+            f"moda_ext: the native library is of version {info['version']}, the Python files are of version "
+            f"{__version__}. Fix: install moda_ext again."
+        )
+    mismatch = torch_mismatch(torch.__version__, info["torch"])
+    if mismatch:
+        raise ImportError(mismatch)
+    try:
+        torch.ops.load_library(operators.origin)
+    except OSError as error:
+        raise ImportError(
+            f"moda_ext: cannot load {operators.origin}, built for torch {info['torch']}, with torch "
+            f"{torch.__version__}: {error.__cause__ or error}. Fix: install moda_ext again with this torch installed."
+        ) from error
+    native_loaded, build_info, library_path = True, info, operators.origin
+
+
+_load()

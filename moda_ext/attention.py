@@ -1,0 +1,303 @@
+"""Modular attention: softmax attention that knows the modality of every key.
+
+Each function checks its arguments, brings them to the form the operators take (broadcast, accumulation dtype, int32
+ids) and calls the native operator, or :mod:`moda_ext.reference` when the native library is not built.
+"""
+
+import torch
+from torch import Tensor
+
+from moda_ext import reference
+from moda_ext._ops import autocast, autograd, checks
+
+__all__ = ["modular_attention", "modular_attention_varlen", "pseudo_score_sink"]
+
+
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+):
+    r"""Attention with a bias per (row, key modality), a sink per row, and the attention mass of every modality.
+
+    With :math:`a_j` the modality of key j, :math:`b` the modality bias and :math:`c` the sink,
+
+    .. math::
+        S_{ij} = \text{scale}\; q_i^{(a_j)} \cdot k_j + b_{i, a_j}, \qquad
+        p_{ij} = \frac{e^{S_{ij}}}{\sum_{j'} e^{S_{ij'}} + e^{c_i}}, \qquad
+        o_i = \sum_j p_{ij} v_j
+
+    over the visible keys j: those with :math:`a_j \ge 0` and, if ``is_causal``, :math:`j \le i + N_k - N_q`. Without
+    bias, sink and padding this is :func:`torch.nn.functional.scaled_dot_product_attention`. Source: MODA, ICML 2025
+    (arXiv 2507.04635), Eq. 7-10; the pseudo scores of its mask enter as the sink, see :func:`pseudo_score_sink`.
+
+    Args:
+        query: (B, Hq, Nq, D), or (M, B, Hq, Nq, D): one view of the query per key modality, :math:`q^{(m)}`. float32,
+            float64, bfloat16 or float16; D is a multiple of 8 from 8 to 256.
+        key: (B, Hkv, Nk, D), dtype and device of ``query``. Hq is a multiple of Hkv: query head h reads key head
+            h // (Hq / Hkv).
+        value: like ``key``. Query, key and value may have any strides; only a last dimension that is not contiguous is
+            copied.
+        key_modality: (B, Nk), any integer dtype. The modality of each key in [0, M), or -1 for padding, which nobody
+            sees.
+        num_modalities: M, 1 to 16.
+        modality_bias: broadcastable to (B, Hq, Nq, M), in the dtype of ``query`` or of ``lse``. -inf hides a modality
+            from a row.
+        sink: broadcastable to (B, Hq, Nq), natural logarithm, dtype as ``modality_bias``. -inf is no sink.
+        is_causal: causal mask, aligned at the bottom right: the last query sees all keys, also when Nq != Nk.
+        scale: factor of the scores, by default D ** -0.5.
+        return_lse: also return ``lse``.
+        return_mass: also return ``mass``.
+
+    Returns:
+        ``out`` (B, Hq, Nq, D) in the dtype of ``query``, or the tuple ``(out[, lse][, mass])`` of what was asked for:
+
+        - ``lse`` (B, Hq, Nq), :math:`\log(\sum_j e^{S_{ij}} + e^{c_i})`, float64 for float64 inputs, else float32;
+        - ``mass`` (B, Hq, Nq, M), :math:`\sum_{j: a_j = m} p_{ij}`, dtype as ``lse``. It sums to 1 minus the sink's
+          share.
+
+        All are differentiable (once; :mod:`moda_ext.reference` has higher derivatives) in query, key, value,
+        modality_bias and sink. A row that sees nothing has out 0, mass 0, lse equal to its sink or -inf, and gradients
+        0. Empty batches, zero queries and zero keys are valid.
+
+    Raises:
+        ValueError: a shape, size or option does not fit, or (on the CPU) a modality id is outside [-1, M).
+        TypeError: an argument is not a tensor, or has the wrong dtype.
+        NotImplementedError: no kernel for this head size, dtype or device; the message says what would work.
+
+    Under autocast, query, key and value are cast to the autocast dtype, as in ``scaled_dot_product_attention``.
+
+    Example:
+        >>> query = torch.randn(1, 8, 6, 64)
+        >>> key, value = torch.randn(1, 2, 6, 64), torch.randn(1, 2, 6, 64)
+        >>> key_modality = torch.tensor([[0, 1, 1, 1, 0, 0]])  # text, three image patches, text
+        >>> prior = torch.tensor([0.0, 0.5])  # every row favours modality 1
+        >>> out, mass = modular_attention(
+        ...     query, key, value, key_modality, modality_bias=prior, is_causal=True, return_mass=True
+        ... )
+        >>> out.shape, mass.shape
+        (torch.Size([1, 8, 6, 64]), torch.Size([1, 8, 6, 2]))
+    """
+    query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
+    checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale)
+    if not checks.runs_natively("modular_attention", query.device):
+        return reference.modular_attention(
+            query,
+            key,
+            value,
+            key_modality,
+            num_modalities=num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=return_lse,
+            return_mass=return_mass,
+        )
+    rows = query.shape[-4:-1]
+    out, lse, mass = autograd.modular_attention(
+        _last_contiguous(query),
+        _last_contiguous(key),
+        _last_contiguous(value),
+        key_modality.to(torch.int32),
+        _expand(modality_bias, (*rows, num_modalities), query.dtype),
+        _expand(sink, rows, query.dtype),
+        num_modalities,
+        is_causal,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    return reference.pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+):
+    """:func:`modular_attention` over sequences of different lengths packed into one: no padding, no batch dimension.
+
+    Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
+    ``cu_seqlens_k[s + 1]``; a query sees keys of its own sequence only, and ``is_causal`` is aligned at the bottom
+    right of each sequence. The equation is that of :func:`modular_attention`, sequence by sequence.
+
+    Args:
+        query: (Tq, Hq, D), or (M, Tq, Hq, D): one view of the query per key modality. Dtypes and head sizes as in
+            :func:`modular_attention`.
+        key: (Tk, Hkv, D), dtype and device of ``query``; Hq is a multiple of Hkv.
+        value: like ``key``.
+        key_modality: (Tk,), any integer dtype, in [0, M), or -1 for a key that nobody sees.
+        cu_seqlens_q: (S + 1,), int32 or int64 (converted to int32): offsets that rise from 0 to Tq.
+        cu_seqlens_k: (S + 1,), the same for the keys, from 0 to Tk.
+        max_seqlen_q: length of the longest query sequence, or an upper bound of it.
+        max_seqlen_k: the same for the keys.
+        num_modalities: M, 1 to 16.
+        modality_bias: broadcastable to (Tq, Hq, M), in the dtype of ``query`` or of ``lse``. -inf hides.
+        sink: broadcastable to (Tq, Hq), natural logarithm, dtype as ``modality_bias``.
+        is_causal: causal mask within each sequence, aligned at its bottom right.
+        scale: factor of the scores, by default D ** -0.5.
+        return_lse: also return ``lse``.
+        return_mass: also return ``mass``.
+
+    Returns:
+        ``out`` (Tq, Hq, D) in the dtype of ``query``, or the tuple ``(out[, lse][, mass])`` with ``lse`` (Tq, Hq) and
+        ``mass`` (Tq, Hq, M) in float32, or float64 for float64 inputs. Differentiable as in :func:`modular_attention`.
+
+    Raises:
+        ValueError: a shape, size or option does not fit; on the CPU also an id outside [-1, M) and offsets that do not
+            partition the tokens.
+        TypeError: an argument is not a tensor, or has the wrong dtype.
+        NotImplementedError: no kernel for this head size, dtype or device; the message says what would work.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 7, 4, 32)  # 7 tokens, 4 heads: sequences of 3 and 4 tokens
+        >>> cu_seqlens = torch.tensor([0, 3, 7])
+        >>> key_modality = torch.tensor([0, 1, 1, 1, 1, 0, 0])
+        >>> modular_attention_varlen(query, key, value, key_modality, cu_seqlens, cu_seqlens, 4, 4).shape
+        torch.Size([7, 4, 32])
+    """
+    query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
+    checks.varlen(
+        query,
+        key,
+        value,
+        key_modality,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        modality_bias,
+        sink,
+        num_modalities,
+        is_causal,
+        scale,
+    )
+    if not checks.runs_natively("modular_attention_varlen", query.device):
+        return reference.modular_attention_varlen(
+            query,
+            key,
+            value,
+            key_modality,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            num_modalities=num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=return_lse,
+            return_mass=return_mass,
+        )
+    rows = query.shape[-3:-1]
+    out, lse, mass = autograd.modular_attention_varlen(
+        _last_contiguous(query),
+        _last_contiguous(key),
+        _last_contiguous(value),
+        key_modality.to(torch.int32),
+        cu_seqlens_q.to(torch.int32),
+        cu_seqlens_k.to(torch.int32),
+        _expand(modality_bias, (*rows, num_modalities), query.dtype),
+        _expand(sink, rows, query.dtype),
+        max_seqlen_q,
+        max_seqlen_k,
+        num_modalities,
+        is_causal,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    return reference.pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def pseudo_score_sink(
+    num_rows: int,
+    length: int | None,
+    decay: float | Tensor,
+    *,
+    base: float | Tensor = 0.0,
+    start: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    r"""The pseudo scores of a causal row, summed: the ``sink`` that makes :func:`modular_attention` apply MODA's mask.
+
+    Row i (1-based) of a sequence of maximal length n has n - i pseudo scores, which decay away from the diagonal:
+
+    .. math::
+        c_i = \log \sum_{t=1}^{n-i} e^{\text{base} - (t-1)\,\text{decay}}
+            = \text{base} + \log(1 - e^{-\text{decay}\,(n-i)}) - \log(1 - e^{-\text{decay}})
+
+    with the limit :math:`\text{base} + \log(n - i)` at decay 0, and -inf (no pseudo score left) for :math:`i \ge n`. A
+    row's sink depends on its absolute position only, so decoding token by token agrees with training. ``base=-inf``
+    switches pseudo scores off. Source: MODA, Eq. 9-10; StableMask, ICML 2024 (arXiv 2402.04779).
+
+    Args:
+        num_rows: number of rows.
+        length: n, or None for an infinite one, where the sink is the same for every row and decay must be above 0.
+        decay: decay per position, at least 0; a number or a floating-point tensor of shape (H,) or ().
+        base: the first pseudo score; a number or a floating-point tensor of shape (H,) or ().
+        start: 0-based absolute position of the first row: row r of the result is i = start + r + 1.
+        device: device of the result, by default that of ``decay`` or ``base``, else the default device.
+        dtype: dtype of the result. It is computed in float64 if ``dtype`` is float64, else in float32.
+
+    Returns:
+        (H, num_rows) if ``decay`` or ``base`` has shape (H,), else (num_rows,). Differentiable in ``decay`` and
+        ``base``.
+
+    Raises:
+        ValueError: a negative number of rows, length, start or decay; decay 0 with an infinite length (for tensors: on
+            the CPU); shapes or devices that do not fit.
+        TypeError: an argument of another type or dtype.
+        NotImplementedError: no kernel for this device.
+
+    Example:
+        >>> sink = pseudo_score_sink(5, 6, torch.tensor([0.5, 1.0]))  # two heads, five rows, at most six tokens
+        >>> sink.shape, sink[:, -1]  # the last row has one pseudo score left, exp(0)
+        (torch.Size([2, 5]), tensor([0., 0.]))
+    """
+    checks.sink(num_rows, length, decay, base, start, device, dtype)
+    work = checks.accumulation_dtype(dtype)
+    if device is None and isinstance(base, Tensor):
+        device = base.device
+    if not isinstance(decay, Tensor):
+        decay = torch.full((), decay, dtype=work, device=device)
+    if not isinstance(base, Tensor):
+        base = torch.full((), base, dtype=work, device=decay.device)
+    if not checks.runs_natively("pseudo_score_sink", decay.device):
+        return reference.pseudo_score_sink(num_rows, length, decay, base=base, start=start, dtype=dtype)
+    per_head = torch.broadcast_shapes(decay.shape, base.shape)
+    shape = per_head or (1,)
+    sink = autograd.pseudo_score_sink(
+        decay.to(work).expand(shape), base.to(work).expand(shape), num_rows, length, start
+    ).to(dtype)
+    return sink if per_head else sink[0]
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _expand(tensor: Tensor | None, shape, dtype: torch.dtype) -> Tensor | None:
+    """Broadcast without copying, in the accumulation dtype of ``dtype``: autograd sums the gradient back."""
+    return None if tensor is None else tensor.to(checks.accumulation_dtype(dtype)).expand(shape)

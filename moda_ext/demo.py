@@ -1,0 +1,440 @@
+"""A photograph and a sentence through one modular attention layer: ``python -m moda_ext.demo [--out moda_demo.png]``.
+
+The layer has the size of one in LLaVA-NeXT-8B (embedding 4096, 32 query heads, 8 key/value heads of size 128, RoPE).
+There are no trained weights in it. So that the picture shows something one can check by eye, tokens are embedded by
+colour:
+
+- a patch becomes random Fourier features of its mean colour, so the product of two patch embeddings falls with their
+  colour difference (a Gaussian kernel of width COLOUR_WIDTH in RGB);
+- a word that names a CSS colour ("steelblue") is embedded as a patch of that colour, any other word at random;
+- projections are random; the query projection is mostly the key projection, so a token looks at its like.
+
+What is printed and drawn therefore shows what the operator computes and what prior and pseudo scores do to it. It is no
+statement about a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import time
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moda_ext
+from moda_ext import reference
+from moda_ext.attention import modular_attention, pseudo_score_sink
+
+TEXT, VISION = 0, 1
+EMBEDDING, QUERY_HEADS, KEY_HEADS, HEAD_DIM = 4096, 32, 8, 128  # LLaVA-NeXT-8B
+ROPE_BASE = 500_000.0
+GRID = 24  # 24 x 24 = 576 patches, as a 336-pixel image in CLIP's 14-pixel patches
+COLOUR_WIDTH = 0.15
+QUERY_LIKE_KEY, QUERY_OWN = 0.65, 0.3  # how much of the query projection is the key projection, how much its own
+
+BEFORE = "This is a photograph of Rear Admiral Grace Hopper in uniform :"
+AFTER = "Which parts of the picture are steelblue , which are darkred and which are black ?"
+SHOWN = ("steelblue", "darkred", "black")
+
+UNIFORM = "uniform attention"
+PRIOR = 1.5  # added to the scores between modalities: exp(1.5) = 4.5 times the weight
+TOLERANCE = 1e-5  # of the largest value; float32 rounds at 1.2e-7
+DECAY, BASE, MAX_LENGTH = 0.5, 5.0, 8192  # pseudo scores; the paper's base for training from scratch is 0
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class Tokens:
+    """One sequence [text][image][text]."""
+
+    photo: Tensor  # (S, S, 3) in [0, 1]
+    colours: Tensor  # (GRID * GRID, 3): mean colour of each patch
+    before: list[str]
+    after: list[str]
+    embedding: Tensor  # (1, N, EMBEDDING)
+    modality: Tensor  # (1, N) int32
+
+    @property
+    def after_start(self) -> int:
+        return len(self.before) + GRID * GRID
+
+    def row_of(self, word: str) -> int:
+        return self.after_start + self.after.index(word)
+
+
+def load_photo() -> Tensor:
+    """The square around the face of matplotlib's sample photograph, resized to 336 x 336."""
+    import numpy as np
+    from matplotlib import cbook, image
+
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        pixels = torch.from_numpy(np.array(image.imread(file, format="jpg"))).float() / 255
+    width = pixels.shape[1]
+    square = pixels[20 : 20 + width].permute(2, 0, 1)[None]
+    return F.interpolate(square, size=(14 * GRID, 14 * GRID), mode="area")[0].permute(1, 2, 0)
+
+
+def make_tokens() -> Tokens:
+    from matplotlib.colors import CSS4_COLORS, to_rgb
+
+    photo = load_photo()
+    colours = F.adaptive_avg_pool2d(photo.permute(2, 0, 1), GRID).flatten(1).T  # (576, 3)
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.randn(3, EMBEDDING, generator=generator) / COLOUR_WIDTH
+    phase = 2 * torch.pi * torch.rand(EMBEDDING, generator=generator)
+
+    def embed_colour(rgb: Tensor) -> Tensor:
+        return 2**0.5 * torch.cos(rgb @ frequency + phase)
+
+    def embed_word(word: str) -> Tensor:
+        if word in CSS4_COLORS:
+            return embed_colour(torch.tensor(to_rgb(word)))
+        return torch.randn(EMBEDDING, generator=torch.Generator().manual_seed(zlib.crc32(word.lower().encode())))
+
+    before, after = (re.findall(r"\w+|[^\w\s]", text) for text in (BEFORE, AFTER))
+    rows = [*map(embed_word, before), *embed_colour(colours), *map(embed_word, after)]
+    modality = [TEXT] * len(before) + [VISION] * len(colours) + [TEXT] * len(after)
+    return Tokens(
+        photo, colours, before, after, torch.stack(rows)[None], torch.tensor(modality, dtype=torch.int32)[None]
+    )
+
+
+# The layer ------------------------------------------------------------------------------------------------------------
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding of (B, N, H, D)."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None] * ROPE_BASE ** (-torch.arange(half) / half)  # (N, D / 2)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x.split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def project(embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (1, Hq, N, D), key and value (1, Hkv, N, D) with RoPE, from seeded random projections."""
+    generator = torch.Generator().manual_seed(1)
+
+    def weight(heads: int) -> Tensor:
+        return torch.randn(EMBEDDING, heads, HEAD_DIM, generator=generator) * EMBEDDING**-0.5
+
+    to_key, to_value = weight(KEY_HEADS), weight(KEY_HEADS)
+    shared = to_key.repeat_interleave(QUERY_HEADS // KEY_HEADS, dim=1)
+    to_query = QUERY_LIKE_KEY * shared + QUERY_OWN * weight(QUERY_HEADS)
+    query, key, value = (torch.einsum("bne,ehd->bnhd", embedding, w) for w in (to_query, to_key, to_value))
+    return tuple(t.transpose(1, 2) for t in (rotate(query), rotate(key), value))
+
+
+@dataclass
+class Setting:
+    """One row of the mass table: what is added to plain attention."""
+
+    name: str
+    bias: Tensor | None = None  # broadcastable to (B, Hq, N, M)
+    sink: Tensor | None = None  # broadcastable to (B, Hq, N)
+
+
+def make_settings(modality: Tensor) -> list[Setting]:
+    n = modality.shape[1]
+    cross = modality[0, :, None] != torch.arange(2)  # (N, M): is this key modality the other one?
+    prior = PRIOR * cross.float()[None, None]
+    sink = pseudo_score_sink(n, MAX_LENGTH, DECAY, base=BASE)[None, None]
+    return [Setting("plain"), Setting("prior", prior), Setting("prior + pseudo scores", prior, sink)]
+
+
+class Layer:
+    """Projected tokens, and the attention over them in each setting."""
+
+    def __init__(self, tokens: Tokens):
+        self.modality = tokens.modality
+        self.query, self.key, self.value = project(tokens.embedding)
+
+    def attend(self, setting: Setting, function=modular_attention, dtype=torch.float32, leaves=None):
+        """(out, lse, mass) of ``function`` in ``dtype``; ``leaves`` replaces query, key, value, bias, sink."""
+        if leaves is None:
+            leaves = [self.query, self.key, self.value, setting.bias, setting.sink]
+        query, key, value, bias, sink = (None if t is None else t.to(dtype) for t in leaves)
+        return function(
+            query,
+            key,
+            value,
+            self.modality,
+            modality_bias=bias,
+            sink=sink,
+            is_causal=True,
+            return_lse=True,
+            return_mass=True,
+        )
+
+    def attention_of_rows(self, setting: Setting, rows: list[int]) -> Tensor:
+        """Attention weights of single rows over all keys, averaged over heads: (len(rows), N).
+
+        No N x N matrix: dv_j = sum_i p_ij dO_i, so an incoming gradient that is 1 in channel c of row r, and 0
+        elsewhere, leaves p_rj, summed over the query heads of a group, in channel c of the gradient of value j.
+        """
+        value = self.value.detach().requires_grad_()
+        out, _, _ = self.attend(setting, leaves=[self.query, self.key, value, setting.bias, setting.sink])
+        upstream = torch.zeros_like(out)
+        for channel, row in enumerate(rows):
+            upstream[:, :, row, channel] = 1.0
+        (grad,) = torch.autograd.grad(out, value, upstream)  # (1, Hkv, N, D)
+        return grad[0, :, :, : len(rows)].sum(dim=0).T / QUERY_HEADS
+
+
+def uniform_mass(modality: Tensor) -> Tensor:
+    """(N, M): the mass of uniform attention over the visible keys."""
+    seen = F.one_hot(modality[0].long(), 2).cumsum(dim=0)
+    return seen / seen.sum(dim=1, keepdim=True)
+
+
+# Checks and figures ---------------------------------------------------------------------------------------------------
+NAMES = ("out", "lse", "mass", "grad query", "grad key", "grad value", "grad bias", "grad sink")
+
+
+def outputs_and_gradients(layer: Layer, setting: Setting, function, dtype: torch.dtype) -> list[Tensor]:
+    """Everything the operator computes, in NAMES' order, for one fixed random incoming gradient."""
+    generator = torch.Generator().manual_seed(2)
+    rows = (1, QUERY_HEADS, layer.query.shape[2])
+    bias, sink = setting.bias.expand(*rows, 2), setting.sink.expand(*rows)
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (layer.query, layer.key, layer.value, bias, sink)]
+    results = layer.attend(setting, function, dtype, leaves)
+    upstream = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
+    return [t.detach().double() for t in (*results, *torch.autograd.grad(results, leaves, upstream))]
+
+
+def print_check(layer: Layer, setting: Setting) -> None:
+    """Raises SystemExit if anything is further from float64 than TOLERANCE of its largest value."""
+    exact = outputs_and_gradients(layer, setting, reference.modular_attention, torch.float64)
+    dense = outputs_and_gradients(layer, setting, reference.modular_attention, torch.float32)
+    ours = outputs_and_gradients(layer, setting, modular_attention, torch.float32)
+    print("\nCheck against the float64 reference: largest error over largest value")
+    print(f"  {'':12}{'modular_attention':>20}{'dense float32':>16}{'tolerance':>12}")
+    wrong = []
+    for name, a, b, c in zip(NAMES, ours, dense, exact, strict=True):
+        error, dense_error = ((x - c).abs().max().item() / c.abs().max().item() for x in (a, b))
+        print(f"  {name:12}{error:20.1e}{dense_error:16.1e}{TOLERANCE:12.0e}")
+        wrong += [] if error <= TOLERANCE else [name]
+    if wrong:
+        raise SystemExit(f"moda_ext.demo: {', '.join(wrong)} beyond tolerance")
+
+
+def print_mass(tokens: Tokens, masses: dict[str, Tensor]) -> None:
+    """``masses``: name -> (N, M). Rows before the image see no patch and are left out."""
+    rows = {"text rows": slice(tokens.after_start, None), "vision rows": slice(len(tokens.before), tokens.after_start)}
+    print("\nWhere attention goes, mean over heads and over the rows that see both modalities, in %")
+    print(f"  {'':26}" + "".join(f"{'from ' + name:>26}" for name in rows))
+    print(f"  {'':26}" + "".join(f"{'text':>10}{'vision':>8}{'pseudo':>8}" for _ in rows))
+    for name, mass in masses.items():
+        line = f"  {name:26}"
+        for part in rows.values():
+            text, vision = (100 * mass[part].mean(dim=0)).tolist()
+            line += f"{text:10.1f}{vision:8.1f}{abs(100 - text - vision):8.1f}"
+        print(line)
+
+
+def print_words(tokens: Tokens, maps: dict[str, Tensor]) -> None:
+    """How far each shown word finds the patches of its colour; the null is the share of such patches."""
+    from matplotlib.colors import to_rgb
+
+    print("\nOf the attention that a word gives to the picture: share on the patches of its colour, in %")
+    print(f"  {'':26}" + "".join(f"{word:>12}" for word in SHOWN))
+    near = [(tokens.colours - torch.tensor(to_rgb(word))).norm(dim=1) < 1.2 * COLOUR_WIDTH for word in SHOWN]
+    print(f"  {UNIFORM:26}" + "".join(f"{100 * part.float().mean():12.1f}" for part in near))
+    for name, weights in maps.items():
+        shares = [100 * w[part].sum() / w.sum() for w, part in zip(weights, near, strict=True)]
+        print(f"  {name:26}" + "".join(f"{share:12.1f}" for share in shares))
+
+
+def print_times(layer: Layer, setting: Setting, progress) -> None:
+    """Ours with everything on, beside SDPA without any of it and beside the dense way to get the same."""
+    n = layer.query.shape[2]
+    rows = (1, QUERY_HEADS, n)
+    leaves = [layer.query, layer.key, layer.value, setting.bias.expand(*rows, 2), setting.sink.expand(*rows)]
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in leaves]
+    query, key, value, bias, sink = leaves
+    is_vision = (layer.modality == VISION)[:, None, None]
+    causal = torch.zeros(n, n).masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+    onehot = F.pad(F.one_hot(layer.modality.long(), 2).float(), (0, 6))[:, None].expand(-1, KEY_HEADS, -1, -1)
+
+    def ours():
+        return layer.attend(setting, leaves=leaves)[::2]
+
+    def sdpa():
+        return (F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),)
+
+    def dense():
+        mask = torch.where(is_vision, bias[..., 1:], bias[..., :1]) + causal
+        mask = torch.cat([mask, sink[..., None]], dim=-1)
+        q, k = F.pad(query, (0, 8)), F.pad(key, (0, 8, 0, 1))  # equal head sizes: the only fast kernel wants them
+        v = F.pad(torch.cat([value, onehot], dim=-1), (0, 0, 0, 1))
+        both = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=HEAD_DIM**-0.5)
+        return both[..., :HEAD_DIM], both[..., HEAD_DIM : HEAD_DIM + 2]
+
+    calls = {"modular_attention": ours, "torch SDPA, causal only": sdpa, "SDPA, dense mask, one-hot V": dense}
+
+    def forward(call):
+        with torch.no_grad():
+            call()
+
+    def train(call):
+        results = call()
+        torch.autograd.grad(results, leaves[: 3 if call is sdpa else 5], [torch.ones_like(r) for r in results])
+
+    print(f"\nTime of this attention (N = {n}, {torch.get_num_threads()} threads), median in ms")
+    print(f"  {'':28}{'forward':>10}{'forward + backward':>22}")
+    seconds = {}
+    for step in progress(range(8), "timing"):
+        for run in (forward, train):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                run(call)
+                if step:  # the first round is warm-up
+                    seconds.setdefault((name, run), []).append(time.perf_counter() - start)
+    for name in calls:
+        print(
+            f"  {name:28}"
+            + "".join(
+                f"{1e3 * statistics.median(seconds[name, run]):{w}.1f}" for run, w in ((forward, 10), (train, 22))
+            )
+        )
+
+
+# The picture ----------------------------------------------------------------------------------------------------------
+LINE_COLOURS = {UNIFORM: "0.55", "plain": "#0072b2", "prior": "#d55e00", "prior + pseudo scores": "#009e73"}
+
+
+CAPTION = f"""\
+Weights are random, not trained. A patch is embedded by its mean colour, a colour word by that colour, any other
+word at random; a token looks at its like. The prior adds {PRIOR} to every score between text and picture: more
+attention crosses over, and inside the picture its pattern stays (in each head). Pseudo scores take a part of each
+row's attention and give it to no token. Uniform attention is the null: every visible token weighs the same. Mean
+over {QUERY_HEADS} heads; the weight of each patch is read from the operator's gradient, without an N x N matrix. The
+stripes come from rotary positions."""
+
+
+def draw_maps(figure, tokens: Tokens, maps: dict[str, Tensor]) -> None:
+    """The photograph, and over it what each word looks at in each setting, on one colour scale."""
+    import matplotlib.pyplot as plt
+
+    grid = figure.add_gridspec(2, 4)
+    square = {"extent": (0, GRID, GRID, 0)}
+
+    def image(cell, picture: Tensor, title: str):
+        axes = figure.add_subplot(cell)
+        axes.imshow(picture.numpy(), **square)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=12)
+        return axes
+
+    axes = image(grid[0, 0], tokens.photo, f"The photograph,\ncut into {GRID} x {GRID} patches")
+    for line in range(1, GRID):
+        axes.axhline(line, color="white", lw=0.4, alpha=0.6)
+        axes.axvline(line, color="white", lw=0.4, alpha=0.6)
+    image(grid[1, 0], tokens.colours.view(GRID, GRID, 3), "What the layer gets of it:\none colour for each patch")
+
+    grey = (0.5 + 0.5 * tokens.photo.mean(dim=-1, keepdim=True)).expand(-1, -1, 3)
+    top = torch.cat(list(maps.values())).quantile(0.995).item()
+    overlays, colour = [], plt.get_cmap("YlOrRd")
+    for line, (name, weights) in enumerate(maps.items()):
+        for column, word in enumerate(SHOWN):
+            weight = weights[column].view(GRID, GRID)
+            title = f"the word “{word}”, {name}\n{weight.sum():.0f} % of its attention is here"
+            overlays.append(image(grid[line, column + 1], grey, title))
+            opacity = (weight / top).clamp(0, 1).sqrt().numpy()
+            overlays[-1].imshow(weight.numpy(), cmap=colour, vmin=0, vmax=top, alpha=opacity, **square)
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, top), colour)
+    bar = figure.colorbar(scale, ax=overlays, shrink=0.6, pad=0.02, extend="max")
+    bar.set_label("attention on one patch, % of the word's total")
+
+
+def draw_curves(figure, tokens: Tokens, masses: dict[str, Tensor]) -> None:
+    """Mass on the other modality, by row: patches on the left, words of the question on the right."""
+    left, right = figure.subplots(1, 2)
+    for name, mass in masses.items():
+        style = {"color": LINE_COLOURS[name], "lw": 1.8}
+        style |= {"ls": "--"} if name == UNIFORM else {"marker": "o", "ms": 5}
+        patches = mass[len(tokens.before) : tokens.after_start, TEXT].view(GRID, GRID).mean(dim=1)
+        left.plot(range(1, GRID + 1), 100 * patches.numpy(), **style)
+        right.plot(100 * mass[tokens.after_start :, VISION].numpy(), label=name, **style)
+    left.set_title("What patches give to the text before the picture")
+    left.set_xlabel("row of the picture, from the top (mean of its 24 patches)")
+    left.set(ylabel="% of attention on text", ylim=(0, 25))
+    right.set_title("What each word of the question gives to the picture")
+    right.set_xticks(range(len(tokens.after)), tokens.after, rotation=60, ha="right", rotation_mode="anchor")
+    right.set(ylabel="% of attention on the picture", ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncol=4, frameon=False)
+
+
+def save_picture(tokens: Tokens, maps: dict[str, Tensor], masses: dict[str, Tensor], path: str) -> None:
+    """``maps``: setting -> (words, patches) attention in %; ``masses``: name -> (N, M)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(14, 13.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.05)
+    figure.suptitle("One attention layer reads a photograph and a question about it", fontsize=18, weight="bold")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2, 1.15])
+    draw_maps(upper, tokens, maps)
+    draw_curves(lower, tokens, masses)
+    figure.supxlabel(CAPTION, fontsize=11, color="0.25")
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m moda_ext.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default="moda_demo.png", help="where the picture goes (default moda_demo.png)")
+    args = parser.parse_args(argv)
+    try:
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f"moda_ext.demo: {error.name} is missing. Fix: python -m pip install 'moda_ext[demo]'"
+        ) from error
+    try:
+        from tqdm import tqdm
+    except ImportError:
+
+        def progress(steps, description):
+            return steps
+    else:
+
+        def progress(steps, description):
+            return tqdm(steps, desc=description, leave=False, disable=None)
+
+    info = moda_ext.info()
+    print(f"moda_ext {info['version']}, {info['build']}, instruction set {info['isa']}, torch {info['torch']}")
+    tokens = make_tokens()
+    layer = Layer(tokens)
+    settings = make_settings(tokens.modality)
+    n = layer.query.shape[2]
+    print(
+        f"Layer: {n} tokens = {len(tokens.before)} text + {GRID * GRID} patches + {len(tokens.after)} text, embedding "
+        f"{EMBEDDING}, {QUERY_HEADS} query heads, {KEY_HEADS} key/value heads, head size {HEAD_DIM}, float32.\n"
+        "The weights are random, not trained: a token looks at tokens of its colour, or at the same word; see "
+        "help(moda_ext.demo)."
+    )
+    print_check(layer, settings[-1])
+    masses = {UNIFORM: uniform_mass(tokens.modality)}
+    for setting in settings:
+        masses[setting.name] = layer.attend(setting)[2][0].mean(dim=0)
+    print_mass(tokens, masses)
+
+    rows = [tokens.row_of(word) for word in SHOWN]
+    vision = tokens.modality[0] == VISION
+    maps = {s.name: 100 * layer.attention_of_rows(s, rows)[:, vision] for s in settings[:2]}
+    print_words(tokens, maps)
+    print_times(layer, settings[-1], progress)
+    save_picture(tokens, maps, masses, args.out)
+    print(f"\nPicture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""Plain-PyTorch operators: dense, differentiable by autograd, on any device and in any floating-point dtype.
+
+They are the tests' oracle (run them in float64) and what the package runs when the native library is not built. Memory
+is O(Nq * Nk). Everything follows the equations; the one liberty is that the sink is one more column of the scores,
+which is what a sum of exponentials that only enlarges the denominator amounts to.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moda_ext._ops.checks import accumulation_dtype
+
+__all__ = [
+    "dense_attention",
+    "merged_attention",
+    "modular_attention",
+    "modular_attention_varlen",
+    "pseudo_score_sink",
+    "stable_mask_weights",
+]
+
+
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+):
+    """Dense :func:`moda_ext.attention.modular_attention`: the same arguments, the same results, any head size.
+
+    float16 and bfloat16 inputs are computed in float32 and the output is rounded once.
+    """
+    key_modality = key_modality.long()
+    raise_if_on_host(
+        lambda: (key_modality < -1) | (key_modality >= num_modalities),
+        f"modular_attention: key_modality must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)",
+    )
+    dtype = accumulation_dtype(query.dtype)
+    out, lse, mass = dense_attention(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        key_modality,
+        num_modalities=num_modalities,
+        modality_bias=None if modality_bias is None else modality_bias.to(dtype),
+        sink=None if sink is None else sink.to(dtype),
+        is_causal=is_causal,
+        scale=scale,
+    )
+    return pack_results(out.to(query.dtype), lse, mass, return_lse, return_mass)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The equations step by step, each step in the dtype of ``query``.
+
+        S_ij = scale q_i^(a_j) . k_j + b_{i,a_j}      p_ij = exp(S_ij) / (sum_j exp(S_ij) + exp(c_i))
+        o_i = sum_j p_ij v_j      L_i = log(sum_j exp(S_ij) + exp(c_i))      mass_im = sum_{j: a_j = m} p_ij
+
+    Returns:
+        ``(out, lse, mass)`` of shapes (B, Hq, Nq, D), (B, Hq, Nq), (B, Hq, Nq, M). A row that sees nothing has out 0,
+        mass 0, lse = sink (or -inf), and passes zero gradients on.
+    """
+    batch, heads, rows, head_size = query.shape[-4:]
+    kv_heads, columns = key.shape[1:3]
+    scale = head_size**-0.5 if scale is None else scale
+    views = query if query.dim() == 5 else query.unsqueeze(0)  # (1 or M, B, Hq, Nq, D)
+
+    attended = (key_modality >= 0)[:, None, :, None]  # padding may hold anything, also NaN: 0 * NaN must not come in
+    key = torch.where(attended, key, 0.0).repeat_interleave(heads // kv_heads, dim=1)
+    value = torch.where(attended, value, 0.0).repeat_interleave(heads // kv_heads, dim=1)
+    modality = key_modality[:, None, None, :]  # (B, 1, 1, Nk)
+
+    scores = scale * (views[0] @ key.mT)  # (B, Hq, Nq, Nk)
+    for m in range(1, views.shape[0]):
+        scores = torch.where(modality == m, scale * (views[m] @ key.mT), scores)
+    if modality_bias is not None:
+        modality_bias = modality_bias.expand(batch, heads, rows, num_modalities)
+        scores = scores + modality_bias.gather(-1, modality.clamp(min=0).expand(batch, heads, rows, columns))
+    visible = modality >= 0
+    if is_causal:  # bottom-right aligned: the last query sees the last key
+        i = torch.arange(rows, device=query.device)[:, None]
+        visible = visible & (torch.arange(columns, device=query.device) <= i + (columns - rows))
+    scores = scores.masked_fill(~visible, -math.inf)
+
+    sink = scores.new_full((), -math.inf) if sink is None else sink
+    logits = torch.cat([scores, sink.expand(batch, heads, rows)[..., None]], dim=-1)
+    maximum = logits.detach().amax(dim=-1, keepdim=True)
+    maximum = maximum.masked_fill(maximum == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
+    weights = (logits - maximum).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    probability = (weights / total)[..., :columns]
+
+    lse = (total.log() + maximum).masked_fill(empty, -math.inf).squeeze(-1)
+    members = (key_modality[..., None] == torch.arange(num_modalities, device=key.device)).to(query.dtype)
+    return probability @ value, lse, probability @ members[:, None]
+
+
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+):
+    """:func:`moda_ext.attention.modular_attention_varlen` as one dense call per sequence. Reads ``cu_seqlens`` on the host."""
+    tokens, heads, head_size = query.shape[-3:]
+    q_bounds = sequence_bounds("cu_seqlens_q", cu_seqlens_q, tokens, max_seqlen_q)
+    k_bounds = sequence_bounds("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    bias = None if modality_bias is None else modality_bias.expand(tokens, heads, num_modalities)
+    sink = None if sink is None else sink.expand(tokens, heads)
+
+    def batch_of_one(tokens: Tensor) -> Tensor:  # (..., N, H, X) -> (..., 1, H, N, X)
+        return tokens.movedim(-3, -2).unsqueeze(-4)
+
+    results = []
+    for (q0, q1), (k0, k1) in zip(q_bounds, k_bounds, strict=True):
+        results.append(
+            modular_attention(
+                batch_of_one(query[..., q0:q1, :, :]),
+                batch_of_one(key[k0:k1]),
+                batch_of_one(value[k0:k1]),
+                key_modality[None, k0:k1],
+                num_modalities=num_modalities,
+                modality_bias=None if bias is None else batch_of_one(bias[q0:q1]),
+                sink=None if sink is None else sink[q0:q1].mT[None],
+                is_causal=is_causal,
+                scale=scale,
+                return_lse=True,
+                return_mass=True,
+            )
+        )
+    dtype = accumulation_dtype(query.dtype)
+    out = torch.cat([query.new_zeros(0, heads, head_size)] + [out[0].transpose(0, 1) for out, _, _ in results])
+    lse = torch.cat([query.new_zeros(0, heads, dtype=dtype)] + [lse[0].mT for _, lse, _ in results])
+    mass = torch.cat(
+        [query.new_zeros(0, heads, num_modalities, dtype=dtype)] + [mass[0].transpose(0, 1) for _, _, mass in results]
+    )
+    return pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def sequence_bounds(name: str, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> list[tuple[int, int]]:
+    """(start, end) of every sequence, or ValueError when the offsets do not partition the tokens."""
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    if offsets[0] != 0 or offsets[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"modular_attention_varlen: {name} must rise from 0 to the number of tokens ({num_tokens}), got {offsets}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"modular_attention_varlen: {name.replace('cu_', 'max_').replace('seqlens', 'seqlen')} is {max_seqlen}, "
+            f"but {name} holds a sequence of {max(lengths)} tokens"
+        )
+    return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+
+def pseudo_score_sink(
+    num_rows: int,
+    length: int | None,
+    decay: float | Tensor,
+    *,
+    base: float | Tensor = 0.0,
+    start: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`moda_ext.attention.pseudo_score_sink` in plain PyTorch, differentiable in ``decay`` and ``base``.
+
+    With ``left`` = length - i pseudo scores in row i and x = decay * left,
+
+        c = base + log((1 - e^-x) / (1 - e^-decay))                             x not small
+        c = base + log(left) - (x - decay) / 2 + (x^2 - decay^2) / 24           x small; the remainder is below x^4 /
+        2880
+
+    The second line holds at decay = 0 as well, with the right derivative -(left - 1) / 2.
+    """
+    work = accumulation_dtype(dtype)
+    given = [t for t in (decay, base) if isinstance(t, Tensor)]
+    device = given[0].device if given else device
+    decay, base = (  # (H, 1) or (1,)
+        t.to(work)[..., None] if isinstance(t, Tensor) else torch.full((1,), t, dtype=work, device=device)
+        for t in (decay, base)
+    )
+    raise_if_on_host(
+        lambda: ~(decay >= 0), "pseudo_score_sink: decay must be at least 0, got a tensor with a smaller value or NaN"
+    )
+    if length is None:
+        raise_if_on_host(
+            lambda: decay == 0,
+            "pseudo_score_sink: decay must be above 0 when length is None, or the sum of pseudo scores is infinite",
+        )
+        sink = base - (-torch.expm1(-decay)).log()
+        return sink.expand(*sink.shape[:-1], num_rows).to(dtype)
+
+    left = length - start - torch.arange(1, num_rows + 1, device=decay.device)
+    none_left = left <= 0
+    left = left.clamp(min=1).to(work)
+    x = decay * left
+    small = x < 1e-2
+    series = left.log() - (x - decay) / 2 + (x.square() - decay.square()) / 24
+    x, decay = x.masked_fill(small, 1.0), decay.expand_as(x).masked_fill(small, 1.0)  # no 0 / 0, also in the gradient
+    sink = base + torch.where(small, series, (torch.expm1(-x) / torch.expm1(-decay)).log())
+    return sink.masked_fill(none_left, -math.inf).to(dtype)
+
+
+def stable_mask_weights(scores: Tensor, decay: float, base: float = 0.0) -> Tensor:
+    """Causal attention weights the way StableMask (arXiv 2402.04779) writes them: softmax(A * C + P) * C.
+
+    ``scores`` A is (..., N, n) for the rows i = 1..N of a sequence of maximal length n. C is 1 on and below the
+    diagonal and 0 above it. P is 0 where C is 1, and holds the pseudo score base - (j - i - 1) decay at column j > i.
+    """
+    i = torch.arange(1, scores.shape[-2] + 1, device=scores.device)[:, None]
+    j = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    causal = (j <= i).to(scores.dtype)
+    pseudo = (base - (j - i - 1) * decay).to(scores.dtype) * (1 - causal)
+    return torch.softmax(scores * causal + pseudo, dim=-1) * causal
+
+
+def merged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = 2,
+    modality_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The merge identity: one plain attention per modality, then a softmax over modalities.
+
+        z_m = lse_m + b_m      L = logsumexp(z_1 .. z_M, c)      mass_m = exp(z_m - L)      o = sum_m mass_m o_m
+
+    Returns ``(out, lse, mass)`` as :func:`dense_attention` does, for rows that see at least one key or have a sink.
+    """
+    outs, logits = [], []
+    for m in range(num_modalities):
+        out, lse, _ = dense_attention(
+            query[m] if query.dim() == 5 else query,
+            key,
+            value,
+            torch.where(key_modality == m, 0, -1),
+            num_modalities=1,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        outs.append(out)
+        logits.append(lse if modality_bias is None else lse + modality_bias.expand(*lse.shape, num_modalities)[..., m])
+    column = [] if sink is None else [sink.expand_as(logits[0])]
+    lse = torch.stack(logits + column, dim=-1).logsumexp(dim=-1)
+    mass = (torch.stack(logits, dim=-1) - lse[..., None]).exp()
+    out = sum(mass[..., m, None] * outs[m] for m in range(num_modalities))
+    return out, lse, mass
+
+
+def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool):
+    """out, or the tuple (out[, lse][, mass]) that was asked for."""
+    if not (return_lse or return_mass):
+        return out
+    return (out, *((lse,) if return_lse else ()), *((mass,) if return_mass else ()))
+
+
+def raise_if_on_host(violated, message: str) -> None:
+    """ValueError(message) when the boolean tensor ``violated()`` holds anywhere, wherever reading it costs no sync.
+
+    Not while compiling; under vmap or with fake tensors there is no value to read; on another device it would wait.
+    """
+    if torch.compiler.is_compiling():
+        return
+    condition = violated()
+    if condition.device.type != "cpu":
+        return
+    try:
+        found = bool(condition.any())
+    except RuntimeError:
+        return
+    if found:
+        raise ValueError(message)

@@ -1,0 +1,69 @@
+"""Devices, seeds and the hypothesis profile shared by all tests."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import moda_ext
+from moda_ext._ops import checks, library
+
+DEVICES = ("cpu", "cuda")
+
+# The same cases in every run; HYPOTHESIS_PROFILE=explore looks for new ones. The database would litter the checkout.
+_COMMON = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("repeatable", derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("explore", **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_report_header(config):
+    info = moda_ext.info()
+    kernels = ", ".join(sorted(checks.NATIVE_DEVICES - {"meta"})) or "none, the reference runs"
+    return f"moda_ext {info['version']}: native kernels: {kernels}; instruction set: {info['isa']}; torch {info['torch']}"
+
+
+def unavailable(device: str) -> str | None:
+    """Why the tests cannot run on this device, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if library.native_loaded and device not in checks.NATIVE_DEVICES:
+        return f"built without {device} kernels"
+    return None
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request) -> str:
+    """Every device that has kernels and hardware; the others show up as skipped."""
+    reason = unavailable(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Skips a test that is about the native operators themselves where they are not built."""
+    if not library.native_loaded:
+        pytest.skip("the native library is not built")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory is full of NaN (integers: the largest), so a result nobody wrote, or scratch nobody set, shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

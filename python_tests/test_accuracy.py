@@ -1,0 +1,113 @@
+"""out, lse, mass and every gradient against float64, by the rule of tolerance.py, over everything a kernel branches on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import LAYOUTS, compare, cotangents_for, evaluate, make_problem, ours, problems
+from tolerance import assert_close, assert_within_rule
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FUZZ_UNITS = 8.0  # roundings granted to tiny tensors, see tolerance.allowed_error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def check(problem, which=("out", "lse", "mass"), rounding_units=0.0):
+    cotangents = cotangents_for(problem, torch.Generator().manual_seed(1), which)
+    compare(problem, cotangents, assert_within_rule, rounding_units)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_fuzzed_problems(device, data):
+    problem = data.draw(problems(device))
+    which = data.draw(st.sets(st.sampled_from(("out", "lse", "mass")), min_size=1))
+    check(problem, which, FUZZ_UNITS)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_fuzzed_problems_longer_than_a_tile(device, data):
+    check(data.draw(problems(device, max_tokens=300, batch=1, dtype=torch.float32, kv_heads=1, heads=2)), (), FUZZ_UNITS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", range(8, 257, 8))
+def test_every_head_size(device, head_size, dtype):
+    check(
+        make_problem(
+            head_size=head_size, dtype=dtype, batch=1, heads=4, kv_heads=2, queries=37, keys=53, num_modalities=3, device=device
+        ),
+        rounding_units=FUZZ_UNITS,
+    )
+
+
+LONGER_THAN_EVERY_TILE = {
+    "causal": {"queries": 1100, "keys": 1100, "head_size": 64, "is_causal": True, "runs": "long runs"},
+    "chunk": {"queries": 500, "keys": 1301, "head_size": 128, "is_causal": True, "padding": "middle"},
+    "more queries": {"queries": 1111, "keys": 500, "head_size": 40, "is_causal": True, "bias": "hidden rows"},
+    "interleaved views": {"queries": 700, "keys": 700, "head_size": 64, "runs": "runs of one", "views": True},
+    "decode": {"queries": 3, "keys": 1300, "head_size": 128, "is_causal": True, "runs": "long runs", "padding": "left"},
+    "plain": {"queries": 700, "keys": 700, "head_size": 256, "sink": None, "bias": None, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", LONGER_THAN_EVERY_TILE.values(), ids=LONGER_THAN_EVERY_TILE)
+def test_longer_than_every_tile(device, shape, dtype):
+    check(make_problem(batch=1, heads=2, kv_heads=1, num_modalities=3, dtype=dtype, device=device, **shape))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_longer_than_every_tile_in_low_precision(device, is_causal, dtype):
+    check(
+        make_problem(
+            batch=1, heads=2, kv_heads=1, queries=517, keys=517, head_size=64, runs="long runs", is_causal=is_causal,
+            dtype=dtype, device=device,
+        )
+    )
+
+
+@pytest.mark.parametrize("group", (1, 2, 8))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(device, layout, group):
+    check(
+        make_problem(
+            heads=2 * group, kv_heads=2, queries=70, keys=90, head_size=32, layouts=(layout,) * 3, is_causal=True, device=device
+        ),
+        rounding_units=FUZZ_UNITS,
+    )
+
+
+@pytest.mark.parametrize("num_modalities", range(1, 17))
+@pytest.mark.parametrize("views", (False, True))
+def test_every_number_of_modalities(device, num_modalities, views):
+    check(
+        make_problem(num_modalities=num_modalities, views=views, queries=40, keys=60, head_size=16, device=device),
+        rounding_units=FUZZ_UNITS,
+    )
+
+
+@pytest.mark.parametrize("wanted", ("query", "key", "value", "modality_bias", "sink"))
+def test_one_gradient_alone_is_the_same(device, wanted):
+    """The kernels skip what nobody asked for; what is left must not change."""
+    problem = make_problem(queries=70, keys=90, head_size=32, is_causal=True, device=device)
+    cotangents = cotangents_for(problem, torch.Generator().manual_seed(1))
+    everything = evaluate(ours, problem, cotangents)[f"gradient of {wanted}"]
+    for name, leaf in problem.leaves().items():
+        leaf.requires_grad_(name == wanted)
+    outputs = ours(problem)
+    (alone,) = torch.autograd.grad(outputs, [getattr(problem, wanted)], [c.to(o) for o, c in zip(outputs, cotangents, strict=True)])
+    assert_close(alone, everything)
+
+
+def test_expanded_cotangents(device):
+    """The gradient of a plain sum is an expanded tensor with every stride 0."""
+    problem = make_problem(queries=20, keys=30, device=device)
+    sums = torch.autograd.grad([o.sum() for o in ours(problem)], list(problem.leaves().values()))
+    outputs = ours(problem)
+    dense_ones = torch.autograd.grad(outputs, list(problem.leaves().values()), [torch.ones_like(o) for o in outputs])
+    for a, b in zip(sums, dense_ones, strict=True):
+        assert_close(a, b)

@@ -1,0 +1,108 @@
+"""Loading the native library: what is checked at import, the fallback, and what moda_ext.info() says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moda_ext
+from moda_ext._ops import library
+
+PACKAGE = Path(moda_ext.__file__).parent
+
+
+def run_python(*arguments, path: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """A fresh Python, which imports the package from `path` if given."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MODA_EXT_")} | environment
+    cwd = path or PACKAGE.parent
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True)
+
+
+# An editable installation finds modules that a copy of the package lacks: take its finder away.
+ONLY_THE_COPY = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]; "
+
+
+@pytest.fixture
+def copy_without_native(tmp_path) -> Path:
+    shutil.copytree(PACKAGE, tmp_path / "moda_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("found", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130"])
+def test_supported_torch_is_accepted(found):
+    assert library.torch_mismatch(found, "2.13.0") is None
+
+
+@pytest.mark.parametrize("found", ["1.13.1", "2.10.0+cpu", "2.15.0.dev20270101", "3.0.0"])
+def test_unsupported_torch_names_both_versions_and_the_fix(found):
+    message = library.torch_mismatch(found, "2.13.0+cpu")
+    assert f"found torch {found}" in message
+    assert "built for torch 2.13.0+cpu" in message
+    assert 'pip install "torch>=2.11,<2.15"' in message
+
+
+def test_unsupported_torch_is_an_import_error(native):
+    result = run_python("-c", "import torch; torch.__version__ = '2.9.1'; import moda_ext")
+    assert result.returncode != 0
+    assert "ImportError: moda_ext" in result.stderr
+    assert "found torch 2.9.1" in result.stderr
+
+
+def test_info_is_a_function_and_a_program():
+    result = run_python("-W", "error", "-m", "moda_ext.info", MODA_EXT_DISABLE_NATIVE="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert moda_ext.__version__ in result.stdout
+    result = run_python("-c", "import moda_ext.info; print(moda_ext.info()['torch'])")
+    assert result.stdout.strip() == torch.__version__
+
+
+def test_info_of_the_native_build(native):
+    info = moda_ext.info()
+    assert info["native"] is True
+    assert info["isa"] in info["isas_built"]
+    assert "build" in info["build"]
+    assert Path(info["library"]).exists()
+
+
+@pytest.mark.parametrize(("cap", "isa"), [("default", "baseline"), ("avx2", "avx2")])
+def test_instruction_set_can_be_capped(native, cap, isa):
+    if cap == "avx2" and moda_ext.info()["isa"] == "baseline":
+        pytest.skip("this machine has no AVX2")
+    result = run_python("-c", "import moda_ext; print(moda_ext.info()['isa'])", ATEN_CPU_CAPABILITY=cap)
+    assert result.stdout.strip() == isa
+
+
+def test_without_native_library_warns_once_and_falls_back(copy_without_native):
+    code = ONLY_THE_COPY + "import moda_ext; import moda_ext.attention; print(moda_ext.info()['native'])"
+    result = run_python("-c", code, path=copy_without_native)
+    assert result.stdout.strip() == "False"
+    assert result.stderr.count("RuntimeWarning: moda_ext: the native library is not built") == 1
+
+
+def test_required_native_library_is_an_error_when_missing(copy_without_native):
+    result = run_python("-c", ONLY_THE_COPY + "import moda_ext", path=copy_without_native, MODA_EXT_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
+    assert "ImportError: moda_ext: the native library is not built" in result.stderr
+
+
+def test_broken_native_library_is_an_error_not_a_fallback(native, copy_without_native):
+    bindings = next(PACKAGE.glob("_C.*"))
+    shutil.copy(bindings, copy_without_native / "moda_ext")
+    result = run_python("-c", ONLY_THE_COPY + "import moda_ext", path=copy_without_native)
+    assert "ImportError: moda_ext: the native build lacks moda_ext._operators" in result.stderr
+
+    broken = copy_without_native / "moda_ext" / Path(library.library_path).name
+    broken.write_bytes(b"not a library")
+    result = run_python("-c", ONLY_THE_COPY + "import moda_ext", path=copy_without_native)
+    assert f"ImportError: moda_ext: cannot load {broken}" in result.stderr
+
+
+def test_native_library_can_be_ignored():
+    result = run_python("-c", "import moda_ext; print(moda_ext.info()['native'])", MODA_EXT_DISABLE_NATIVE="1")
+    assert result.stdout.strip() == "False"
+    assert result.stderr == ""
