@@ -14,7 +14,7 @@ from . import goals
 from .gate import WRONG_FACTOR, Gate
 from .memory import measure_in_subprocess
 from .peers import OURS, PEERS, Contender
-from .timing import available_memory, callable_for, interleave, machine, ratio
+from .timing import available_memory, callable_for, interleave, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", type=listed(modes), default=modes, help="forward, train")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time spent timing one case in one mode (default 8)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time spent timing one case in one mode (8)")
     parser.add_argument("--max-gflop", type=float, default=1500, help="skip calls with more useful work than this")
     parser.add_argument("--quick", action="store_true", help="three rounds each, shorter lengths: is everything alive?")
     parser.add_argument("--memory", action="store_true", help=f"also measure peak memory at N={goals.MEMORY_LENGTH}")
@@ -98,7 +98,7 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
         if calls[contender.name] is None:
             del calls[contender.name]
     say(f"{case.label}, {mode}: timing {', '.join(calls)}")
-    rounds = (3, 3) if args.quick else (7, 200)
+    rounds = (3, 3) if args.quick else (5, 200)
     samples = interleave(calls, args.seconds, rounds) if "ours" in calls else {}
     for row in rows:
         row["samples"] = samples.get(row["contender"], [])
@@ -150,13 +150,13 @@ def print_rows(rows: list[dict]) -> None:
     print(f"\n{ours['case']}, {ours['mode']}, {ours['dtype']}: {ours['gflop']:.1f} useful GFLOP")
     print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} {'ours/it':>8}  error/bound")
     for row in rows:
-        t = row["samples"]
+        t = taken(row["samples"])
         if not t:
             print(f"  {row['contender']:16}{row['reason'] or 'not timed'}")
             continue
         middle = statistics.median(t)
         times = f"{middle * 1e3:9.2f} {min(t) * 1e3:8.2f} {max(t) * 1e3:8.2f} {row['gflop'] / middle:8.0f}"
-        relative = f"{ratio(ours['samples'], t):8.2f}"
+        relative = f"{ratio(ours['samples'], row['samples']):8.2f}"
         accuracy = f"{row['error']:.0e}/{row['bound']:.0e}" + ("" if row["ok"] else f" {row['worst']} OVER ITS BOUND")
         print(f"  {row['contender']:16}{times} {relative}  {accuracy}  {row['what']}")
     sys.stdout.flush()
@@ -175,10 +175,10 @@ def run_growth(quick: bool) -> dict[str, dict[int, float]]:
             inputs.require_grad(mode == "train")
             calls[n] = callable_for(OURS[0], OURS[0].build(case, inputs), inputs, mode)
             flops[n] = case.useful_flops(mode)
-        samples = interleave(calls, seconds=20.0, rounds=(3, 9))
+        samples = interleave(calls, seconds=20.0, rounds=(3, 30))
         first = lengths[0]
         table[mode] = {n: ratio(samples[n], samples[first]) * flops[first] / flops[n] for n in lengths}
-        rate = flops[first] / statistics.median(samples[first]) / 1e9
+        rate = flops[first] / statistics.median(taken(samples[first])) / 1e9
         say("")
         print(f"\ngrowth, {mode}: {rate:.0f} GFLOP/s at N={first}; time per useful FLOP against it:")
         print("  " + "  ".join(f"N={n} {value:.2f}" for n, value in table[mode].items()))

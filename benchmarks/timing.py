@@ -16,6 +16,9 @@ from .peers import Call, Contender
 from .workloads import Inputs
 
 SHORTEST_SAMPLE = 0.01  # seconds; shorter calls are repeated within a sample
+SHORT = 0.1  # seconds; the caches that the previous call left matter to a call this short
+
+Samples = list[float | None]  # seconds per call by round
 
 
 def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> Call:
@@ -41,23 +44,33 @@ def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> C
     return call
 
 
-def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
+def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int]) -> dict[str, Samples]:
     """Time the calls A B C A B C ...; returns the seconds per call of each, one number per round.
 
-    Every call runs twice before anything counts (once if it takes more than a second). The number of rounds follows
-    from ``seconds`` within the limits ``rounds``; sample k of every contender comes from round k, so ratios may be
-    taken round by round.
+    Every call runs twice before anything counts (once if it takes more than a second), and a short one once more
+    before each sample, so that nobody pays for the caches its predecessor left. Rounds: what fits into ``seconds``, at
+    least ``rounds[0]``, at most ``rounds[1]``. Calls that cost much more than the others sit out rounds (None), but get
+    ``rounds[0]`` samples too. Sample k of everyone comes from round k, so ratios may be taken round by round.
     """
-    repeat, cost = {}, 0.0
+    once = {}
     for name, call in calls.items():
-        once = clock(call)
-        if once < 1.0:
-            once = clock(call)
-        repeat[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-6)))
-        cost += once * repeat[name]
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(min(rounds[1], max(rounds[0], int(seconds / cost)))):
+        once[name] = clock(call)
+        if once[name] < 1.0:
+            once[name] = clock(call)
+    repeat = {name: max(1, round(SHORTEST_SAMPLE / max(t, 1e-6))) for name, t in once.items()}
+    cost = {name: t * (repeat[name] + (t < SHORT)) for name, t in once.items()}
+    limit = 4 * min(cost.values())
+    period = {name: max(1, int(t / limit)) for name, t in cost.items()}
+    total = int(seconds / sum(cost[name] / period[name] for name in calls))
+    total = min(rounds[1], max(rounds[0], total))
+    samples: dict[str, Samples] = {name: [] for name in calls}
+    for index in range(total):
         for name, call in calls.items():
+            if index % min(period[name], total // rounds[0]):
+                samples[name].append(None)
+                continue
+            if once[name] < SHORT:
+                call()
             samples[name].append(clock(call, repeat[name]))
     return samples
 
@@ -70,9 +83,13 @@ def clock(call: Call, repeat: int = 1) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def ratio(ours: list[float], peer: list[float]) -> float:
+def taken(samples: Samples) -> list[float]:
+    return [t for t in samples if t is not None]
+
+
+def ratio(ours: Samples, peer: Samples) -> float:
     """Median over the rounds of ours / peer: a disturbance that lasts longer than a round cancels."""
-    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True) if a is not None and b is not None)
 
 
 def available_memory() -> float:

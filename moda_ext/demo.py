@@ -43,7 +43,7 @@ SHOWN = ("steelblue", "darkred", "black")
 
 UNIFORM = "uniform attention"
 PRIOR = 1.5  # added to the scores between modalities: exp(1.5) = 4.5 times the weight
-TOLERANCE = 1e-5  # of the largest value; float32 rounds at 1.2e-7
+TOLERANCE = 3e-5  # of the largest value; float32 rounds at 1.2e-7, and the backward pass adds large numbers that cancel
 DECAY, BASE, MAX_LENGTH = 0.5, 5.0, 8192  # pseudo scores; the paper's base for training from scratch is 0
 
 
@@ -205,11 +205,11 @@ def outputs_and_gradients(layer: Layer, setting: Setting, function, dtype: torch
     return [t.detach().double() for t in (*results, *torch.autograd.grad(results, leaves, upstream))]
 
 
-def print_check(layer: Layer, setting: Setting) -> None:
+def print_check(layer: Layer, setting: Setting, progress) -> None:
     """Raises SystemExit if anything is further from float64 than TOLERANCE of its largest value."""
-    exact = outputs_and_gradients(layer, setting, reference.modular_attention, torch.float64)
-    dense = outputs_and_gradients(layer, setting, reference.modular_attention, torch.float32)
-    ours = outputs_and_gradients(layer, setting, modular_attention, torch.float32)
+    dense, native = reference.modular_attention, modular_attention
+    runs = [(dense, torch.float64), (dense, torch.float32), (native, torch.float32)]
+    exact, dense, ours = (outputs_and_gradients(layer, setting, *run) for run in progress(runs, "checking"))
     print("\nCheck against the float64 reference: largest error over largest value")
     print(f"  {'':12}{'modular_attention':>20}{'dense float32':>16}{'tolerance':>12}")
     wrong = []
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             return tqdm(steps, desc=description, leave=False, disable=None)
 
     info = moda_ext.info()
-    print(f"moda_ext {info['version']}, {info['build']}, instruction set {info['isa']}, torch {info['torch']}")
+    print(f"moda_ext {info['version']}, {info['build']}, instruction set {info['isa'] or '-'}, torch {info['torch']}")
     tokens = make_tokens()
     layer = Layer(tokens)
     settings = make_settings(tokens.modality)
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         "The weights are random, not trained: a token looks at tokens of its colour, or at the same word; see "
         "help(moda_ext.demo)."
     )
-    print_check(layer, settings[-1])
+    print_check(layer, settings[-1], progress)
     masses = {UNIFORM: uniform_mass(tokens.modality)}
     for setting in settings:
         masses[setting.name] = layer.attend(setting)[2][0].mean(dim=0)

@@ -16,7 +16,7 @@ _COMMON = {
     "deadline": None,
     "database": None,
     "print_blob": True,
-    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 }
 hypothesis.settings.register_profile("repeatable", derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("explore", **_COMMON)
@@ -26,7 +26,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 def pytest_report_header(config):
     info = moda_ext.info()
     kernels = ", ".join(sorted(checks.NATIVE_DEVICES - {"meta"})) or "none, the reference runs"
-    return f"moda_ext {info['version']}: native kernels: {kernels}; instruction set: {info['isa']}; torch {info['torch']}"
+    return (
+        f"moda_ext {info['version']}, native kernels: {kernels}, instruction set: {info['isa']}, torch {info['torch']}"
+    )
 
 
 def unavailable(device: str) -> str | None:
@@ -57,6 +59,20 @@ def native() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny calls: threads that wait for each other would cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread) -> None:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture

@@ -1,21 +1,20 @@
-"""out, lse, mass and every gradient against float64, by the rule of tolerance.py, over everything a kernel branches on."""
+"""out, lse, mass and every gradient against float64 by the rule of tolerance.py, over all a kernel branches on."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import LAYOUTS, compare, cotangents_for, evaluate, make_problem, ours, problems
-from tolerance import assert_close, assert_within_rule
+from tolerance import assert_close
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FUZZ_UNITS = 8.0  # roundings granted to tiny tensors, see tolerance.allowed_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def check(problem, which=("out", "lse", "mass"), rounding_units=0.0):
+def check(problem, which=("out", "lse", "mass"), fuzzed=False):
     cotangents = cotangents_for(problem, torch.Generator().manual_seed(1), which)
-    compare(problem, cotangents, assert_within_rule, rounding_units)
+    compare(problem, cotangents, fuzzed)
 
 
 @settings(max_examples=300)
@@ -23,13 +22,15 @@ def check(problem, which=("out", "lse", "mass"), rounding_units=0.0):
 def test_fuzzed_problems(device, data):
     problem = data.draw(problems(device))
     which = data.draw(st.sets(st.sampled_from(("out", "lse", "mass")), min_size=1))
-    check(problem, which, FUZZ_UNITS)
+    check(problem, which, fuzzed=True)
 
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_fuzzed_problems_longer_than_a_tile(device, data):
-    check(data.draw(problems(device, max_tokens=300, batch=1, dtype=torch.float32, kv_heads=1, heads=2)), (), FUZZ_UNITS)
+def test_fuzzed_problems_longer_than_a_tile(device, two_threads, data):
+    check(
+        data.draw(problems(device, max_tokens=300, batch=1, dtype=torch.float32, kv_heads=1, heads=2)), (), fuzzed=True
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,9 +38,17 @@ def test_fuzzed_problems_longer_than_a_tile(device, data):
 def test_every_head_size(device, head_size, dtype):
     check(
         make_problem(
-            head_size=head_size, dtype=dtype, batch=1, heads=4, kv_heads=2, queries=37, keys=53, num_modalities=3, device=device
+            head_size=head_size,
+            dtype=dtype,
+            batch=1,
+            heads=4,
+            kv_heads=2,
+            queries=37,
+            keys=53,
+            num_modalities=3,
+            device=device,
         ),
-        rounding_units=FUZZ_UNITS,
+        fuzzed=True,
     )
 
 
@@ -55,8 +64,12 @@ LONGER_THAN_EVERY_TILE = {
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("shape", LONGER_THAN_EVERY_TILE.values(), ids=LONGER_THAN_EVERY_TILE)
-def test_longer_than_every_tile(device, shape, dtype):
-    check(make_problem(batch=1, heads=2, kv_heads=1, num_modalities=3, dtype=dtype, device=device, **shape))
+def test_longer_than_every_tile(device, two_threads, shape, dtype):
+    few_numbers = shape["queries"] < 100
+    check(
+        make_problem(batch=1, heads=2, kv_heads=1, num_modalities=3, dtype=dtype, device=device, **shape),
+        fuzzed=few_numbers,
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -64,8 +77,16 @@ def test_longer_than_every_tile(device, shape, dtype):
 def test_longer_than_every_tile_in_low_precision(device, is_causal, dtype):
     check(
         make_problem(
-            batch=1, heads=2, kv_heads=1, queries=517, keys=517, head_size=64, runs="long runs", is_causal=is_causal,
-            dtype=dtype, device=device,
+            batch=1,
+            heads=2,
+            kv_heads=1,
+            queries=517,
+            keys=517,
+            head_size=64,
+            runs="long runs",
+            is_causal=is_causal,
+            dtype=dtype,
+            device=device,
         )
     )
 
@@ -75,9 +96,16 @@ def test_longer_than_every_tile_in_low_precision(device, is_causal, dtype):
 def test_every_layout(device, layout, group):
     check(
         make_problem(
-            heads=2 * group, kv_heads=2, queries=70, keys=90, head_size=32, layouts=(layout,) * 3, is_causal=True, device=device
+            heads=2 * group,
+            kv_heads=2,
+            queries=70,
+            keys=90,
+            head_size=32,
+            layouts=(layout,) * 3,
+            is_causal=True,
+            device=device,
         ),
-        rounding_units=FUZZ_UNITS,
+        fuzzed=True,
     )
 
 
@@ -86,7 +114,7 @@ def test_every_layout(device, layout, group):
 def test_every_number_of_modalities(device, num_modalities, views):
     check(
         make_problem(num_modalities=num_modalities, views=views, queries=40, keys=60, head_size=16, device=device),
-        rounding_units=FUZZ_UNITS,
+        fuzzed=True,
     )
 
 
@@ -99,7 +127,8 @@ def test_one_gradient_alone_is_the_same(device, wanted):
     for name, leaf in problem.leaves().items():
         leaf.requires_grad_(name == wanted)
     outputs = ours(problem)
-    (alone,) = torch.autograd.grad(outputs, [getattr(problem, wanted)], [c.to(o) for o, c in zip(outputs, cotangents, strict=True)])
+    weights = [c.to(o) for o, c in zip(outputs, cotangents, strict=True)]
+    (alone,) = torch.autograd.grad(outputs, [getattr(problem, wanted)], weights)
     assert_close(alone, everything)
 
 

@@ -55,9 +55,21 @@ DENSE = [
     ({"modality_bias": 0.5}, TypeError, "modality_bias must be a tensor, got float"),
     ({"sink": 0.5}, TypeError, "sink must be a tensor, got float"),
     # TypeError: dtype
-    ({"query": torch.ones(2, 4, 5, 16, dtype=torch.int32)}, TypeError, "query must have one of the dtypes .*got torch.int32"),
-    ({"query": torch.ones(2, 4, 5, 16, dtype=torch.complex64)}, TypeError, "query must have one of .*got torch.complex64"),
-    ({"key": torch.randn(2, 2, 7, 16, dtype=bfloat16)}, TypeError, r"key must have the dtype of query \(torch.float32\)"),
+    (
+        {"query": torch.ones(2, 4, 5, 16, dtype=torch.int32)},
+        TypeError,
+        "query must have one of the dtypes .*got torch.int32",
+    ),
+    (
+        {"query": torch.ones(2, 4, 5, 16, dtype=torch.complex64)},
+        TypeError,
+        "query must have one of .*got torch.complex64",
+    ),
+    (
+        {"key": torch.randn(2, 2, 7, 16, dtype=bfloat16)},
+        TypeError,
+        r"key must have the dtype of query \(torch.float32\)",
+    ),
     ({"value": torch.randn(2, 2, 7, 16).double()}, TypeError, "value must have the dtype of query .*got torch.float64"),
     ({"key_modality": ids.bool()}, TypeError, "key_modality must have one of the dtypes int32, .*got torch.bool"),
     ({"key_modality": ids.float()}, TypeError, "key_modality must have one of the dtypes .*got torch.float32"),
@@ -76,47 +88,115 @@ DENSE = [
     ({"key_modality": ids + 3}, ValueError, "key_modality"),
     ({"key_modality": ids - 2}, ValueError, "key_modality"),
     # ValueError: shape
-    ({"query": torch.randn(4, 5, 16)}, ValueError, r"query must have shape \(B, Hq, Nq, D\), .*got 3 dimensions, \(4, 5, 16\)"),
+    (
+        {"query": torch.randn(4, 5, 16)},
+        ValueError,
+        r"query must have shape \(B, Hq, Nq, D\), .*got 3 dimensions, \(4, 5, 16\)",
+    ),
     ({"query": torch.randn(1, 3, 2, 4, 5, 16)}, ValueError, "query must have shape .*got 6 dimensions"),
     ({"query": torch.randn(2, 2, 4, 5, 16)}, ValueError, "query must have num_modalities=3 views .*expected 3, got 2"),
-    ({"key": torch.randn(2, 7, 16)}, ValueError, r"key must have shape \(B, Hkv, Nk, D\), got 3 dimensions, \(2, 7, 16\)"),
+    (
+        {"key": torch.randn(2, 7, 16)},
+        ValueError,
+        r"key must have shape \(B, Hkv, Nk, D\), got 3 dimensions, \(2, 7, 16\)",
+    ),
     ({"value": torch.randn(7, 16)}, ValueError, r"value must have shape \(B, Hkv, Nk, D\), got 2 dimensions"),
-    ({"value": torch.randn(2, 2, 8, 16)}, ValueError, r"value must have the shape of key: expected \(2, 2, 7, 16\), got \(2, 2, 8, 16\)"),
+    (
+        {"value": torch.randn(2, 2, 8, 16)},
+        ValueError,
+        r"value must have the shape of key: expected \(2, 2, 7, 16\), got \(2, 2, 8, 16\)",
+    ),
     ({"value": torch.randn(2, 2, 7, 8)}, ValueError, r"value must have the shape of key: .*got \(2, 2, 7, 8\)"),
     ({"query": torch.randn(3, 4, 5, 16)}, ValueError, "key must have the batch size of query: expected 3, got 2"),
     ({"query": torch.randn(2, 4, 5, 24)}, ValueError, "key must have the head size of query: expected 24, got 16"),
-    ({"query": torch.randn(2, 3, 5, 16)}, ValueError, "multiple of the heads of key .*got 3 query heads and 2 key heads"),
+    (
+        {"query": torch.randn(2, 3, 5, 16)},
+        ValueError,
+        "multiple of the heads of key .*got 3 query heads and 2 key heads",
+    ),
     ({"query": torch.randn(2, 0, 5, 16)}, ValueError, "got 0 query heads and 2 key heads"),
     ({"key_modality": ids[0]}, ValueError, r"key_modality must have shape \(B, Nk\), got 1 dimensions, \(7,\)"),
-    ({"key_modality": ids[:, :6]}, ValueError, r"key_modality must have the shape \(B, Nk\): expected \(2, 7\), got \(2, 6\)"),
-    ({"modality_bias": torch.zeros(2)}, ValueError, r"modality_bias must have a shape that broadcasts to \(B, Hq, Nq, M\): expected \(2, 4, 5, 3\), got \(2,\)"),
-    ({"modality_bias": torch.zeros(1, 2, 4, 5, 3)}, ValueError, r"modality_bias must have a shape .*got \(1, 2, 4, 5, 3\)"),
-    ({"sink": torch.zeros(4)}, ValueError, r"sink must have a shape that broadcasts to \(B, Hq, Nq\): expected \(2, 4, 5\), got \(4,\)"),
+    (
+        {"key_modality": ids[:, :6]},
+        ValueError,
+        r"key_modality must have the shape \(B, Nk\): expected \(2, 7\), got \(2, 6\)",
+    ),
+    (
+        {"modality_bias": torch.zeros(2)},
+        ValueError,
+        r"modality_bias must have a shape that broadcasts to \(B, Hq, Nq, M\): expected \(2, 4, 5, 3\), got \(2,\)",
+    ),
+    (
+        {"modality_bias": torch.zeros(1, 2, 4, 5, 3)},
+        ValueError,
+        r"modality_bias must have a shape .*got \(1, 2, 4, 5, 3\)",
+    ),
+    (
+        {"sink": torch.zeros(4)},
+        ValueError,
+        r"sink must have a shape that broadcasts to \(B, Hq, Nq\): expected \(2, 4, 5\), got \(4,\)",
+    ),
     # ValueError: device
-    ({"key": torch.randn(2, 2, 7, 16, device="meta")}, ValueError, r"key must be on the device of query \(cpu\), got meta"),
+    (
+        {"key": torch.randn(2, 2, 7, 16, device="meta")},
+        ValueError,
+        r"key must be on the device of query \(cpu\), got meta",
+    ),
     ({"key_modality": ids.to("meta")}, ValueError, r"key_modality must be on the device of query \(cpu\), got meta"),
     ({"sink": torch.zeros(5, device="meta")}, ValueError, r"sink must be on the device of query \(cpu\), got meta"),
     # NotImplementedError: no kernel, and what would do instead
-    ({n: torch.randn(2, 2, 7, 12) for n in ("query", "key", "value")}, NotImplementedError, "head size 12, .*Pad query"),
-    ({n: torch.randn(2, 2, 7, 264) for n in ("query", "key", "value")}, NotImplementedError, "head size 264, .*moda_ext.reference"),
+    (
+        {n: torch.randn(2, 2, 7, 12) for n in ("query", "key", "value")},
+        NotImplementedError,
+        "head size 12, .*Pad query",
+    ),
+    (
+        {n: torch.randn(2, 2, 7, 264) for n in ("query", "key", "value")},
+        NotImplementedError,
+        "head size 264, .*moda_ext.reference",
+    ),
     ({n: torch.randn(2, 2, 7, 0) for n in ("query", "key", "value")}, NotImplementedError, "head size 0"),
-    ({n: torch.zeros(2, 2, 7, 16, dtype=fp8) for n in ("query", "key", "value")}, NotImplementedError, "float8.*torch.bfloat16"),
+    (
+        {n: torch.zeros(2, 2, 7, 16, dtype=fp8) for n in ("query", "key", "value")},
+        NotImplementedError,
+        "float8.*torch.bfloat16",
+    ),
 ]
 
 VARLEN = [
     ({"query": torch.randn(1, 4, 5, 8, 16)}, ValueError, r"query must have shape \(Tq, Hq, D\), or \(M, Tq, Hq, D\)"),
     ({"query": torch.randn(2, 5, 4, 16)}, ValueError, "query must have num_modalities=3 views .*expected 3, got 2"),
     ({"key": torch.randn(1, 7, 2, 16)}, ValueError, r"key must have shape \(Tk, Hkv, D\), got 4 dimensions"),
-    ({"value": torch.randn(6, 2, 16)}, ValueError, r"value must have the shape of key: expected \(7, 2, 16\), got \(6, 2, 16\)"),
+    (
+        {"value": torch.randn(6, 2, 16)},
+        ValueError,
+        r"value must have the shape of key: expected \(7, 2, 16\), got \(6, 2, 16\)",
+    ),
     ({"key_modality": ids}, ValueError, r"key_modality must have shape \(Tk,\), got 2 dimensions"),
-    ({"key_modality": ids[0, :5]}, ValueError, r"key_modality must have the shape \(Tk,\): expected \(7,\), got \(5,\)"),
+    (
+        {"key_modality": ids[0, :5]},
+        ValueError,
+        r"key_modality must have the shape \(Tk,\): expected \(7,\), got \(5,\)",
+    ),
     ({"key_modality": ids[0] + 3}, ValueError, "key_modality"),
     ({"cu_seqlens_q": [0, 2, 5]}, TypeError, "cu_seqlens_q must be a tensor, got list"),
-    ({"cu_seqlens_k": torch.tensor([0.0, 3.0, 7.0])}, TypeError, "cu_seqlens_k must have one of the dtypes int32, int64, got"),
-    ({"cu_seqlens_q": torch.tensor([[0, 2, 5]])}, ValueError, r"cu_seqlens_q must have shape \(number of sequences \+ 1,\)"),
+    (
+        {"cu_seqlens_k": torch.tensor([0.0, 3.0, 7.0])},
+        TypeError,
+        "cu_seqlens_k must have one of the dtypes int32, int64, got",
+    ),
+    (
+        {"cu_seqlens_q": torch.tensor([[0, 2, 5]])},
+        ValueError,
+        r"cu_seqlens_q must have shape \(number of sequences \+ 1,\)",
+    ),
     ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int64)}, ValueError, "cu_seqlens_q must have at least one offset"),
     ({"cu_seqlens_k": torch.tensor([0, 7])}, ValueError, "cu_seqlens_k must have as many offsets .*expected 3, got 2"),
-    ({"cu_seqlens_q": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "cu_seqlens_q must be on the device"),
+    (
+        {"cu_seqlens_q": torch.zeros(3, dtype=torch.int64, device="meta")},
+        ValueError,
+        "cu_seqlens_q must be on the device",
+    ),
     ({"cu_seqlens_q": torch.tensor([0, 2, 4])}, ValueError, "cu_seqlens_q"),
     ({"cu_seqlens_q": torch.tensor([1, 2, 5])}, ValueError, "cu_seqlens_q"),
     ({"cu_seqlens_k": torch.tensor([0, 9, 7]), "max_seqlen_k": 10}, ValueError, "cu_seqlens_k"),
@@ -124,7 +204,11 @@ VARLEN = [
     ({"max_seqlen_k": 3}, ValueError, "max_seqlen_k"),
     ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
     ({"max_seqlen_k": 4.0}, TypeError, "max_seqlen_k must be an int, got float"),
-    ({"modality_bias": torch.zeros(4, 5, 3)}, ValueError, r"modality_bias must have a shape that broadcasts to \(Tq, Hq, M\)"),
+    (
+        {"modality_bias": torch.zeros(4, 5, 3)},
+        ValueError,
+        r"modality_bias must have a shape that broadcasts to \(Tq, Hq, M\)",
+    ),
     ({"sink": torch.zeros(5)}, ValueError, r"sink must have a shape that broadcasts to \(Tq, Hq\): expected \(5, 4\)"),
     ({"query": torch.randn(5, 4, 16, dtype=bfloat16)}, TypeError, "key must have the dtype of query"),
     ({"num_modalities": 17}, ValueError, "num_modalities must lie in 1 to 16, got 17"),
@@ -154,11 +238,7 @@ SINK = [
     ({"device": "meta"}, ValueError, r"decay must be on the device asked for \(meta\), got cpu"),
 ]
 
-TABLE = [
-    (function, *case)
-    for function, cases in zip(FUNCTIONS, (DENSE, VARLEN, SINK), strict=True)
-    for case in cases
-]
+TABLE = [(function, *case) for function, cases in zip(FUNCTIONS, (DENSE, VARLEN, SINK), strict=True) for case in cases]
 
 
 @pytest.mark.parametrize(("function", "changes", "error", "message"), TABLE)
@@ -203,9 +283,7 @@ def test_bias_and_sink_in_either_dtype(device, dtype):
         assert grad.shape == leaf.shape
 
 
-@pytest.mark.parametrize(
-    ("batch", "queries", "keys"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0), (0, 0, 0)]
-)
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0), (0, 0, 0)])
 def test_empty_inputs_are_valid(device, batch, queries, keys):
     q = torch.randn(batch, 4, queries, 16, device=device, requires_grad=True)
     k, v = (torch.randn(batch, 2, keys, 16, device=device, requires_grad=True) for _ in range(2))

@@ -110,7 +110,8 @@ def test_joint_softmax_equals_the_merge_of_plain_attentions(device, data):
 @CASES
 @given(data=st.data())
 def test_one_modality_equals_plain_attention(device, data):
-    problem = data.draw(problems(device, num_modalities=1, views=False, sink=None, bias="full", padding="none", **FLOAT32))
+    keywords = {"num_modalities": 1, "views": False, "sink": None, "bias": "full", "padding": "none", **FLOAT32}
+    problem = data.draw(problems(device, **keywords))
     with_bias = ours(problem)
     plain = make_copy(problem)
     plain.modality_bias = None
@@ -171,7 +172,11 @@ def test_a_later_token_of_another_modality_changes_nothing_before_it(device):
 
 
 @CASES
-@given(tokens=st.integers(1, 60), chunk=st.sampled_from((1, 7, 16)), padding=st.sampled_from(("none", "left", "scattered")))
+@given(
+    tokens=st.integers(1, 60),
+    chunk=st.sampled_from((1, 7, 16)),
+    padding=st.sampled_from(("none", "left", "scattered")),
+)
 def test_chunked_prefill_and_decoding_equal_one_call(device, tokens, chunk, padding):
     problem = make_problem(
         heads=4, kv_heads=2, queries=tokens, keys=tokens, padding=padding, sink=None, is_causal=True, device=device
@@ -220,7 +225,8 @@ def test_padding_keys_changes_nothing(device, data, left, right):
     cotangents = cotangents_for(problem, torch.Generator().manual_seed(1))
     padded = make_copy(problem)
     padded.key, padded.value = (
-        F.pad(t.detach(), (0, 0, left, right), value=float("nan")).requires_grad_() for t in (problem.key, problem.value)
+        F.pad(t.detach(), (0, 0, left, right), value=float("nan")).requires_grad_()
+        for t in (problem.key, problem.value)
     )
     padded.key_modality = F.pad(problem.key_modality, (left, right), value=-1)
     result = evaluate(ours, padded, cotangents)

@@ -108,8 +108,7 @@ ORDER = ("baseline", "avx2", "avx512")
 
 CONSISTENCY = """
 import torch, moda_ext
-from problems import LAYOUTS, compare, cotangents_for, make_problem
-from tolerance import assert_within_rule
+from problems import compare, cotangents_for, make_problem
 torch.set_num_threads(1)
 shapes = [
     dict(queries=150, keys=220, head_size=64, is_causal=True, heads=4, runs="long runs"),
@@ -120,7 +119,7 @@ shapes = [
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for shape in shapes:
         problem = make_problem(dtype=dtype, **shape)
-        compare(problem, cotangents_for(problem, torch.Generator().manual_seed(1)), assert_within_rule, 8.0)
+        compare(problem, cotangents_for(problem, torch.Generator().manual_seed(1)), fuzzed=True)
 print(moda_ext.info()["isa"])
 """
 
@@ -138,27 +137,36 @@ def test_every_instruction_set_of_this_machine(native, capability):
 # Threads and memory
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 THREADED = {
     "many heads": {"heads": 8, "kv_heads": 4, "queries": 130, "keys": 130, "is_causal": True},
-    "one head": {"batch": 1, "heads": 1, "kv_heads": 1, "queries": 600, "keys": 600, "is_causal": True, "runs": "long runs"},
-    "decode": {"batch": 1, "heads": 8, "kv_heads": 2, "queries": 1, "keys": 1500, "is_causal": True, "runs": "long runs"},
+    "one head": {
+        "batch": 1,
+        "heads": 1,
+        "kv_heads": 1,
+        "queries": 600,
+        "keys": 600,
+        "is_causal": True,
+        "runs": "long runs",
+    },
+    "decode": {
+        "batch": 1,
+        "heads": 8,
+        "kv_heads": 2,
+        "queries": 1,
+        "keys": 1500,
+        "is_causal": True,
+        "runs": "long runs",
+    },
 }
 
 
 @pytest.mark.parametrize("shape", THREADED.values(), ids=THREADED)
-def test_the_number_of_threads_changes_nothing(native, threads, shape):
+def test_the_number_of_threads_changes_nothing(native, shape):
     problem = make_problem(head_size=32, **shape)
     cotangents = cotangents_for(problem, torch.Generator().manual_seed(1))
     results = []
     for number in (1, 2, 2, 3):
-        threads(number)
+        torch.set_num_threads(number)
         results.append(evaluate(ours, problem, cotangents))
     for other in results[1:]:
         for name, value in results[0].items():

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def pack(problems):
-    """Positional and keyword arguments of one varlen call for dense problems of batch size 1; all share their options."""
+    """Positional and keyword arguments of one varlen call for dense problems of batch size 1 with the same options."""
 
     def tokens(name):  # (..., 1, H, N, X) -> (..., N, H, X), end to end
         dim = -4 if name != "sink" else -3

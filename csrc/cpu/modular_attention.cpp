@@ -1,8 +1,9 @@
 // CPU adapter of modular_attention: plans the keys, cuts the work into items, hands items to threads, owns all
 // workspace.
 //
-// Items are taken from a shared counter, the largest first, so threads stay busy whatever the causal triangle or the
-// machine does; every number is written by one item in a fixed order, so results do not depend on which thread ran it.
+// Items are taken from a shared counter, those of one kv head together (its packed keys stay in cache) and the largest of
+// them first, so threads stay busy whatever the causal triangle or the machine does; every number is written by one item
+// in a fixed order, so results do not depend on which thread ran it.
 #include "cpu/kernels/modular_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +11,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <cstddef>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -60,14 +63,51 @@ void run_items(int64_t count, const Work& work) {
   });
 }
 
-// Uninitialised memory from PyTorch's allocator.
+// Uninitialised, aligned scratch memory. Each thread that calls operators keeps its last few blocks, up to
+// kRetainedBytes together, because mapping fresh pages in every call costs as much as several percent of a small
+// attention.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : tensor_(torch::stable::empty({std::max<int64_t>(bytes, 1)}, ScalarType::Byte)) {}
-  char* at(int64_t offset = 0) const { return static_cast<char*>(tensor_.mutable_data_ptr()) + offset; }
+  explicit Workspace(int64_t bytes) {
+    std::vector<Block>& spare = spare_blocks();
+    for (size_t i = 0; i < spare.size(); ++i) {
+      if (spare[i].bytes < bytes) continue;
+      block_ = std::move(spare[i]);
+      spare.erase(spare.begin() + static_cast<std::ptrdiff_t>(i));
+      return;
+    }
+    block_.bytes = std::max<int64_t>(bytes, 64);
+    block_.memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(block_.bytes), kAlignment)));
+  }
+  ~Workspace() {
+    // Smallest first, so that a request takes the tightest fit; the largest go when they are too much.
+    std::vector<Block>& spare = spare_blocks();
+    const auto larger = [&](const Block& other) { return other.bytes > block_.bytes; };
+    spare.insert(std::find_if(spare.begin(), spare.end(), larger), std::move(block_));
+    int64_t kept = 0;
+    for (const Block& block : spare) kept += block.bytes;
+    for (; kept > kRetainedBytes; spare.pop_back()) kept -= spare.back().bytes;
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* at(int64_t offset = 0) const { return block_.memory.get() + offset; }
 
  private:
-  Tensor tensor_;
+  static constexpr std::align_val_t kAlignment{64};
+  static constexpr int64_t kRetainedBytes = int64_t{16} << 20;
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  struct Block {
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+  };
+  static std::vector<Block>& spare_blocks() {
+    static thread_local std::vector<Block> blocks;
+    return blocks;
+  }
+  Block block_;
 };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -320,18 +360,13 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
         items.push_back(item);
       }
     }
-    // The blocks of a head come last rows first; across heads, sort by the number of visible keys.
-    if (args.causal) {
-      std::stable_sort(items.begin(), items.end(), [](const ForwardItem& a, const ForwardItem& b) {
-        return last_visible(*a.sequence, true, a.first_row) > last_visible(*b.sequence, true, b.first_row);
-      });
-    }
-
     run_items(static_cast<int64_t>(packs.size()), [&](int64_t i, int64_t) {
       kernels.pack_tile(args, *packs[i].head->sequence, packs[i].head->kv_head, packs[i].tile, packs[i].packed);
     });
-    run_items(static_cast<int64_t>(items.size()),
-              [&](int64_t i, int64_t thread) { kernels.forward(args, items[i], scratch.of(thread)); });
+    const int64_t count = static_cast<int64_t>(items.size()), stride = num_threads();
+    run_items(count, [&](int64_t i, int64_t thread) {
+      kernels.forward(args, items[i], i + stride < count ? &items[i + stride] : nullptr, scratch.of(thread));
+    });
     run_items(static_cast<int64_t>(splits.size()), [&](int64_t i, int64_t thread) {
       kernels.merge(args, splits[i].item, splits[i].partials.data(), static_cast<int>(splits[i].partials.size()),
                     scratch.of(thread));
@@ -501,7 +536,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   bias_sizes.push_back(in.num_modalities);
   const Tensor grad_bias = torch::stable::new_empty(in.query, has_bias ? bias_sizes : std::vector<int64_t>{0}, compute);
   const Tensor grad_sink = torch::stable::new_empty(in.query, has_sink ? rows : std::vector<int64_t>{0}, compute);
-  if (has_bias) args.grad_bias = output(grad_bias, packed, Last::kPresent);
+  const Tensor probability_sums =
+      torch::stable::new_empty(in.query, has_bias ? bias_sizes : std::vector<int64_t>{0}, compute);
+  if (has_bias) {
+    args.grad_bias = output(grad_bias, packed, Last::kPresent);
+    args.probability_sums = output(probability_sums, packed, Last::kPresent);
+  }
   if (has_sink) args.grad_sink = output(grad_sink, packed, Last::kNone);
 
   if (!batch.covers_every_row) {

@@ -7,38 +7,46 @@
 namespace moda_ext {
 namespace {
 
-std::string describe(const Tensor& tensor) {
+std::string describe(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << ")";
   return text.str();
 }
+std::string describe(const Tensor& tensor) {
+  return "shape " + describe(std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end()));
+}
+std::string describe(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+std::string describe(const char* text) { return text; }
+std::string describe(int64_t number) { return std::to_string(number); }
 
-void require(bool condition, const char* argument, const std::string& expected, const std::string& got) {
+// Every call checks some thirty conditions: text is made only for the one that fails.
+template <class Expected, class Got>
+void require(bool condition, const char* argument, const Expected& expected, const Got& got) {
   if (condition) return;
-  throw std::invalid_argument("modular_attention: " + std::string(argument) + ": expected " + expected + ", got " +
-                              got);
+  throw std::invalid_argument("modular_attention: " + std::string(argument) + ": expected " + describe(expected) +
+                              ", got " + describe(got));
 }
 
 void require_sizes(const char* argument, const Tensor& tensor, const std::vector<int64_t>& sizes) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; equal && i < sizes.size(); ++i) equal = tensor.size(i) == sizes[i];
-  std::ostringstream expected;
-  expected << "shape (";
-  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
-  expected << ")";
-  require(equal, argument, expected.str(), describe(tensor));
+  require(equal, argument, sizes, tensor);
 }
 
 void require_dtype(const char* argument, const Tensor& tensor, ScalarType dtype) {
-  require(tensor.scalar_type() == dtype, argument, torch::headeronly::toString(dtype),
-          torch::headeronly::toString(tensor.scalar_type()));
+  require(tensor.scalar_type() == dtype, argument, dtype, tensor.scalar_type());
 }
 
 void require_device(const char* argument, const Tensor& tensor, const Tensor& query) {
   require(tensor.is_cpu() == query.is_cpu() && tensor.get_device_index() == query.get_device_index(), argument,
           "the device of query", "another device");
+}
+
+void require_contiguous_last(const char* argument, const Tensor& tensor) {
+  require(tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, argument, "a contiguous last dimension",
+          "a stride");
 }
 
 // (batch, heads, queries), or (queries, heads) when packed: one number for each row.
@@ -61,11 +69,9 @@ ScalarType compute_dtype(ScalarType storage) {
 AttentionShape check_attention(const AttentionInputs& in) {
   const int64_t rank = in.packed() ? 3 : 4;
   const int64_t dims = in.query.dim();
-  require(dims == rank || dims == rank + 1, "query",
-          std::to_string(rank) + " or " + std::to_string(rank + 1) + " dimensions", describe(in.query));
-  require(in.key.dim() == rank, "key", std::to_string(rank) + " dimensions", describe(in.key));
-  require(in.num_modalities >= 1 && in.num_modalities <= 16, "num_modalities", "1 to 16",
-          std::to_string(in.num_modalities));
+  require(dims == rank || dims == rank + 1, "query", in.packed() ? "3 or 4 dimensions" : "4 or 5 dimensions", in.query);
+  require(in.key.dim() == rank, "key", in.packed() ? "3 dimensions" : "4 dimensions", in.key);
+  require(in.num_modalities >= 1 && in.num_modalities <= 16, "num_modalities", "1 to 16", in.num_modalities);
 
   AttentionShape shape;
   const int64_t token_dim = in.packed() ? 0 : 2, head_dim = 1, first = dims - rank;
@@ -78,19 +84,21 @@ AttentionShape check_attention(const AttentionInputs& in) {
   shape.head_dim = in.query.size(dims - 1);
 
   require(first == 0 || shape.num_views == in.num_modalities, "query", "num_modalities views in its first dimension",
-          describe(in.query));
+          in.query);
   require(shape.head_dim >= 8 && shape.head_dim <= 256 && shape.head_dim % 8 == 0, "query",
-          "a head size of 8 to 256 in steps of 8", describe(in.query));
+          "a head size of 8 to 256 in steps of 8", in.query);
   require(shape.kv_heads > 0 ? shape.query_heads % shape.kv_heads == 0 : shape.query_heads == 0, "key",
-          "a number of heads that divides query's", describe(in.key));
+          "a number of heads that divides query's", in.key);
   if (in.packed()) {
     require_sizes("key", in.key, {shape.num_keys, shape.kv_heads, shape.head_dim});
     require_sizes("key_modality", in.key_modality, {shape.num_keys});
     require(in.cu_seqlens_q->dim() == 1 && in.cu_seqlens_q->size(0) >= 1, "cu_seqlens_q", "one dimension, not empty",
-            describe(*in.cu_seqlens_q));
+            *in.cu_seqlens_q);
     require_sizes("cu_seqlens_k", *in.cu_seqlens_k, {in.cu_seqlens_q->size(0)});
     require_dtype("cu_seqlens_q", *in.cu_seqlens_q, ScalarType::Int);
     require_dtype("cu_seqlens_k", *in.cu_seqlens_k, ScalarType::Int);
+    require_device("cu_seqlens_q", *in.cu_seqlens_q, in.query);
+    require_device("cu_seqlens_k", *in.cu_seqlens_k, in.query);
   } else {
     require_sizes("key", in.key, {shape.batch, shape.kv_heads, shape.num_keys, shape.head_dim});
     require_sizes("key_modality", in.key_modality, {shape.batch, shape.num_keys});
@@ -101,13 +109,12 @@ AttentionShape check_attention(const AttentionInputs& in) {
   const ScalarType dtype = in.query.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
               dtype == ScalarType::Half,
-          "query", "float32, float64, bfloat16 or float16", torch::headeronly::toString(dtype));
+          "query", "float32, float64, bfloat16 or float16", dtype);
   require_dtype("key", in.key, dtype);
   require_dtype("value", in.value, dtype);
-  const auto contiguous_last = [](const Tensor& t) { return t.numel() == 0 || t.stride(t.dim() - 1) == 1; };
-  require(contiguous_last(in.query), "query", "a contiguous last dimension", "a stride");
-  require(contiguous_last(in.key), "key", "a contiguous last dimension", "a stride");
-  require(contiguous_last(in.value), "value", "a contiguous last dimension", "a stride");
+  require_contiguous_last("query", in.query);
+  require_contiguous_last("key", in.key);
+  require_contiguous_last("value", in.value);
   require_device("key", in.key, in.query);
   require_device("value", in.value, in.query);
   require_device("key_modality", in.key_modality, in.query);
@@ -139,11 +146,10 @@ void check_saved(const AttentionInputs& in, const AttentionShape& shape, const T
   check("out", out, with_last(rows, shape.head_dim), storage);
   check("lse", lse, rows, compute);
   check("mass", mass, with_last(rows, in.num_modalities), compute);
-  require(out.numel() == 0 || out.stride(out.dim() - 1) == 1, "out", "a contiguous last dimension", "a stride");
+  require_contiguous_last("out", out);
   if (grad_out) {
     check("grad_out", *grad_out, with_last(rows, shape.head_dim), storage);
-    require(grad_out->numel() == 0 || grad_out->stride(grad_out->dim() - 1) == 1, "grad_out",
-            "a contiguous last dimension", "a stride");
+    require_contiguous_last("grad_out", *grad_out);
   }
   if (grad_lse) check("grad_lse", *grad_lse, rows, compute);
   if (grad_mass) check("grad_mass", *grad_mass, with_last(rows, in.num_modalities), compute);

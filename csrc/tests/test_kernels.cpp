@@ -349,7 +349,7 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
       item.last_tile = problem.sequence.num_tiles;
       item.packed = packed ? aligned(storage) : nullptr;
       if (pieces == 1) {
-        kernel.forward(args, item, aligned(scratch));
+        kernel.forward(args, item, nullptr, aligned(scratch));
         continue;
       }
       std::vector<std::vector<char>> memory(pieces);
@@ -361,7 +361,7 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
         piece.first_tile = item.last_tile * p / pieces;
         piece.last_tile = item.last_tile * (p + 1) / pieces;
         piece.partial = partials.back();
-        kernel.forward(args, piece, aligned(scratch));
+        kernel.forward(args, piece, &item, aligned(scratch));
       }
       kernel.merge(args, item, partials.data(), pieces, aligned(scratch));
     }
@@ -478,12 +478,13 @@ TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
     args.grad_lse = problem.input(b, 1, problem.queries);
     args.grad_mass = problem.input(c, problem.modalities, problem.queries);
     std::vector<T> delta(rows), dq(problem.query.size()), dk(problem.key.size()), dv(problem.value.size()),
-        db(problem.bias.size()), dc(problem.sink.size());
+        db(problem.bias.size()), dc(problem.sink.size()), sums(problem.bias.size());
     args.delta = problem.output(delta, 1, problem.queries);
     args.grad_query = problem.output(dq, problem.head_dim, problem.queries);
     args.grad_key = problem.output(dk, problem.head_dim, problem.keys);
     args.grad_value = problem.output(dv, problem.head_dim, problem.keys);
     args.grad_bias = problem.output(db, problem.modalities, problem.queries);
+    args.probability_sums = problem.output(sums, problem.modalities, problem.queries);
     args.grad_sink = problem.output(dc, 1, problem.queries);
     const int64_t blocks = problem.group * ((problem.queries + kernel.block_rows - 1) / kernel.block_rows);
     std::vector<char> scratch = bytes(kernel.backward_scratch_bytes(args, blocks));

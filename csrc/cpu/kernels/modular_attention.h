@@ -53,7 +53,8 @@ struct BackwardArgs : AttentionArgs {
   Input saved_out, saved_lse, saved_mass;
   Input grad_out, grad_lse, grad_mass;                            // grad_lse.data, grad_mass.data null: zero
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
-  Output delta;  // workspace, one number for each row: D_i of MATH.md section 3
+  Output delta;             // workspace, one number for each row: D_i of MATH.md section 3
+  Output probability_sums;  // workspace of the shape of grad_bias, wanted with it: sums of P over each modality
 };
 
 // Work item of the forward pass: query rows against a range of key tiles. The rows are [first_row, first_row +
@@ -93,7 +94,8 @@ struct AttentionKernels {
   int64_t (*backward_scratch_bytes)(const BackwardArgs&, int64_t num_blocks);
 
   void (*pack_tile)(const AttentionArgs&, const Sequence&, int64_t kv_head, int64_t tile, void* packed);
-  void (*forward)(const ForwardArgs&, const ForwardItem&, void* scratch);
+  // `next`: the item this thread will probably run next, or null; its queries are prefetched.
+  void (*forward)(const ForwardArgs&, const ForwardItem&, const ForwardItem* next, void* scratch);
   // Merges the states of num_splits items that differ in their tiles only, in order, and writes the outputs.
   void (*merge)(const ForwardArgs&, const ForwardItem&, void* const* partials, int num_splits, void* scratch);
 

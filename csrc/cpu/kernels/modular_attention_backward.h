@@ -77,14 +77,44 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
   }
   if (args.grad_lse.data != nullptr) delta -= *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
   *row_of<T>(args.delta, sequence, head, sequence.first_query, row) = delta;
-  if (args.grad_bias.data != nullptr)
+  if (args.grad_bias.data != nullptr) {
     memset(row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row), 0, sizeof(T) * args.num_modalities);
+    memset(row_of<T>(args.probability_sums, sequence, head, sequence.first_query, row), 0,
+           sizeof(T) * args.num_modalities);
+  }
   if (args.grad_sink.data != nullptr) {
     const T sink = *row_of<T>(args.sink, sequence, head, sequence.first_query, row);
     const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
     *row_of<T>(args.grad_sink, sequence, head, sequence.first_query, row) =
         sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(static_cast<double>(sink - lse))) * delta;
   }
+}
+
+// db_m = sum dS over the keys of modality m is a small difference of large numbers (zero for one modality without a
+// sink), and the D_i that went into dS was made from the rounded output. Here it is replaced by the D that the row's
+// own probabilities imply, and the common factor that the rounding of lse gives to them is divided out, known from what
+// they should sum to:
+//   k = sum_m mass_m / sum_m Q_m with Q_m = sum P       D = k sum_m (db_m + Q_m D_i) - dL       db_m <- k (db_m + Q_m
+//   (D_i - D))
+template <class T>
+void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row) {
+  T* grad = row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row);
+  const T* sums = row_of<T>(args.probability_sums, sequence, head, sequence.first_query, row);
+  const T* mass = row_of<T>(args.saved_mass, sequence, head, sequence.first_query, row);
+  T seen = 0, expected = 0, grads = 0;
+  for (int m = 0; m < args.num_modalities; ++m) {
+    seen += sums[m];
+    grads += grad[m];
+    expected += mass[m * args.saved_mass.last];
+  }
+  if (seen == T(0)) return;
+  if (args.sink.data == nullptr || *row_of<T>(args.sink, sequence, head, sequence.first_query, row) == T(-INFINITY))
+    expected = 1;
+  const T correction = expected / seen;
+  T difference =
+      *row_of<T>(args.delta, sequence, head, sequence.first_query, row) * (1 - expected) - correction * grads;
+  if (args.grad_lse.data != nullptr) difference += *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
+  for (int m = 0; m < args.num_modalities; ++m) grad[m] = (grad[m] + sums[m] * difference) * correction;
 }
 
 template <class T>
@@ -108,28 +138,50 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
   return block.tile_limit > 0;
 }
 
-// scores <- P, grads <- dS for one row; returns the sum of dS.
+// What turns a raw product into a probability: P = 2^(s scale + shift) factor. The shift, (bias - lse) log2(e), is
+// large where rows are long; its rounding error would be common to the row and survive sums over keys (the bias
+// gradient), so the factor 2^error takes it back.
 template <class T>
-MODA_EXT_INLINE T score_gradient_row(T* scores, T* grads, int count, T score_scale, T shift, T delta) {
+struct RowExponent {
+  T scale, shift, factor;
+
+  RowExponent(double score_scale, T bias, T lse) : scale(static_cast<T>(score_scale * kLog2e)) {
+    const double exact = (static_cast<double>(bias) - static_cast<double>(lse)) * kLog2e;
+    shift = static_cast<T>(exact);
+    factor = static_cast<T>(1 + kLn2 * (exact - static_cast<double>(shift)));
+  }
+};
+
+// Sums over the visible keys of one modality: of P, and of dS.
+template <class T>
+struct RowSums {
+  T probability, grad_score;
+};
+
+// scores <- P, grads <- dS for one row.
+template <class T>
+MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, const RowExponent<T>& exponent, T delta) {
   constexpr int L = kLanes<T>;
-  const Vector<T> a = splat(score_scale), c = splat(shift), d = splat(delta);
-  Vector<T> sum{};
+  const Vector<T> a = splat(exponent.scale), c = splat(exponent.shift), f = splat(exponent.factor), d = splat(delta);
+  Vector<T> probability{}, grad_score{};
   int j = 0;
   for (; j + L <= count; j += L) {
-    const Vector<T> p = exp2_nonpositive(load(scores + j) * a + c);
+    const Vector<T> p = exp2_nonpositive(load(scores + j) * a + c) * f;
     const Vector<T> ds = p * (load(grads + j) - d);
     store(scores + j, p);
     store(grads + j, ds);
-    sum += ds;
+    probability += p;
+    grad_score += ds;
   }
   if (j < count) {
-    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) * a + c), count - j);
+    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) * a + c) * f, count - j);
     const Vector<T> ds = keep_first<T>(p * (load(grads + j) - d), count - j);
     store(scores + j, p);
     store(grads + j, ds);
-    sum += ds;
+    probability += p;
+    grad_score += ds;
   }
-  return reduce_add<T>(sum);
+  return {reduce_add<T>(probability), reduce_add<T>(grad_score)};
 }
 
 // C[i] += sum_rows A[row][i] B[row] for the keys i of a tile: rows before the first that sees a register block of keys
@@ -186,10 +238,13 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
       if (args.grad_mass.data != nullptr)
         delta -= row_of<T>(args.grad_mass, sequence, block.head, sequence.first_query,
                            row)[args.grad_mass.last * tile.modality];
-      const T sum = score_gradient_row(probability, grad_score, block.visible[i], T(args.scale * kLog2e),
-                                       (bias - lse) * T(kLog2e), delta);
-      if (args.grad_bias.data != nullptr)
-        row_of<T>(args.grad_bias, sequence, block.head, sequence.first_query, row)[tile.modality] += sum;
+      const RowSums<T> sums =
+          score_gradient_row(probability, grad_score, block.visible[i], RowExponent<T>(args.scale, bias, lse), delta);
+      if (args.grad_bias.data != nullptr) {
+        row_of<T>(args.probability_sums, sequence, block.head, sequence.first_query, row)[tile.modality] +=
+            sums.probability;
+        row_of<T>(args.grad_bias, sequence, block.head, sequence.first_query, row)[tile.modality] += sums.grad_score;
+      }
     }
     zero_from(probability, block.visible[i], block.tile_limit);
     zero_from(grad_score, block.visible[i], block.tile_limit);
@@ -258,6 +313,7 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
     const int64_t left = sequence.num_queries - block.first_row;
     block.count = static_cast<int>(left < kBlockRows ? left : kBlockRows);
   };
+  const int64_t grad_stride = in_place ? args.grad_query.row : width;
   const auto query_grad_of = [&](int64_t index, const BlockView<T>& block, int view) {
     if (in_place)
       return row_of<T>(args.grad_query, sequence, block.head, sequence.first_query, block.first_row) +
@@ -278,8 +334,7 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
     }
     for (int view = 0; wants_query && view < args.num_views; ++view) {
       T* grads = query_grad_of(index, block, view);
-      const int64_t stride = in_place ? args.grad_query.row : width;
-      for (int i = 0; i < block.count; ++i) memset(grads + i * stride, 0, sizeof(T) * (in_place ? D : width));
+      for (int i = 0; i < block.count; ++i) memset(grads + i * grad_stride, 0, sizeof(T) * (in_place ? D : width));
     }
   }
 
@@ -304,13 +359,26 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
                  args.query.row, block.count, D, T(1), scratch.query);
       load_block(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, block.first_row),
                  args.grad_out.row, block.count, D, T(1), scratch.grad_out);
+      if (index + 1 < item.last_block) {  // the next block's rows come in from memory while this one is computed
+        BlockView<T> next;
+        locate(index + 1, next);
+        prefetch_rows(row_of<Storage>(args.query, sequence, next.head, sequence.first_query, next.first_row) +
+                          args.query.view * view,
+                      args.query.row, next.count, D);
+        prefetch_rows(row_of<Storage>(args.grad_out, sequence, next.head, sequence.first_query, next.first_row),
+                      args.grad_out.row, next.count, D);
+        if (wants_query) prefetch_rows(query_grad_of(index + 1, next, view), grad_stride, next.count, D);
+      }
       differentiate_block(args, sequence, tile, block, keys_transposed, values_transposed, keys,
-                          wants_query ? query_grad_of(index, block, view) : nullptr,
-                          in_place ? args.grad_query.row : width, scratch);
+                          wants_query ? query_grad_of(index, block, view) : nullptr, grad_stride, scratch);
     }
     write_key_gradients<Storage>(args, item, tile, scratch);
   }
 
+  for (int64_t index = item.first_block; args.grad_bias.data != nullptr && index < item.last_block; ++index) {
+    locate(index, block);
+    for (int i = 0; i < block.count; ++i) finish_bias_gradient<T>(args, sequence, block.head, block.first_row + i);
+  }
   if (!wants_query || in_place) return;
   for (int64_t index = item.first_block; index < item.last_block; ++index) {
     locate(index, block);

@@ -120,9 +120,6 @@ void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T
   memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
 }
 
-MODA_EXT_INLINE float binary_logarithm(float x) { return log2f(x); }
-MODA_EXT_INLINE double binary_logarithm(double x) { return log2(x); }
-
 template <class Storage, class T>
 void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
@@ -132,7 +129,8 @@ void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& sta
     const bool has_sink = state.sink[i] != kLowest<T>;
     const T total = has_sink ? seen + exp2_nonpositive(state.sink[i] - state.maximum[i]) : seen;
     const T inverse = total == T(0) ? T(0) : T(1) / total;
-    T lse = (state.maximum[i] + binary_logarithm(total)) * T(kLn2);
+    // In double, rounded once: the backward's probabilities inherit the error of lse as a common factor of their row.
+    T lse = static_cast<T>((static_cast<double>(state.maximum[i]) + log2(static_cast<double>(total))) * kLn2);
     if (seen == T(0))  // nothing visible: exactly the sink
       lse = has_sink ? *rows.at<T>(args.sink, i) : T(-INFINITY);
     store_row(output, inverse, rows.at<Storage>(args.out, i), args.head_dim);
@@ -254,13 +252,22 @@ void attend_tile(const AttentionArgs& args, const ItemRows& rows, const KeyTile&
 }
 
 template <class Storage, class T>
-void forward(const ForwardArgs& args, const ForwardItem& item, void* memory) {
+void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem* next, void* memory) {
   ForwardScratch<T>& scratch = *static_cast<ForwardScratch<T>*>(memory);
   T* queries = reinterpret_cast<T*>(&scratch + 1);
   T* own_tile = queries + args.num_views * kBlockRows * kScratchStride<T>;
   const Sequence& sequence = *item.sequence;
   const ItemRows rows(item);
   initialise_rows(args, rows, scratch.state);
+  // The outputs are written once, at the end, and the next item's queries are read at its start: asking for their lines
+  // now hides the cache misses behind this item.
+  if (item.partial == nullptr)
+    for (int i = 0; i < rows.count; ++i) prefetch_rows(rows.at<Storage>(args.out, i), 0, 1, args.head_dim);
+  if (next != nullptr && args.num_views == 1)
+    for (int64_t h = 0; h < next->num_heads; ++h)
+      prefetch_rows(row_of<Storage>(args.query, *next->sequence, next->first_head + h, next->sequence->first_query,
+                                    next->first_row),
+                    args.query.row, next->num_rows, args.head_dim);
   const int64_t last_position =
       args.causal ? item.first_row + item.num_rows - 1 + sequence.num_keys - sequence.num_queries : sequence.num_keys;
 

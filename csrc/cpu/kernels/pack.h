@@ -112,6 +112,16 @@ MODA_EXT_INLINE void load_block(const Storage* from, int64_t row_stride, int64_t
   for (int64_t i = 0; i < rows; ++i) load_row(from + i * row_stride, factor, block + i * kScratchStride<T>, head_dim);
 }
 
+// Asks for rows that will be needed while other work goes on, in the second-level cache.
+template <class Element>
+MODA_EXT_INLINE void prefetch_rows(const Element* first, int64_t row_stride, int64_t rows, int64_t elements) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* line = reinterpret_cast<const char*>(first + i * row_stride);
+    for (int64_t at = 0; at < elements * static_cast<int64_t>(sizeof(Element)); at += 64)
+      __builtin_prefetch(line + at, 0, 2);
+  }
+}
+
 }  // namespace MODA_EXT_TIER
 }  // namespace cpu
 }  // namespace moda_ext
