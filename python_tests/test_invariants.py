@@ -36,7 +36,7 @@ def test_plain_call_equals_scaled_dot_product_attention(device, data):
 
     result, expected = evaluate(ours, problem, cotangents), evaluate(plain, problem, cotangents)
     for name in ("out", "gradient of query", "gradient of key", "gradient of value"):
-        assert_close(result[name], expected[name])
+        assert_close(result[name], expected[name], units=512)
 
 
 def test_zero_bias_and_a_sink_of_minus_infinity_change_nothing(device):
@@ -104,7 +104,7 @@ def test_joint_softmax_equals_the_merge_of_plain_attentions(device, data):
     for name, value in expected.items():
         # Where a modality is hidden from a row its lse is -inf, which the merge differentiates as inf - inf.
         if "gradient" not in name or value.isfinite().all():
-            assert_close(result[name], value, units=256)
+            assert_close(result[name], value, units=1024)
 
 
 @CASES

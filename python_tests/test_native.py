@@ -1,5 +1,6 @@
 """The native build as a whole: import, fallback, instruction sets, threads, memory."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from problems import Problem, cotangents_for, evaluate, make_problem, ours
 from tolerance import assert_close
 
 import moda_ext
+from moda_ext import attention
 from moda_ext._ops import library
 
 HERE = Path(__file__).parent
@@ -53,6 +55,12 @@ def test_info_tells_what_runs():
     printed = subprocess.run([sys.executable, "-m", "moda_ext.info"], capture_output=True, text=True, check=True).stdout
     for key in ("version", "torch", "isa"):
         assert key in printed
+
+
+def test_the_examples_in_the_docstrings_run():
+    results = doctest.testmod(attention)
+    assert results.attempted >= 10
+    assert results.failed == 0
 
 
 # Fallback

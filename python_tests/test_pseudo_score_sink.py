@@ -19,7 +19,9 @@ def series(num_rows: int, length: int, decay: float, base: float = 0.0, start: i
     return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
 
 
-DECAYS = st.one_of(st.sampled_from((0.0, 1e-30, 1e-12, 1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 0.5, 1.0, 40.0, 1e4)), st.floats(0, 5))
+DECAYS = st.one_of(
+    st.sampled_from((0.0, 1e-30, 1e-12, 1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 0.5, 1.0, 40.0, 1e4)), st.floats(0, 5)
+)
 
 
 @settings(max_examples=100)

@@ -1,9 +1,9 @@
 // CPU adapter of modular_attention: plans the keys, cuts the work into items, hands items to threads, owns all
 // workspace.
 //
-// Items are taken from a shared counter, those of one kv head together (its packed keys stay in cache) and the largest of
-// them first, so threads stay busy whatever the causal triangle or the machine does; every number is written by one item
-// in a fixed order, so results do not depend on which thread ran it.
+// Items are taken from a shared counter, those of one kv head together (its packed keys stay in cache) and the largest
+// of them first, so threads stay busy whatever the causal triangle or the machine does; every number is written by one
+// item in a fixed order, so results do not depend on which thread ran it.
 #include "cpu/kernels/modular_attention.h"
 
 #include <torch/csrc/stable/library.h>

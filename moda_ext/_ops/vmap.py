@@ -25,7 +25,7 @@ def _fold(tensor: Tensor | None, mapped: int | None, batch: int, size: int) -> T
     else:
         tensor = tensor.movedim(mapped, batch - 1)
     tensor = tensor.flatten(batch - 1, batch)
-    # The kernels want the last dimension of query, key, value and grad_out contiguous; vmap may have mapped over that one.
+    # Kernels want the last dimension of query, key, value and grad_out contiguous; vmap may have mapped over it.
     return tensor if tensor.stride(-1) == 1 or batch != -4 else tensor.contiguous()
 
 
