@@ -136,7 +136,7 @@ def modular_attention_varlen(
     return_lse: bool = False,
     return_mass: bool = False,
 ):
-    """:func:`moda_ext.attention.modular_attention_varlen`, one dense call per sequence; reads ``cu_seqlens`` on the host."""
+    """:func:`moda_ext.attention.modular_attention_varlen`, one dense call per sequence; reads ``cu_seqlens``."""
     tokens, heads, head_size = query.shape[-3:]
     q_bounds = sequence_bounds("cu_seqlens_q", cu_seqlens_q, tokens, max_seqlen_q)
     k_bounds = sequence_bounds("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
