@@ -43,7 +43,7 @@ SHOWN = ("steelblue", "darkred", "black")
 
 UNIFORM = "uniform attention"
 PRIOR = 1.5  # added to the scores between modalities: exp(1.5) = 4.5 times the weight
-TOLERANCE = 3e-5  # of the largest value; float32 rounds at 1.2e-7, and the backward pass adds large numbers that cancel
+TOLERANCE = 1e-5  # of the largest value; float32 rounds at 6e-8, and a backward pass adds large numbers that cancel
 DECAY, BASE, MAX_LENGTH = 0.5, 5.0, 8192  # pseudo scores; the paper's base for training from scratch is 0
 
 
