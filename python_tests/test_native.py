@@ -19,12 +19,20 @@ from moda_ext._ops import library
 HERE = Path(__file__).parent
 
 
-def python(code: str, *arguments: str, **environment: str) -> str:
+def environment_with(**variables: str) -> dict[str, str]:
+    """This process's environment and ``variables``; asking for the fallback takes back a demand for native."""
+    environment = {**os.environ, **variables}
+    if "MODA_EXT_DISABLE_NATIVE" in variables:
+        environment.pop("MODA_EXT_REQUIRE_NATIVE", None)
+    return environment
+
+
+def python(code: str, *arguments: str, **variables: str) -> str:
     """What a fresh interpreter prints; it can import this folder's helpers and runs outside the checkout."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env=environment_with(PYTHONPATH=path, **variables),
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -104,7 +112,7 @@ def test_fallback_passes_the_tests_of_the_interface(native):
     """The same suite with the native library switched off: the errors and the sink's closed form."""
     files = ("test_errors.py", "test_pseudo_score_sink.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / f) for f in files)]
-    environment = {**os.environ, "MODA_EXT_DISABLE_NATIVE": "1"}
+    environment = environment_with(MODA_EXT_DISABLE_NATIVE="1")
     run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-4000:]
 
