@@ -138,14 +138,15 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
   return block.tile_limit > 0;
 }
 
-// What turns a raw product into a probability: P = 2^(s scale + shift) factor. The shift, (bias - lse) log2(e), is
-// large where rows are long; its rounding error would be common to the row and survive sums over keys (the bias
-// gradient), so the factor 2^error takes it back.
+// What turns a score in log2 units into a probability: P = 2^(s + shift) factor. The query is scaled before the product
+// exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - lse)
+// log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
+// bias gradient), so the factor 2^error takes it back.
 template <class T>
 struct RowExponent {
-  T scale, shift, factor;
+  T shift, factor;
 
-  RowExponent(double score_scale, T bias, T lse) : scale(static_cast<T>(score_scale * kLog2e)) {
+  RowExponent(T bias, T lse) {
     const double exact = (static_cast<double>(bias) - static_cast<double>(lse)) * kLog2e;
     shift = static_cast<T>(exact);
     factor = static_cast<T>(1 + kLn2 * (exact - static_cast<double>(shift)));
@@ -162,11 +163,11 @@ struct RowSums {
 template <class T>
 MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, const RowExponent<T>& exponent, T delta) {
   constexpr int L = kLanes<T>;
-  const Vector<T> a = splat(exponent.scale), c = splat(exponent.shift), f = splat(exponent.factor), d = splat(delta);
+  const Vector<T> c = splat(exponent.shift), f = splat(exponent.factor), d = splat(delta);
   Vector<T> probability{}, grad_score{};
   int j = 0;
   for (; j + L <= count; j += L) {
-    const Vector<T> p = exp2_nonpositive(load(scores + j) * a + c) * f;
+    const Vector<T> p = exp2_nonpositive(load(scores + j) + c) * f;
     const Vector<T> ds = p * (load(grads + j) - d);
     store(scores + j, p);
     store(grads + j, ds);
@@ -174,7 +175,7 @@ MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, co
     grad_score += ds;
   }
   if (j < count) {
-    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) * a + c) * f, count - j);
+    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) + c) * f, count - j);
     const Vector<T> ds = keep_first<T>(p * (load(grads + j) - d), count - j);
     store(scores + j, p);
     store(grads + j, ds);
@@ -239,7 +240,7 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
         delta -= row_of<T>(args.grad_mass, sequence, block.head, sequence.first_query,
                            row)[args.grad_mass.last * tile.modality];
       const RowSums<T> sums =
-          score_gradient_row(probability, grad_score, block.visible[i], RowExponent<T>(args.scale, bias, lse), delta);
+          score_gradient_row(probability, grad_score, block.visible[i], RowExponent<T>(bias, lse), delta);
       if (args.grad_bias.data != nullptr) {
         row_of<T>(args.probability_sums, sequence, block.head, sequence.first_query, row)[tile.modality] +=
             sums.probability;
@@ -271,6 +272,7 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
 template <class Storage, class T>
 void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, const KeyTile& tile,
                          BackwardScratch<T>& scratch) {
+  // dk = tau sum dS q; the query came in as tau log2(e) q, see RowExponent.
   const Sequence& sequence = *item.sequence;
   T* partial = static_cast<T*>(item.partial);
   for (int j = 0; j < tile.length; ++j) {
@@ -278,14 +280,14 @@ void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, con
     T* value = scratch.grad_value + j * kScratchStride<T>;
     if (partial != nullptr) {
       const int64_t slot = tile.start + j;
-      store_row(key, T(args.scale), partial + slot * args.head_dim, args.head_dim);
+      store_row(key, T(kLn2), partial + slot * args.head_dim, args.head_dim);
       store_row(value, T(1), partial + (sequence.num_slots + slot) * args.head_dim, args.head_dim);
       continue;
     }
     const int64_t position = sequence.order[tile.start + j];
     if (args.grad_key.data != nullptr)
-      store_row(key, T(args.scale),
-                row_of<Storage>(args.grad_key, sequence, item.kv_head, sequence.first_key, position), args.head_dim);
+      store_row(key, T(kLn2), row_of<Storage>(args.grad_key, sequence, item.kv_head, sequence.first_key, position),
+                args.head_dim);
     if (args.grad_value.data != nullptr)
       store_row(value, T(1), row_of<Storage>(args.grad_value, sequence, item.kv_head, sequence.first_key, position),
                 args.head_dim);
@@ -356,7 +358,7 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
       }
       load_block(row_of<Storage>(args.query, sequence, block.head, sequence.first_query, block.first_row) +
                      args.query.view * view,
-                 args.query.row, block.count, D, T(1), scratch.query);
+                 args.query.row, block.count, D, T(args.scale * kLog2e), scratch.query);
       load_block(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, block.first_row),
                  args.grad_out.row, block.count, D, T(1), scratch.grad_out);
       if (index + 1 < item.last_block) {  // the next block's rows come in from memory while this one is computed
