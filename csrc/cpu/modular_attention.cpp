@@ -258,7 +258,6 @@ struct ForwardPlan {
   };
   std::vector<Head> heads;
   std::vector<ForwardItem> blocks;  // row blocks, not yet split over keys
-  std::vector<int64_t> kv_heads_of_block;
 };
 
 ForwardPlan plan_forward(const Batch& batch, const AttentionShape& shape, int64_t group, int64_t block_rows) {
@@ -341,22 +340,20 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
           items.push_back(item);
           continue;
         }
-        splits.push_back({item, {}});
-        for (int64_t s = 0; s < pieces; ++s)
-          partial_bytes += round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
+        splits.push_back({item, std::vector<void*>(pieces)});
+        partial_bytes += pieces * round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
       }
     }
     const Workspace partials(partial_bytes);
     int64_t partial_at = 0;
     for (Split& split : splits) {
-      const int64_t pieces = std::min<int64_t>(splits_wanted, std::max<int64_t>(1, split.item.last_tile / 4));
+      const int64_t pieces = static_cast<int64_t>(split.partials.size());
       for (int64_t s = 0; s < pieces; ++s) {
         ForwardItem item = split.item;
         item.first_tile = split.item.last_tile * s / pieces;
         item.last_tile = split.item.last_tile * (s + 1) / pieces;
-        item.partial = partials.at(partial_at);
+        item.partial = split.partials[s] = partials.at(partial_at);
         partial_at += round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
-        split.partials.push_back(item.partial);
         items.push_back(item);
       }
     }

@@ -52,8 +52,8 @@ MODA_EXT_INLINE void multiply_block(int depth, const T* __restrict a, const T* _
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = V{};
   }
-#pragma GCC \
-    unroll 2  // 2-3 % over no unrolling (fewer integer operations compete for ports 0 and 5); 4 and more are slower
+  // Two steps at a time: 2-3 % over one (fewer integer operations compete for ports 0 and 5); four and more are slower.
+#pragma GCC unroll 2
   for (int k = 0; k < depth; ++k) {
     V bk[NV];
 #pragma GCC unroll 4

@@ -94,8 +94,9 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
 // sink), and the D_i that went into dS was made from the rounded output. Here it is replaced by the D that the row's
 // own probabilities imply, and the common factor that the rounding of lse gives to them is divided out, known from what
 // they should sum to:
-//   k = sum_m mass_m / sum_m Q_m with Q_m = sum P       D = k sum_m (db_m + Q_m D_i) - dL       db_m <- k (db_m + Q_m
-//   (D_i - D))
+//   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P
+//   D = k sum_m (db_m + Q_m D_i) - dL
+//   db_m <- k (db_m + Q_m (D_i - D))
 template <class T>
 void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row) {
   T* grad = row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row);
