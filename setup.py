@@ -9,6 +9,7 @@ import os
 import platform
 import runpy
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -56,6 +57,17 @@ def parallel_jobs() -> int:
         free_gb = 4
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, int(free_gb / 2)))
+
+
+def compiles_here(group: dict) -> bool:
+    """Whether this machine's compiler can build a kernel group: AMX came with GCC 11 and Clang 12, and needs Linux."""
+    if group["isa"] not in SOURCES["x86_64_isas"]:
+        return True
+    if not IS_X86_64 or (group["isa"] == "amx" and platform.system() != "Linux"):
+        return False
+    compiler = os.environ.get("CXX", "c++").split()
+    command = [*compiler, *group["flags"], "-x", "c++", "-fsyntax-only", os.devnull]
+    return group["isa"] != "amx" or subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def build_summary() -> str:
@@ -110,10 +122,12 @@ check_toolchain()
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it
 target_major, target_minor = VERSION["TORCH_MIN"]
 flags = ["-std=c++17", "-g0", "-fvisibility=hidden"]
-macros = [("MODA_EXT_X86_TIERS", "1")] if IS_X86_64 else []
 headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
 depends = [*headers, "csrc/sources.json", "setup.py"]
-kernels = [group for group in SOURCES["kernels"] if IS_X86_64 or group["isa"] not in SOURCES["x86_64_isas"]]
+kernels = [group for group in SOURCES["kernels"] if compiles_here(group)]
+isas = [group["isa"] for group in kernels if group["isa"] != "any"]
+macros = [("MODA_EXT_X86_TIERS", "1")] if "avx512" in isas else []
+macros += [("MODA_EXT_AMX_TIER", "1")] if "amx" in isas else []
 
 libraries = [
     (
@@ -153,7 +167,7 @@ bindings = Extension(
     language="c++",
 )
 
-write_build_info([group["isa"] for group in kernels if group["isa"] != "any"])
+write_build_info(isas)
 print(f"moda_ext: {build_summary()}", flush=True)
 setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing

@@ -32,17 +32,27 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
   if(MODA_EXT_MACHINE_ISA MATCHES "^AVX512")
     list(APPEND machine_isas avx512)
   endif()
+  if(EXISTS /proc/cpuinfo)
+    file(STRINGS /proc/cpuinfo amx REGEX "^flags.* amx_bf16" LIMIT_COUNT 1)
+    if(amx)
+      list(APPEND machine_isas amx)
+    endif()
+  endif()
   foreach(isa ${MODA_EXT_ISAS})
     if(NOT isa IN_LIST machine_isas)
       message(STATUS "Kernel tests for ${isa} are not registered: this machine (${MODA_EXT_MACHINE_ISA}) cannot run them")
       continue()
     endif()
-    string(REPLACE baseline default capability ${isa})
+    set(isa_environment "${environment};MODA_EXT_TEST_ISA=${isa}")
+    if(NOT isa STREQUAL "amx") # the best tier is what runs without a cap
+      string(REPLACE baseline default capability ${isa})
+      list(APPEND isa_environment "ATEN_CPU_CAPABILITY=${capability}")
+    endif()
     gtest_discover_tests(
       moda_ext_isa_tests
       TEST_PREFIX "${isa}/"
       TEST_LIST moda_ext_isa_tests_${isa}
       DISCOVERY_TIMEOUT 60
-      PROPERTIES ENVIRONMENT "${environment};ATEN_CPU_CAPABILITY=${capability}")
+      PROPERTIES ENVIRONMENT "${isa_environment}")
   endforeach()
 endif()

@@ -58,7 +58,7 @@ def test_info_tells_what_runs():
     assert info["version"] == moda_ext.__version__
     assert info["torch"] == torch.__version__
     if library.native_loaded:
-        assert info["isa"] in ("baseline", "avx2", "avx512")
+        assert info["isa"] in ORDER
     json.dumps(info)  # plain values only
     printed = subprocess.run([sys.executable, "-m", "moda_ext.info"], capture_output=True, text=True, check=True).stdout
     for key in ("version", "torch", "isa"):
@@ -119,8 +119,8 @@ def test_fallback_passes_the_tests_of_the_interface(native):
 
 # Instruction sets
 
-TIERS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
-ORDER = ("baseline", "avx2", "avx512")
+TIERS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512", "": "amx"}  # by ATEN_CPU_CAPABILITY, "": no cap
+ORDER = ("baseline", "avx2", "avx512", "amx")
 
 CONSISTENCY = """
 import torch, moda_ext

@@ -38,16 +38,29 @@ constexpr int64_t kPartialBudgetPerThread = int64_t{8} << 20;
 constexpr int64_t kForwardItems = 16;
 constexpr int64_t kBackwardItems = 8;
 
-const AttentionKernels& select_kernels(ScalarType dtype) {
+// Tile instructions work on 32 queries at a time: for fewer rows per key head (decoding) most of that would be padding.
+constexpr int64_t kTileRowsWanted = 64;
+
+const AttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = dtype == ScalarType::Double     ? Storage::kFloat64
                           : dtype == ScalarType::BFloat16 ? Storage::kBFloat16
                           : dtype == ScalarType::Half     ? Storage::kFloat16
                                                           : Storage::kFloat32;
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
+    return attention_kernels_amx(storage);
+#endif
 #if defined(MODA_EXT_X86_TIERS)
-  if (active_isa() == Isa::avx512) return attention_kernels_avx512(storage);
+  if (active_isa() >= Isa::avx512) return attention_kernels_avx512(storage);
   if (active_isa() == Isa::avx2) return attention_kernels_avx2(storage);
 #endif
   return attention_kernels_baseline(storage);
+}
+
+// Query rows that share a key head, of a sequence of average length.
+int64_t rows_per_key_head(const AttentionInputs& in, const AttentionShape& shape) {
+  const int64_t sequences = in.packed() ? std::max<int64_t>(1, in.cu_seqlens_q->size(0) - 1) : 1;
+  return shape.kv_heads > 0 ? shape.num_queries / sequences * (shape.query_heads / shape.kv_heads) : 0;
 }
 
 int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -374,7 +387,7 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
 
 std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const AttentionKernels& kernels = select_kernels(in.query.scalar_type());
+  const AttentionKernels& kernels = select_kernels(in.query.scalar_type(), rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs outputs = empty_outputs(in, shape);
   ForwardArgs args;
@@ -417,70 +430,100 @@ void run_backward(const AttentionKernels& kernels, const BackwardArgs& args, con
   struct Head {
     const Sequence* sequence;
     int64_t kv_head;
-    std::vector<void*> partials;  // empty: one item owns the kv head
+    int64_t packed_bytes, partial_bytes;  // its packed keys and values; partial gradients of one item
+    std::vector<void*> partials;          // empty: one item owns the kv head
   };
   std::vector<Head> heads;
-  std::vector<BackwardItem> items;
-  int64_t partial_bytes = 0, most_blocks = 0, num_heads = 0, slots = 0;
   for (const Sequence& sequence : batch.sequences) {
     if (sequence.num_queries == 0) continue;
-    num_heads += shape.kv_heads;
-    slots += shape.kv_heads * sequence.num_slots;
+    for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
+      heads.push_back({&sequence,
+                       kv_head,
+                       round_up(kernels.backward_packed_bytes(args, sequence.num_panels)),
+                       round_up(2 * int64_t{sequence.num_slots} * args.head_dim * kernels.compute_bytes),
+                       {}});
   }
-  if (num_heads == 0) return;
+  if (heads.empty()) return;
+  const bool packs = kernels.backward_packed_bytes(args, 1) > 0;
+  const int64_t threads = num_threads();
+  const int64_t budget = std::max(kPartialBudget, kPartialBudgetPerThread * threads);
+  const int64_t wanted = std::max(kBackwardItems, 2 * threads);
 
-  const int64_t budget = std::max(kPartialBudget, kPartialBudgetPerThread * num_threads());
-  const int64_t bytes_per_split = std::max<int64_t>(1, 2 * slots * shape.head_dim * kernels.compute_bytes);
-  const int64_t wanted = std::max(kBackwardItems, 2 * num_threads());
-  int64_t splits = num_heads >= wanted ? 1 : (wanted + num_heads - 1) / num_heads;
-  splits = std::max<int64_t>(1, std::min(splits, budget / bytes_per_split));
+  // Waves of kv heads: all at once unless packed keys or partial gradients need more than their budgets.
+  for (size_t begin = 0; begin < heads.size();) {
+    size_t end = begin;
+    int64_t packed_bytes = 0, partial_bytes = 0;
+    for (; end < heads.size(); ++end) {
+      const Head& head = heads[end];
+      if (packs && end > begin &&
+          (packed_bytes + head.packed_bytes > kPackedBudget || partial_bytes + head.partial_bytes > budget))
+        break;
+      packed_bytes += head.packed_bytes;
+      partial_bytes += head.partial_bytes;
+    }
+    // Few heads: several items share one, each with partial gradients of its own. Where items need those anyway, every
+    // thread gets one whatever the budget says.
+    const int64_t num_heads = static_cast<int64_t>(end - begin);
+    int64_t splits = num_heads >= wanted ? 1 : (wanted + num_heads - 1) / num_heads;
+    splits = std::min(splits, budget / std::max<int64_t>(1, partial_bytes));
+    splits = std::max<int64_t>(splits, packs ? (threads + num_heads - 1) / num_heads : 1);
 
-  for (const Sequence& sequence : batch.sequences) {
-    if (sequence.num_queries == 0) continue;
-    const int64_t blocks = args.group * ((sequence.num_queries + kernels.block_rows - 1) / kernels.block_rows);
-    const int64_t pieces = std::min(splits, blocks);
-    const std::vector<int64_t> bounds = balance_blocks(sequence, args.causal, args.group, kernels.block_rows, pieces);
-    for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
-      heads.push_back({&sequence, kv_head, std::vector<void*>(pieces > 1 ? pieces : 0)});
+    struct PackItem {
+      const Head* head;
+      int64_t tile;
+      void* packed;
+    };
+    std::vector<PackItem> packing;
+    std::vector<BackwardItem> items;
+    int64_t most_blocks = 0, partials_at = 0, packed_at = 0;
+    const Workspace packed(packed_bytes), partials(partial_bytes * splits);
+    for (size_t h = begin; h < end; ++h) {
+      Head& head = heads[h];
+      const Sequence& sequence = *head.sequence;
+      void* const packed_keys = packs ? packed.at(packed_at) : nullptr;
+      packed_at += head.packed_bytes;
+      for (int64_t tile = 0; packs && tile < sequence.num_tiles; ++tile) packing.push_back({&head, tile, packed_keys});
+      const int64_t blocks = args.group * ((sequence.num_queries + kernels.block_rows - 1) / kernels.block_rows);
+      const int64_t pieces = std::min(splits, blocks);
+      const std::vector<int64_t> bounds = balance_blocks(sequence, args.causal, args.group, kernels.block_rows, pieces);
       for (int64_t p = 0; p < pieces; ++p) {
-        items.push_back({&sequence, kv_head, bounds[p], bounds[p + 1], nullptr});
+        void* partial = nullptr;
+        if (packs || pieces > 1) {
+          partial = partials.at(partials_at);
+          partials_at += head.partial_bytes;
+          head.partials.push_back(partial);
+        }
+        items.push_back({&sequence, head.kv_head, bounds[p], bounds[p + 1], partial, packed_keys});
         most_blocks = std::max(most_blocks, bounds[p + 1] - bounds[p]);
-        if (pieces > 1)
-          partial_bytes += round_up(2 * int64_t{sequence.num_slots} * args.head_dim * kernels.compute_bytes);
       }
     }
-  }
-  const Workspace partials(partial_bytes);
-  int64_t at = 0;
-  size_t next_item = 0;
-  for (Head& head : heads) {
-    if (head.partials.empty()) ++next_item;
-    for (void*& partial : head.partials) {
-      partial = items[next_item++].partial = partials.at(at);
-      at += round_up(2 * int64_t{head.sequence->num_slots} * args.head_dim * kernels.compute_bytes);
+    run_items(static_cast<int64_t>(packing.size()), [&](int64_t i, int64_t) {
+      const PackItem& item = packing[i];
+      kernels.pack_backward_tile(args, *item.head->sequence, item.head->kv_head, item.tile, item.packed);
+    });
+    const Scratch scratch(kernels.backward_scratch_bytes(args, most_blocks), static_cast<int64_t>(items.size()));
+    run_items(static_cast<int64_t>(items.size()),
+              [&](int64_t i, int64_t thread) { kernels.backward(args, items[i], scratch.of(thread)); });
+
+    constexpr int64_t kSlotsPerItem = 256;
+    struct Reduction {
+      const Head* head;
+      int64_t begin, end;
+    };
+    std::vector<Reduction> reductions;
+    for (size_t h = begin; h < end; ++h) {
+      const Head& head = heads[h];
+      if (head.partials.empty()) continue;
+      for (int64_t slot = 0; slot < head.sequence->num_slots; slot += kSlotsPerItem)
+        reductions.push_back({&head, slot, std::min<int64_t>(slot + kSlotsPerItem, head.sequence->num_slots)});
     }
+    run_items(static_cast<int64_t>(reductions.size()), [&](int64_t i, int64_t) {
+      const Reduction& r = reductions[i];
+      kernels.reduce_partials(args, *r.head->sequence, r.head->kv_head, r.head->partials.data(),
+                              static_cast<int>(r.head->partials.size()), r.begin, r.end);
+    });
+    begin = end;
   }
-
-  const Scratch scratch(kernels.backward_scratch_bytes(args, most_blocks), static_cast<int64_t>(items.size()));
-  run_items(static_cast<int64_t>(items.size()),
-            [&](int64_t i, int64_t thread) { kernels.backward(args, items[i], scratch.of(thread)); });
-
-  constexpr int64_t kSlotsPerItem = 256;
-  struct Reduction {
-    const Head* head;
-    int64_t begin, end;
-  };
-  std::vector<Reduction> reductions;
-  for (const Head& head : heads) {
-    if (head.partials.empty()) continue;
-    for (int64_t slot = 0; slot < head.sequence->num_slots; slot += kSlotsPerItem)
-      reductions.push_back({&head, slot, std::min<int64_t>(slot + kSlotsPerItem, head.sequence->num_slots)});
-  }
-  run_items(static_cast<int64_t>(reductions.size()), [&](int64_t i, int64_t) {
-    const Reduction& r = reductions[i];
-    kernels.reduce_partials(args, *r.head->sequence, r.head->kv_head, r.head->partials.data(),
-                            static_cast<int>(r.head->partials.size()), r.begin, r.end);
-  });
 }
 
 struct Saved {
@@ -495,7 +538,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
                                                             const Needs& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const AttentionKernels& kernels = select_kernels(in.query.scalar_type());
+  const AttentionKernels& kernels = select_kernels(in.query.scalar_type(), rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.backward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
   const bool packed = in.packed();
   const ScalarType compute = compute_dtype(in.query.scalar_type());

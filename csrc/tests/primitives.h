@@ -33,6 +33,18 @@ struct Conversions {
   void (*to_float16)(const float* from, uint16_t* to, int count);
 };
 
+// Products of the AMX tier (cpu/kernels/tiles.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are
+// row-major with leading dimension `stride`.
+struct TileProducts {
+  static constexpr int kDepth = 96;
+  int stride;
+  void (*by_columns[3])(const float* a, const float* b, float* c);  // C (32 x 32) = A (32 x kDepth) B (32 x kDepth)^T
+  // C = A^T B for 16 row_tiles columns of A (kDepth x 32) and 16 column_tiles of B.
+  void (*by_rows[3])(const float* a, const float* b, int row_tiles, int column_tiles, float* c);
+  void (*split)(float x, int parts, float* part);
+};
+const TileProducts& tile_products();
+
 #define MODA_EXT_DECLARE_PRIMITIVES(tier)          \
   const Primitives<float>& primitives32_##tier();  \
   const Primitives<double>& primitives64_##tier(); \

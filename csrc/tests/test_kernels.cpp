@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -24,7 +25,7 @@ template <class T>
 const Primitives<T>& primitives();
 #if defined(MODA_EXT_X86_TIERS)
 #define MODA_EXT_OF_TIER(name) \
-  active_isa() == Isa::avx512 ? name##_avx512() : active_isa() == Isa::avx2 ? name##_avx2() : name##_baseline()
+  active_isa() >= Isa::avx512 ? name##_avx512() : active_isa() == Isa::avx2 ? name##_avx2() : name##_baseline()
 #else
 #define MODA_EXT_OF_TIER(name) name##_baseline()
 #endif
@@ -38,11 +39,20 @@ const Primitives<double>& primitives<double>() {
 }
 const Conversions& conversions() { return MODA_EXT_OF_TIER(conversions); }
 const AttentionKernels& kernels(Storage storage) {
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64) return attention_kernels_amx(storage);
+#endif
 #if defined(MODA_EXT_X86_TIERS)
-  if (active_isa() == Isa::avx512) return attention_kernels_avx512(storage);
+  if (active_isa() >= Isa::avx512) return attention_kernels_avx512(storage);
   if (active_isa() == Isa::avx2) return attention_kernels_avx2(storage);
 #endif
   return attention_kernels_baseline(storage);
+}
+
+TEST(Tier, IsTheOneAskedFor) {
+  const char* asked = std::getenv("MODA_EXT_TEST_ISA");
+  if (asked == nullptr) GTEST_SKIP() << "MODA_EXT_TEST_ISA is not set; testing " << isa_name(active_isa());
+  EXPECT_STREQ(isa_name(active_isa()), asked);
 }
 
 std::mt19937 generator(7);
@@ -249,6 +259,111 @@ TEST(Conversion, Float16RoundsToNearestEven) {
   conversions().to_float16(from.data(), to.data(), 8);
   EXPECT_EQ(to, (std::vector<uint16_t>{0x3c00, 0x3c02, 0x7bff, 0x7c00, 0x0000, 0x0002, 0x7c00, 0xfc00}));
 }
+
+#if defined(MODA_EXT_AMX_TIER)
+class Tiles : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (active_isa() != Isa::amx) GTEST_SKIP() << "tier in use: " << isa_name(active_isa());
+  }
+  // Random numbers that `parts` bfloat16 numbers hold exactly.
+  static std::vector<float> random_matrix(int parts, int rows) {
+    std::vector<float> values = random_values<float>(static_cast<size_t>(rows) * tile_products().stride);
+    for (float& x : values) {
+      float part[3] = {};
+      tile_products().split(x, parts, part);
+      x = part[0] + part[1] + part[2];
+    }
+    return values;
+  }
+};
+
+TEST_F(Tiles, PartsAddUpExactly) {
+  for (float x : random_values<float>(10000, -1e3, 1e3)) {
+    float part[3];
+    tile_products().split(x, 3, part);
+    ASSERT_EQ(double{part[0]} + part[1] + part[2], x);
+    ASSERT_LE(std::fabs(part[1]), std::ldexp(std::fabs(x), -8));
+    ASSERT_LE(std::fabs(part[2]), std::ldexp(std::fabs(x), -16));
+    for (float p : part) {
+      uint32_t bits;
+      std::memcpy(&bits, &p, 4);
+      ASSERT_EQ(bits & 0xffffu, 0u) << "not a bfloat16 number";
+    }
+    tile_products().split(x, 2, part);
+    ASSERT_NEAR(double{part[0]} + part[1], x, std::ldexp(std::fabs(x), -16));
+  }
+}
+TEST_F(Tiles, PartsKeepInfinityAndNaN) {
+  float part[3];
+  tile_products().split(std::numeric_limits<float>::infinity(), 1, part);
+  EXPECT_EQ(part[0], std::numeric_limits<float>::infinity());
+  for (int parts : {1, 2, 3}) {
+    tile_products().split(std::numeric_limits<float>::quiet_NaN(), parts, part);
+    EXPECT_TRUE(std::isnan(part[0])) << parts;
+  }
+}
+// What is below the bits of a subnormal part must not reach its neighbour in the word.
+TEST_F(Tiles, TinyNumbersStayTiny) {
+  const int stride = tile_products().stride;
+  for (double size : {1e-30, 1e-36, 1e-38, 1e-40, 1e-44}) {
+    const std::vector<float> a = random_values<float>(32 * stride, -size, size), b(32 * stride, 1.0f);
+    std::vector<float> c(32 * stride);
+    tile_products().by_columns[2](a.data(), b.data(), c.data());
+    for (int i = 0; i < 32; ++i) {
+      double expected = 0;
+      for (int k = 0; k < TileProducts::kDepth; ++k) expected += double{a[i * stride + k]};
+      ASSERT_NEAR(c[i * stride], expected, TileProducts::kDepth * (6e-8 * size + 3 * 1.2e-38)) << size;
+    }
+  }
+}
+// As accurate as a float product: half a unit in the last place of the sum of magnitudes, and a little.
+TEST_F(Tiles, ProductOverColumns) {
+  const int stride = tile_products().stride, depth = TileProducts::kDepth;
+  for (int parts : {1, 2, 3}) {
+    const std::vector<float> a = random_matrix(parts, 32), b = random_matrix(parts, 32);
+    std::vector<float> c(32 * stride, 7);
+    tile_products().by_columns[parts - 1](a.data(), b.data(), c.data());
+    for (int i = 0; i < 32; ++i) {
+      for (int j = 0; j < 32; ++j) {
+        double expected = 0, magnitude = 0;
+        for (int k = 0; k < depth; ++k) {
+          const double term = double{a[i * stride + k]} * b[j * stride + k];
+          expected += term;
+          magnitude += std::fabs(term);
+        }
+        ASSERT_NEAR(c[i * stride + j], expected, 6e-8 * magnitude) << i << ", " << j << ", parts " << parts;
+      }
+    }
+  }
+}
+TEST_F(Tiles, ProductOverRowsOfEveryBlockShape) {
+  const int stride = tile_products().stride, depth = TileProducts::kDepth;
+  for (int parts : {1, 2, 3}) {
+    const std::vector<float> a = random_matrix(parts, depth), b = random_matrix(parts, depth);
+    for (int shape = 0; shape < 4; ++shape) {
+      const int rows = shape / 2 + 1, columns = shape % 2 + 1;
+      std::vector<float> c(32 * stride, 7);
+      tile_products().by_rows[parts - 1](a.data(), b.data(), rows, columns, c.data());
+      for (int i = 0; i < 32; ++i) {
+        for (int j = 0; j < 32; ++j) {
+          if (i >= 16 * rows || j >= 16 * columns) {
+            ASSERT_EQ(c[i * stride + j], 7) << "wrote beyond its block";
+            continue;
+          }
+          double expected = 0, magnitude = 0;
+          for (int k = 0; k < depth; ++k) {
+            const double term = double{a[k * stride + i]} * b[k * stride + j];
+            expected += term;
+            magnitude += std::fabs(term);
+          }
+          ASSERT_NEAR(c[i * stride + j], expected, 6e-8 * magnitude) << i << ", " << j << ", parts " << parts;
+        }
+      }
+    }
+  }
+}
+#endif
 
 // Whole kernels on one kv head: a forward in one piece, the same split over keys and merged, and gradients of one item
 // against those of several.
@@ -488,16 +603,22 @@ TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
     args.grad_sink = problem.output(dc, 1, problem.queries);
     const int64_t blocks = problem.group * ((problem.queries + kernel.block_rows - 1) / kernel.block_rows);
     std::vector<char> scratch = bytes(kernel.backward_scratch_bytes(args, blocks));
+    const int64_t packed_bytes = kernel.backward_packed_bytes(args, problem.plan.num_panels);
+    std::vector<char> packed = bytes(packed_bytes);
+    for (int t = 0; packed_bytes > 0 && t < problem.sequence.num_tiles; ++t)
+      kernel.pack_backward_tile(args, problem.sequence, 0, t, aligned(packed));
+    const bool partial = items > 1 || packed_bytes > 0;
     std::vector<std::vector<char>> memory(items);
     std::vector<void*> partials;
     for (int p = 0; p < items; ++p) {
       memory[p] = bytes(2 * int64_t{problem.sequence.num_slots} * problem.head_dim * static_cast<int64_t>(sizeof(T)));
       partials.push_back(aligned(memory[p]));
-      kernel.backward(
-          args, {&problem.sequence, 0, blocks * p / items, blocks * (p + 1) / items, items > 1 ? partials[p] : nullptr},
-          aligned(scratch));
+      kernel.backward(args,
+                      {&problem.sequence, 0, blocks * p / items, blocks * (p + 1) / items,
+                       partial ? partials[p] : nullptr, packed_bytes > 0 ? aligned(packed) : nullptr},
+                      aligned(scratch));
     }
-    if (items > 1)
+    if (partial)
       kernel.reduce_partials(args, problem.sequence, 0, partials.data(), items, 0, problem.sequence.num_slots);
     const std::vector<std::vector<T>> gradients = {dq, dk, dv, db, dc};
     if (first.empty()) {

@@ -79,6 +79,8 @@ struct BackwardItem {
   int64_t first_block, last_block;
   void* partial;  // null: the item sees every row, key gradients go to the outputs. Else partial sums, key then value,
                   // each [slots of the plan][head_dim], one buffer for each item of the kv head
+  const void* packed;  // keys and values of the kv head as pack_backward_tile makes them; null if the kernels pack for
+                       // themselves
 };
 
 // The kernels of one instruction set tier for one storage type.
@@ -99,6 +101,10 @@ struct AttentionKernels {
   // Merges the states of num_splits items that differ in their tiles only, in order, and writes the outputs.
   void (*merge)(const ForwardArgs&, const ForwardItem&, void* const* partials, int num_splits, void* scratch);
 
+  // Keys and values of one kv head in the forms that its items share. 0: every item packs for itself; else an item
+  // needs `packed` and `partial`.
+  int64_t (*backward_packed_bytes)(const AttentionArgs&, int64_t num_panels);
+  void (*pack_backward_tile)(const AttentionArgs&, const Sequence&, int64_t kv_head, int64_t tile, void* packed);
   void (*backward)(const BackwardArgs&, const BackwardItem&, void* scratch);
   // Adds the partial key and value gradients of the items of one kv head for keys [begin, end) of the plan, in order,
   // to the outputs.
@@ -111,6 +117,7 @@ enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
 const AttentionKernels& attention_kernels_baseline(Storage);
 const AttentionKernels& attention_kernels_avx2(Storage);
 const AttentionKernels& attention_kernels_avx512(Storage);
+const AttentionKernels& attention_kernels_amx(Storage);  // no kFloat64
 
 }  // namespace cpu
 }  // namespace moda_ext

@@ -396,6 +396,20 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
   }
 }
 
+// The table entries of the vector kernels.
+template <class StorageType, class ComputeType>
+struct VectorBackward {
+  static constexpr int kTileKeys = kBackwardTileKeys;
+  static int64_t packed_bytes(const AttentionArgs&, int64_t) { return 0; }
+  static void pack_tile(const AttentionArgs&, const Sequence&, int64_t, int64_t, void*) {}
+  static int64_t scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+    return backward_scratch_bytes<StorageType, ComputeType>(args, num_blocks);
+  }
+  static void run(const BackwardArgs& args, const BackwardItem& item, void* scratch) {
+    backward<StorageType, ComputeType>(args, item, scratch);
+  }
+};
+
 template <class Storage, class T>
 void reduce_partials(const BackwardArgs& args, const Sequence& sequence, int64_t kv_head, void* const* partials,
                      int num_items, int64_t begin, int64_t end) {

@@ -18,43 +18,13 @@ namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_TIER {
 
-constexpr int kBlockRows = 96;         // a multiple of kRows (12 or 6): 8 or 16 register blocks
-constexpr int kForwardTileKeys = 256;  // <= kScratchColumns
+constexpr int kBlockRows = 96;  // a multiple of kRows (12 or 6): 8 or 16 register blocks
 
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kLowest =
     sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);  // running maximum of a row that has seen nothing; finite
-
-template <class T>
-int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
-  return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
-}
-template <class T>
-T* packed_tile(const AttentionArgs& args, const KeyTile& tile, T* packed) {
-  return packed + packed_elements<T>(args, tile.panel);
-}
-// Values of a tile follow its transposed keys.
-template <class T>
-int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
-  return round_up_to_panel<T>(tile.length) * args.head_dim;
-}
-
-template <class Storage, class T>
-void pack_tile_at(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
-                  T* packed) {
-  T rows[kLanes<T> * kScratchColumns];
-  pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
-  pack_columns<Storage, T>(args.value, sequence, kv_head, tile, args.head_dim, T(1), rows,
-                           packed + packed_value_offset<T>(args, tile));
-}
-
-template <class Storage, class T>
-void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index, void* packed) {
-  const KeyTile& tile = sequence.tiles[index];
-  pack_tile_at<Storage, T>(args, sequence, kv_head, tile, packed_tile(args, tile, static_cast<T*>(packed)));
-}
 
 // State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(maximum).
 template <class T>
@@ -64,23 +34,6 @@ struct RowState {
   T mass[kMaxModalities][kBlockRows];
   T sink[kBlockRows];  // in log2 units; kLowest without one
 };
-
-template <class T>
-struct ForwardScratch {
-  RowState<T> state;
-  T scores[kBlockRows * kScratchStride<T>];
-  T bias[kBlockRows];     // of the tile's modality, in log2 units
-  T best[kBlockRows];     // maximum of the tile's scores, without bias
-  T shift[kBlockRows];    // bias - running maximum
-  T rescale[kBlockRows];  // 2^(old - new running maximum)
-  // followed by: one query block for each view, then room for one packed tile
-};
-
-template <class T>
-int64_t forward_scratch_bytes(const AttentionArgs& args) {
-  return sizeof(ForwardScratch<T>) + sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> +
-                                                  packed_elements<T>(args, kForwardTileKeys / kPanel<T>));
-}
 
 // The state that passes between items split over keys: maximum, masses and output of each row, dense.
 template <class T>
@@ -115,7 +68,6 @@ void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T
     if (args.sink.data != nullptr) sink = *rows.at<T>(args.sink, i) * T(kLog2e);
     state.sink[i] = sink == T(-INFINITY) ? kLowest<T> : sink;
     state.maximum[i] = state.sink[i];
-    memset(state.output + i * kScratchStride<T>, 0, sizeof(T) * round_up_to_panel<T>(args.head_dim));
   }
   memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
 }
@@ -180,11 +132,86 @@ MODA_EXT_INLINE void zero_from(T* row, int begin, int end) {
   if (begin < end) memset(row + begin, 0, sizeof(T) * (end - begin));
 }
 
+// The vector engine: products by multiply_panel. An engine is how one item computes: its scratch, the packed form of
+// keys and values, the queries, and one tile of attention for all rows. forward() below drives it.
+template <class StorageType, class ComputeType>
+class VectorEngine {
+ public:
+  using Storage = StorageType;
+  using T = ComputeType;
+  using Packed = T;
+  static constexpr int kTileKeys = 256;  // <= kScratchColumns
+
+  struct Scratch {
+    RowState<T> state;
+    T scores[kBlockRows * kScratchStride<T>];
+    T bias[kBlockRows];     // of the tile's modality, in log2 units
+    T best[kBlockRows];     // maximum of the tile's scores, without bias
+    T shift[kBlockRows];    // bias - running maximum
+    T rescale[kBlockRows];  // 2^(old - new running maximum)
+    // followed by: one query block for each view, then room for one packed tile
+  };
+
+  static int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
+    return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
+  }
+  static int64_t scratch_bytes(const AttentionArgs& args) {
+    return sizeof(Scratch) +
+           sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> + packed_elements(args, kTileKeys / kPanel<T>));
+  }
+
+  static void pack(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
+                   T* packed) {
+    T rows[kLanes<T> * kScratchColumns];
+    pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
+    pack_columns<Storage, T>(args.value, sequence, kv_head, tile, args.head_dim, T(1), rows,
+                             packed + packed_value_offset(args, tile));
+  }
+
+  VectorEngine(const ForwardArgs& args, void* memory)
+      : args_(args),
+        scratch_(*static_cast<Scratch*>(memory)),
+        queries_(reinterpret_cast<T*>(&scratch_ + 1)),
+        own_tile_(queries_ + args.num_views * kBlockRows * kScratchStride<T>) {}
+
+  RowState<T>& state() { return scratch_.state; }
+  T* own_tile() { return own_tile_; }
+
+  void start(const ItemRows& rows) {
+    for (int i = 0; i < rows.count; ++i)
+      memset(state().output + i * kScratchStride<T>, 0, sizeof(T) * round_up_to_panel<T>(args_.head_dim));
+  }
+
+  void load_queries(const ItemRows& rows, int view) {
+    T* block = queries_ + view * kBlockRows * kScratchStride<T>;
+    for (int i = 0; i < rows.count; ++i)
+      load_row(rows.at<Storage>(args_.query, i) + args_.query.view * view, T(args_.scale * kLog2e),
+               block + i * kScratchStride<T>, args_.head_dim);
+  }
+
+  void attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed);
+
+  void finish(const ItemRows&) {}  // outputs are in state().output already
+
+ private:
+  // Values of a tile follow its transposed keys.
+  static int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
+    return round_up_to_panel<T>(tile.length) * args.head_dim;
+  }
+
+  const ForwardArgs& args_;
+  Scratch& scratch_;
+  T* queries_;
+  T* own_tile_;
+};
+
 // One tile for all rows of the item: scores, online softmax, weighted values.
-template <class T>
-void attend_tile(const AttentionArgs& args, const ItemRows& rows, const KeyTile& tile, const T* queries,
-                 const T* packed, ForwardScratch<T>& scratch) {
+template <class Storage, class T>
+void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed) {
   constexpr int kStride = kScratchStride<T>;
+  const ForwardArgs& args = args_;
+  Scratch& scratch = scratch_;
+  const T* queries = queries_ + view * kBlockRows * kStride;
   const Sequence& sequence = *rows.item.sequence;
   const int64_t last_offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
   const int count = rows.count;
@@ -238,7 +265,7 @@ void attend_tile(const AttentionArgs& args, const ItemRows& rows, const KeyTile&
     zero_from(scores, visible[i], limit[i / kRows]);
   }
 
-  const T* values = packed + packed_value_offset<T>(args, tile);
+  const T* values = packed + packed_value_offset(args, tile);
   for (int column = 0; column < args.head_dim; column += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
       if (limit[block] == 0) continue;
@@ -251,14 +278,29 @@ void attend_tile(const AttentionArgs& args, const ItemRows& rows, const KeyTile&
   }
 }
 
-template <class Storage, class T>
+// Where a tile lies in the packed keys and values of its kv head.
+template <class Engine>
+const typename Engine::Packed* packed_tile(const AttentionArgs& args, const KeyTile& tile, const void* packed) {
+  return static_cast<const typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel);
+}
+
+template <class Engine>
+void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index, void* packed) {
+  const KeyTile& tile = sequence.tiles[index];
+  Engine::pack(args, sequence, kv_head, tile,
+               static_cast<typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel));
+}
+
+template <class Engine>
 void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem* next, void* memory) {
-  ForwardScratch<T>& scratch = *static_cast<ForwardScratch<T>*>(memory);
-  T* queries = reinterpret_cast<T*>(&scratch + 1);
-  T* own_tile = queries + args.num_views * kBlockRows * kScratchStride<T>;
+  using Storage = typename Engine::Storage;
+  using T = typename Engine::T;
+  Engine engine(args, memory);
+  RowState<T>& state = engine.state();
   const Sequence& sequence = *item.sequence;
   const ItemRows rows(item);
-  initialise_rows(args, rows, scratch.state);
+  initialise_rows(args, rows, state);
+  engine.start(rows);
   // The outputs are written once, at the end, and the next item's queries are read at its start: asking for their lines
   // now hides the cache misses behind this item.
   if (item.partial == nullptr)
@@ -276,40 +318,38 @@ void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem
     const KeyTile& tile = sequence.tiles[index];
     if (visible_keys(sequence.order, tile, last_position) == 0) continue;
     const int view = args.num_views > 1 ? tile.modality : 0;
-    T* block = queries + view * kBlockRows * kScratchStride<T>;
     if ((loaded_views >> view & 1) == 0) {
       loaded_views |= 1u << view;
-      for (int64_t h = 0; h < item.num_heads; ++h)
-        load_block(row_of<Storage>(args.query, sequence, item.first_head + h, sequence.first_query, item.first_row) +
-                       args.query.view * view,
-                   args.query.row, item.num_rows, args.head_dim, T(args.scale * kLog2e),
-                   block + h * item.num_rows * kScratchStride<T>);
+      engine.load_queries(rows, view);
     }
-    const T* packed = own_tile;
+    const auto* packed = engine.own_tile();
     if (item.packed != nullptr) {
-      packed = packed_tile(args, tile, static_cast<const T*>(item.packed));
+      packed = packed_tile<Engine>(args, tile, item.packed);
     } else {
-      pack_tile_at<Storage, T>(args, sequence, item.first_head / args.group, tile, own_tile);
+      Engine::pack(args, sequence, item.first_head / args.group, tile, engine.own_tile());
     }
-    attend_tile(args, rows, tile, block, packed, scratch);
+    engine.attend(rows, tile, view, packed);
   }
+  engine.finish(rows);
 
   if (item.partial == nullptr) {
-    finish_rows<Storage, T>(args, rows, scratch.state);
+    finish_rows<Storage, T>(args, rows, state);
     return;
   }
   T* partial = static_cast<T*>(item.partial);
   for (int i = 0; i < rows.count; ++i) {
-    *partial++ = scratch.state.maximum[i];
-    for (int m = 0; m < args.num_modalities; ++m) *partial++ = scratch.state.mass[m][i];
-    memcpy(partial, scratch.state.output + i * kScratchStride<T>, sizeof(T) * args.head_dim);
+    *partial++ = state.maximum[i];
+    for (int m = 0; m < args.num_modalities; ++m) *partial++ = state.mass[m][i];
+    memcpy(partial, state.output + i * kScratchStride<T>, sizeof(T) * args.head_dim);
     partial += args.head_dim;
   }
 }
 
-template <class Storage, class T>
+template <class Engine>
 void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partials, int num_splits, void* memory) {
-  RowState<T>& state = static_cast<ForwardScratch<T>*>(memory)->state;
+  using T = typename Engine::T;
+  Engine engine(args, memory);
+  RowState<T>& state = engine.state();
   const ItemRows rows(item);
   initialise_rows(args, rows, state);
   const int64_t width = 1 + args.num_modalities + args.head_dim;
@@ -319,6 +359,7 @@ void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partia
       state.maximum[i] = maximum > state.maximum[i] ? maximum : state.maximum[i];
     }
     T* output = state.output + i * kScratchStride<T>;
+    memset(output, 0, sizeof(T) * args.head_dim);
     for (int s = 0; s < num_splits; ++s) {
       const T* partial = static_cast<const T*>(partials[s]) + i * width;
       const T rescale = exp2_nonpositive(partial[0] - state.maximum[i]);
@@ -326,7 +367,7 @@ void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partia
       for (int d = 0; d < args.head_dim; ++d) output[d] += rescale * partial[1 + args.num_modalities + d];
     }
   }
-  finish_rows<Storage, T>(args, rows, state);
+  finish_rows<typename Engine::Storage, T>(args, rows, state);
 }
 
 }  // namespace MODA_EXT_TIER

@@ -4,46 +4,68 @@
 
 #include "modular_attention_backward.h"
 #include "modular_attention_forward.h"
+#if defined(__AMX_BF16__)
+#include "modular_attention_tiles_backward.h"
+#include "modular_attention_tiles_forward.h"
+#endif
 
 namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_TIER {
 
-template <class Storage, class T>
+template <class Engine, class Backward>
 const AttentionKernels& kernels() {
+  using Storage = typename Engine::Storage;
+  using T = typename Engine::T;
   static const AttentionKernels table = {
       kPanel<T>,
-      kForwardTileKeys,
-      kBackwardTileKeys,
+      Engine::kTileKeys,
+      Backward::kTileKeys,
       kBlockRows,
       static_cast<int>(sizeof(T)),
       [](const AttentionArgs& args, int64_t num_panels) {
-        return static_cast<int64_t>(sizeof(T)) * packed_elements<T>(args, num_panels);
+        return static_cast<int64_t>(sizeof(typename Engine::Packed)) * Engine::packed_elements(args, num_panels);
       },
       partial_bytes<T>,
-      forward_scratch_bytes<T>,
-      backward_scratch_bytes<Storage, T>,
-      pack_tile<Storage, T>,
-      forward<Storage, T>,
-      merge<Storage, T>,
-      backward<Storage, T>,
+      Engine::scratch_bytes,
+      Backward::scratch_bytes,
+      pack_tile<Engine>,
+      forward<Engine>,
+      merge<Engine>,
+      Backward::packed_bytes,
+      Backward::pack_tile,
+      Backward::run,
       reduce_partials<Storage, T>,
   };
   return table;
 }
 
+#if !defined(__AMX_BF16__)
 inline const AttentionKernels& kernels_for(cpu::Storage storage) {
   switch (storage) {
     case cpu::Storage::kFloat64:
-      return kernels<double, double>();
+      return kernels<VectorEngine<double, double>, VectorBackward<double, double>>();
     case cpu::Storage::kBFloat16:
-      return kernels<BFloat16, float>();
+      return kernels<VectorEngine<BFloat16, float>, VectorBackward<BFloat16, float>>();
     case cpu::Storage::kFloat16:
-      return kernels<Float16, float>();
+      return kernels<VectorEngine<Float16, float>, VectorBackward<Float16, float>>();
     default:
-      return kernels<float, float>();
+      return kernels<VectorEngine<float, float>, VectorBackward<float, float>>();
   }
 }
+#else
+// The tile unit has no float64: not asked for.
+inline const AttentionKernels& kernels_for(cpu::Storage storage) {
+  switch (storage) {
+    case cpu::Storage::kBFloat16:
+      return kernels<TileEngine<BFloat16>, TileBackward<BFloat16>>();
+    case cpu::Storage::kFloat16:
+      return kernels<TileEngine<Float16>, TileBackward<Float16>>();
+    default:
+      return kernels<TileEngine<float>, TileBackward<float>>();
+  }
+}
+#endif
 
 }  // namespace MODA_EXT_TIER
 }  // namespace cpu

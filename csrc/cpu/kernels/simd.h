@@ -14,7 +14,10 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define MODA_EXT_TIER amx
+#define MODA_EXT_VECTOR_BYTES 64
+#elif defined(__AVX512F__)
 #define MODA_EXT_TIER avx512
 #define MODA_EXT_VECTOR_BYTES 64
 #elif defined(__AVX2__)

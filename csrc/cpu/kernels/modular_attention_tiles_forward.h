@@ -1,0 +1,288 @@
+// Forward pass on the tile unit: the engine of the AMX tier (see tiles.h for operands and accuracy).
+//
+// Everything is transposed with respect to VectorEngine: S^T = K Q^T and O^T = V^T P^T, keys (or head dimensions) down
+// the rows, queries across. Running maximum, masses, bias and visibility are then vectors over 16 queries: no
+// horizontal reductions. Two rows of probabilities, 16 keys apart, join into a row of the tile that the second product
+// reads, so P^T needs no transposition between the products.
+//
+// The unit of work is a strip of 32 queries against one key tile: scores (32 x 128 floats), probabilities (three parts)
+// and outputs of a strip stay in the first-level cache or close to it, packed keys and values stream from the second
+// level. The unit of what is skipped above the diagonal is 32 x 32.
+#pragma once
+
+#include "modular_attention_forward.h"
+#include "tiles.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+constexpr int kStrip = 2 * kTileRows;  // queries that one block of tile products covers
+constexpr int kStrips = kBlockRows / kStrip;
+static_assert(kBlockRows % kStrip == 0, "a block is whole strips");
+
+// What a key tile shows to a strip of queries.
+struct StripView {
+  alignas(64) int32_t visible[kStrip];  // keys of the tile that each query sees; 0 beyond the last query
+  int limit;                            // the largest of them
+  int full;                             // the smallest: up to here nothing needs a mask
+};
+
+// last(i): the last key position that query i of `count` sees, below 0 for nothing.
+template <class Last>
+MODA_EXT_INLINE StripView view_strip(const int32_t* order, const KeyTile& tile, int count, const Last& last) {
+  StripView strip;
+  strip.limit = 0;
+  strip.full = count < kStrip ? 0 : tile.length;
+  for (int i = 0; i < kStrip; ++i) {
+    const int visible = i < count ? visible_keys(order, tile, last(i)) : 0;
+    strip.visible[i] = visible;
+    strip.limit = strip.limit > visible ? strip.limit : visible;
+    strip.full = strip.full < visible ? strip.full : visible;
+  }
+  return strip;
+}
+
+// Lanes of queries that see key j.
+MODA_EXT_INLINE Bits<float> sees(const int32_t* visible, int j) {
+  Bits<float> counts;
+  memcpy(&counts, visible, sizeof(counts));
+  return counts > (Bits<float>{} + j);
+}
+MODA_EXT_INLINE Vector<float> keep_where(Bits<float> mask, Vector<float> v) {
+  return (Vector<float>)((Bits<float>)v & mask);
+}
+MODA_EXT_INLINE Vector<float> keep_where_or(Bits<float> mask, Vector<float> v, float other) {
+  return (Vector<float>)(((Bits<float>)v & mask) | ((Bits<float>)splat(other) & ~mask));
+}
+
+// Columns of 16 queries (stride kStrip) to 16 rows.
+MODA_EXT_INLINE void transpose_columns(const float* from, int columns, float* to, int64_t to_stride) {
+  for (int d = 0; d < columns; d += kTileRows) {
+    Vector<float> square[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) square[r] = load(from + (d + r) * kStrip);
+    transpose_square<float>(square);
+    for (int r = 0; r < kTileRows; ++r) store(to + r * to_stride + d, square[r]);
+  }
+}
+
+template <class StorageType>
+class TileEngine {
+ public:
+  using Storage = StorageType;
+  using T = float;
+  using Packed = Word;
+  static constexpr int kTileKeys = 128;
+  static constexpr int kInput = kInputParts<Storage>;
+  static constexpr int kInner = kInnerParts<Storage>;
+
+  struct Scratch {
+    RowState<float> state;
+    float output[kStrips][kScratchColumns * kStrip];  // O^T of each strip
+    float scores[kTileKeys * kStrip];
+    Word probability[kTileKeys / kTileDepth * 2 * kInner * kTileWords];  // [query tile][step of keys][part]
+    float product[kStrip * kStrip];
+    float rows[kTileDepth * kScratchColumns];
+    alignas(64) float bias[kBlockRows];  // of the tile's modality, in log2 units
+    // followed by: queries [view][query tile][step of columns][part], then room for one packed tile
+  };
+
+  static int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
+    return num_panels * kInput * kTileWords * (2 * steps_of(args.head_dim) + tiles_of(args.head_dim));
+  }
+  static int64_t scratch_bytes(const AttentionArgs& args) {
+    return static_cast<int64_t>(sizeof(Scratch)) +
+           static_cast<int64_t>(sizeof(Word)) *
+               (args.num_views * query_words(args) + packed_elements(args, kTileKeys / kTileDepth));
+  }
+
+  // Row tiles of the keys, then transposed pair tiles of the values [tile of columns][step of keys][part].
+  static void pack(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
+                   Word* packed) {
+    alignas(64) float rows[kTileDepth * kScratchColumns];
+    const int steps = steps_of(tile.length), depth = steps_of(args.head_dim);
+    Word* values = packed + packed_value_offset(args, tile);
+    for (int s = 0; s < steps; ++s) {
+      load_keys<Storage>(args.key, args, sequence, kv_head, tile, s * kTileDepth, rows);
+      make_row_tiles<kInput, false>(rows, 2, depth, packed + static_cast<int64_t>(s) * 2 * depth * kInput * kTileWords);
+      load_keys<Storage>(args.value, args, sequence, kv_head, tile, s * kTileDepth, rows);
+      make_pair_tiles<kInput, true>(rows, tiles_of(args.head_dim), values + s * kInput * kTileWords,
+                                    static_cast<int64_t>(steps) * kInput * kTileWords);
+    }
+  }
+
+  TileEngine(const ForwardArgs& args, void* memory)
+      : args_(args),
+        scratch_(*static_cast<Scratch*>(memory)),
+        queries_(reinterpret_cast<Word*>(&scratch_ + 1)),
+        own_tile_(queries_ + args.num_views * query_words(args)) {}
+
+  RowState<float>& state() { return scratch_.state; }
+  Word* own_tile() { return own_tile_; }
+
+  void start(const ItemRows& rows) {
+    for (int first = 0; first < rows.count; first += kStrip)
+      memset(scratch_.output[first / kStrip], 0, sizeof(float) * tiles_of(args_.head_dim) * kTileRows * kStrip);
+  }
+
+  void load_queries(const ItemRows& rows, int view) {
+    const int depth = steps_of(args_.head_dim);
+    Word* out = queries_ + view * query_words(args_);
+    for (int first = 0; first < rows.count; first += kTileRows, out += depth * kInput * kTileWords) {
+      clear_rows(scratch_.rows, kTileRows, args_.head_dim, rows.count - first);
+      for (int i = first; i < rows.count && i < first + kTileRows; ++i)
+        load_row(rows.at<Storage>(args_.query, i) + args_.query.view * view, score_sign(args_),
+                 scratch_.rows + (i - first) * kScratchColumns, args_.head_dim);
+      make_row_tiles<kInput, true>(scratch_.rows, 1, depth, out);
+    }
+  }
+
+  void attend(const ItemRows& rows, const KeyTile& tile, int view, const Word* packed) {
+    const Sequence& sequence = *rows.item.sequence;
+    const int64_t offset = args_.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
+    for (int first = 0; first < rows.count; first += kStrip) {
+      const int count = rows.count - first;
+      for (int i = 0; i < kStrip; ++i) {
+        scratch_.bias[first + i] = 0;
+        if (i < count && args_.bias.data != nullptr)
+          scratch_.bias[first + i] =
+              rows.at<float>(args_.bias, first + i)[args_.bias.last * tile.modality] * static_cast<float>(kLog2e);
+      }
+      const StripView strip = view_strip(sequence.order, tile, count, [&](int i) {
+        if (scratch_.bias[first + i] == -INFINITY) return int64_t{-1};
+        return args_.causal ? rows.row[first + i] + offset : offset;
+      });
+      if (strip.limit > 0) attend_strip(first, count > kTileRows ? 2 : 1, strip, tile, view, packed);
+    }
+  }
+
+  // Transposes the outputs into the row state.
+  void finish(const ItemRows& rows) {
+    const int columns = tiles_of(args_.head_dim) * kTileRows;
+    for (int first = 0; first < rows.count; first += kTileRows) {
+      const float* from = scratch_.output[first / kStrip] + first % kStrip;
+      transpose_columns(from, columns, state().output + first * kScratchStride<float>, kScratchStride<float>);
+    }
+  }
+
+ private:
+  static int64_t query_words(const AttentionArgs& args) {
+    return static_cast<int64_t>(kBlockRows / kTileRows) * steps_of(args.head_dim) * kInput * kTileWords;
+  }
+  static int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
+    return static_cast<int64_t>(steps_of(tile.length)) * 2 * steps_of(args.head_dim) * kInput * kTileWords;
+  }
+
+  void attend_strip(int first, int query_tiles, const StripView& strip, const KeyTile& tile, int view,
+                    const Word* packed) {
+    const int depth = steps_of(args_.head_dim);
+    const Word* queries = queries_ + view * query_words(args_) + first / kTileRows * depth * kInput * kTileWords;
+    const int64_t row_step = static_cast<int64_t>(depth) * kInput * kTileWords;
+    Vector<float> best[2] = {splat(kLowest<float>), splat(kLowest<float>)};
+    for (int key = 0; key < strip.limit; key += kTileDepth) {
+      float* scores = scratch_.scores + key * kStrip;
+      multiply_tiles<kInput, kInput>(2, query_tiles, depth, packed + key / kTileRows * row_step, row_step, queries,
+                                     row_step, scores, kStrip);
+      if (key + kTileDepth <= strip.full) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kTileDepth; ++j) {
+          best[0] = maximum(best[0], load(scores + j * kStrip));
+          best[1] = maximum(best[1], load(scores + j * kStrip + kTileRows));
+        }
+      } else {
+        for (int j = 0; j < kTileDepth; ++j) {
+#pragma GCC unroll 2
+          for (int q = 0; q < 2; ++q)
+            best[q] = maximum(best[q], keep_where_or(sees(strip.visible + q * kTileRows, key + j),
+                                                     load(scores + j * kStrip + q * kTileRows), kLowest<float>));
+        }
+      }
+    }
+
+    const Vector<float> scale = splat(static_cast<float>(score_scale(args_)));
+    Vector<float> shift[2], rescale[2];
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+      const int at = first + q * kTileRows;
+      const Vector<float> before = load(state().maximum + at), bias = load(scratch_.bias + at);
+      const Vector<float> now = maximum(best[q] * scale + bias, before);
+      rescale[q] = exp2_nonpositive(before - now);
+      shift[q] = bias - now;
+      store(state().maximum + at, now);
+      for (int m = 0; m < args_.num_modalities; ++m)
+        store(state().mass[m] + at, load(state().mass[m] + at) * rescale[q]);
+    }
+
+    const int steps = steps_of(strip.limit);
+    Vector<float> mass[2] = {};
+    for (int s = 0; s < steps; ++s) {
+      if ((s + 1) * kTileDepth <= strip.full) {
+        exponentiate<false>(s, strip, scale, shift, mass);
+      } else {
+        exponentiate<true>(s, strip, scale, shift, mass);
+      }
+    }
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+      float* total = state().mass[tile.modality] + first + q * kTileRows;
+      store(total, load(total) + mass[q]);
+    }
+
+    const Word* values = packed + packed_value_offset(args_, tile);
+    const int64_t value_step = static_cast<int64_t>(steps_of(tile.length)) * kInput * kTileWords;
+    float* output = scratch_.output[first / kStrip];
+    const int tiles = tiles_of(args_.head_dim);
+    for (int d = 0; d < tiles; d += 2) {
+      const int count = tiles - d < 2 ? tiles - d : 2;
+      multiply_tiles<kInput, kInner>(count, query_tiles, steps, values + d * value_step, value_step,
+                                     scratch_.probability, kProbabilityStep, scratch_.product, kStrip);
+      for (int r = 0; r < count * kTileRows; ++r) {
+        float* out = output + (d * kTileRows + r) * kStrip;
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; ++q)
+          store(out + q * kTileRows,
+                load(out + q * kTileRows) * rescale[q] + load(scratch_.product + r * kStrip + q * kTileRows));
+      }
+    }
+  }
+
+  // Probabilities of 32 keys and 32 queries, from scores to pair tiles.
+  template <bool masked>
+  MODA_EXT_INLINE void exponentiate(int step, const StripView& strip, Vector<float> scale, const Vector<float>* shift,
+                                    Vector<float>* mass) {
+    const float* scores = scratch_.scores + step * kTileDepth * kStrip;
+    Word* out = scratch_.probability + step * kInner * kTileWords;
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+      for (int q = 0; q < 2; ++q) {
+        Vector<float> low = exp2_nonpositive(load(scores + r * kStrip + q * kTileRows) * scale + shift[q]);
+        Vector<float> high =
+            exp2_nonpositive(load(scores + (r + kTileRows) * kStrip + q * kTileRows) * scale + shift[q]);
+        if (masked) {
+          const int key = step * kTileDepth + r;
+          low = keep_where(sees(strip.visible + q * kTileRows, key), low);
+          high = keep_where(sees(strip.visible + q * kTileRows, key + kTileRows), high);
+        }
+        mass[q] += low + high;
+        Words first[kInner], second[kInner];
+        split<kInner>(low, first);
+        split<kInner>(high, second);
+#pragma GCC unroll 3
+        for (int p = 0; p < kInner; ++p)
+          store_words(out + q * kProbabilityStep + p * kTileWords + r * kTileRows, join(first[p], second[p]));
+      }
+    }
+  }
+
+  static constexpr int64_t kProbabilityStep = int64_t{kTileKeys / kTileDepth} * kInner * kTileWords;
+
+  const ForwardArgs& args_;
+  Scratch& scratch_;
+  Word* queries_;
+  Word* own_tile_;
+  TileUnit unit_;
+};
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,233 @@
+// Matrix products of the AMX tier: float32 accuracy from bfloat16 tile instructions.
+//
+// A float is the exact sum of three bfloat16 numbers x = x0 + x1 + x2 (8 bits of mantissa each), a half of two, a
+// bfloat16 of one. A product of two such sums keeps the terms x_i y_j with i + j <= 2: what is dropped is below 2^-25
+// of |x||y|. The tile unit does 1024 operations a cycle against 64 of a core's two AVX-512 units, so six terms still
+// leave 2.7 times the rate. The small terms are summed first, over the whole depth, and x0 y0 last: the accumulator is
+// then rounded at its final magnitude only as often as in an ordinary float product.
+//
+// A tile is 16 rows of 16 32-bit words; a word holds two bfloat16 numbers that are neighbours along the depth of the
+// product. Everything is stored as whole tiles (1 KB, one after the other), zero beyond the edges:
+//
+//   row tile   row = row of the matrix, words = its columns c and c + 16 of a step of 32      depth = columns
+//   pair tile  row = rows r and r + 16 of a step of 32, words = 16 columns                    depth = rows
+//
+// The first operand of a tile product is [rows][depth], the second [depth][columns], both in words. So a row tile is a
+// first operand (A of A B^T) and its transpose a second one (B), a pair tile is a second operand (B of A^T B) and its
+// transpose a first one (A). Which rows or columns share a word is our choice as long as both operands agree; 16 apart
+// makes it a shift and an or of whole vectors.
+#pragma once
+
+#include "pack.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+constexpr int kTileRows = 16;    // of a tile register; also words in a row
+constexpr int kTileDepth = 32;   // bfloat16 numbers in a row of a first operand
+constexpr int kTileWords = 256;  // 1 KB
+
+typedef uint32_t Word;
+typedef Word Words __attribute__((vector_size(64)));
+
+// How many bfloat16 numbers make up an element of an input, and of a probability or its gradient. For inputs it is
+// exact; probabilities of 16-bit attention get 17 bits, more than the results will keep.
+template <class Storage>
+constexpr int kInputParts = 3;
+template <>
+constexpr int kInputParts<Float16> = 2;
+template <>
+constexpr int kInputParts<BFloat16> = 1;
+template <class Storage>
+constexpr int kInnerParts = sizeof(Storage) == 4 ? 3 : 2;
+
+MODA_EXT_INLINE constexpr int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+MODA_EXT_INLINE constexpr int steps_of(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
+
+// The tile unit, configured for whole tiles; released afterwards, so that the operating system saves no tile data.
+class TileUnit {
+ public:
+  TileUnit() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileUnit() { _tile_release(); }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+
+// Registers: sums in 0 to 3 (2 x 2 tiles), A in 4 and 5, B in 6 and 7.
+template <int MT>
+MODA_EXT_INLINE void load_a(const Word* a, int64_t row_step) {
+  _tile_loadd(4, a, 64);
+  if (MT == 2) _tile_loadd(5, a + row_step, 64);
+}
+template <int NT>
+MODA_EXT_INLINE void load_b(const Word* b, int64_t column_step) {
+  _tile_loadd(6, b, 64);
+  if (NT == 2) _tile_loadd(7, b + column_step, 64);
+}
+template <int MT, int NT>
+MODA_EXT_INLINE void multiply_loaded() {
+  _tile_dpbf16ps(0, 4, 6);
+  if (NT == 2) _tile_dpbf16ps(1, 4, 7);
+  if (MT == 2) _tile_dpbf16ps(2, 5, 6);
+  if (MT == 2 && NT == 2) _tile_dpbf16ps(3, 5, 7);
+}
+
+// C = A B for MT x NT tiles and a depth of `steps` steps. Tile (row tile r, step k, part p) of A lies at a + r *
+// a_row_step + (k * PA + p) * kTileWords, of B alike.
+template <int PA, int PB, int MT, int NT>
+MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step, const Word* b, int64_t b_column_step,
+                                    float* c, int64_t c_stride) {
+  _tile_zero(0);
+  if (NT == 2) _tile_zero(1);
+  if (MT == 2) _tile_zero(2);
+  if (MT == 2 && NT == 2) _tile_zero(3);
+  if (PA > 1 || PB > 1) {
+    const Word *ak = a, *bk = b;
+    for (int k = 0; k < steps; ++k, ak += PA * kTileWords, bk += PB * kTileWords) {
+      // (0,2) (0,1) (1,1) (1,0) (2,0): one operand changes at a time
+      load_a<MT>(ak, a_row_step);
+      if (PB > 2) {
+        load_b<NT>(bk + 2 * kTileWords, b_column_step);
+        multiply_loaded<MT, NT>();
+      }
+      if (PB > 1) {
+        load_b<NT>(bk + kTileWords, b_column_step);
+        multiply_loaded<MT, NT>();
+      }
+      if (PA > 1) {
+        load_a<MT>(ak + kTileWords, a_row_step);
+        if (PB > 1) multiply_loaded<MT, NT>();
+        load_b<NT>(bk, b_column_step);
+        multiply_loaded<MT, NT>();
+      }
+      if (PA > 2) {
+        load_a<MT>(ak + 2 * kTileWords, a_row_step);
+        multiply_loaded<MT, NT>();
+      }
+    }
+  }
+  for (int k = 0; k < steps; ++k, a += PA * kTileWords, b += PB * kTileWords) {
+    load_a<MT>(a, a_row_step);
+    load_b<NT>(b, b_column_step);
+    multiply_loaded<MT, NT>();
+  }
+  const int64_t bytes = c_stride * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, c, bytes);
+  if (NT == 2) _tile_stored(1, c + kTileRows, bytes);
+  if (MT == 2) _tile_stored(2, c + kTileRows * c_stride, bytes);
+  if (MT == 2 && NT == 2) _tile_stored(3, c + kTileRows * c_stride + kTileRows, bytes);
+}
+
+// The same for row_tiles, column_tiles in {1, 2}.
+template <int PA, int PB>
+__attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, int steps, const Word* a,
+                                              int64_t a_row_step, const Word* b, int64_t b_column_step, float* c,
+                                              int64_t c_stride) {
+  if (row_tiles == 2 && column_tiles == 2) {
+    multiply_tiles<PA, PB, 2, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+  } else if (row_tiles == 2) {
+    multiply_tiles<PA, PB, 2, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+  } else if (column_tiles == 2) {
+    multiply_tiles<PA, PB, 1, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+  } else {
+    multiply_tiles<PA, PB, 1, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+  }
+}
+
+// x as a sum of `parts` bfloat16 numbers, in the upper halves of words, rounded to nearest (ties away from zero). A
+// third part needs no rounding, 8 of 24 bits are left; only where it is subnormal there is something below, which join
+// drops.
+template <int parts>
+MODA_EXT_INLINE void split(Vector<float> x, Words* part) {
+#pragma GCC unroll 3
+  for (int i = 0; i < parts; ++i) {
+    part[i] = i < 2 ? ((Words)x + 0x8000u) & 0xffff0000u : (Words)x;
+    if (i + 1 < parts) x -= (Vector<float>)part[i];
+  }
+}
+// Upper halves of two vectors of words side by side, the second in the upper halves.
+MODA_EXT_INLINE Words join(Words first, Words second) {
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  return (Words)_mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32(-0x10000), kOrAnd);
+}
+
+// Scores are S = q . k times this in log2 units; its sign goes into the queries, so that a maximum over keys stays a
+// maximum.
+MODA_EXT_INLINE double score_scale(const AttentionArgs& args) { return fabs(args.scale) * 1.4426950408889634074; }
+MODA_EXT_INLINE float score_sign(const AttentionArgs& args) { return args.scale < 0 ? -1.0f : 1.0f; }
+
+// Before `count` rows of head_dim columns are loaded into `rows` (stride kScratchColumns): zeros wherever whole tiles
+// read beyond them.
+MODA_EXT_INLINE void clear_rows(float* rows, int tile_rows, int head_dim, int count) {
+  const int width = steps_of(head_dim) * kTileDepth;
+  for (int i = 0; i < tile_rows; ++i) {
+    const int from = i < count ? head_dim : 0;
+    if (from < width) memset(rows + i * kScratchColumns + from, 0, sizeof(float) * (width - from));
+  }
+}
+
+// 32 keys (or values) of a tile from slot `first` on, zero-padded.
+template <class Storage>
+MODA_EXT_INLINE void load_keys(const Input& operand, const AttentionArgs& args, const Sequence& sequence,
+                               int64_t kv_head, const KeyTile& tile, int first, float* rows) {
+  const int32_t* order = sequence.order + tile.start;
+  clear_rows(rows, kTileDepth, args.head_dim, tile.length - first);
+  for (int j = first; j < tile.length && j < first + kTileDepth; ++j)
+    load_row(row_of<Storage>(operand, sequence, kv_head, sequence.first_key, order[j]), 1.0f,
+             rows + (j - first) * kScratchColumns, args.head_dim);
+}
+
+MODA_EXT_INLINE void store_words(Word* to, Words words) { memcpy(to, &words, sizeof(words)); }
+
+// Tiles of up to 32 rows in `rows` (stride kScratchColumns, zero-padded to whole steps), all parts: row tiles
+// [tile][step of columns][part], or their transposes.
+template <int parts, bool transposed>
+MODA_EXT_INLINE void make_row_tiles(const float* rows, int row_tiles, int steps, Word* out) {
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    for (int step = 0; step < steps; ++step, out += parts * kTileWords) {
+      Vector<float> square[parts][kTileRows];
+      for (int r = 0; r < kTileRows; ++r) {
+        const float* row = rows + (tile * kTileRows + r) * kScratchColumns + step * kTileDepth;
+        Words first[parts], second[parts];
+        split<parts>(load(row), first);
+        split<parts>(load(row + kTileRows), second);
+        for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(first[p], second[p]);
+      }
+      for (int p = 0; p < parts; ++p) {
+        if (transposed) transpose_square<float>(square[p]);
+        for (int r = 0; r < kTileRows; ++r) store_words(out + p * kTileWords + r * kTileRows, (Words)square[p][r]);
+      }
+    }
+  }
+}
+
+// Pair tiles of 32 rows: column tile c goes to out + c * column_step, or its transpose.
+template <int parts, bool transposed>
+MODA_EXT_INLINE void make_pair_tiles(const float* rows, int column_tiles, Word* out, int64_t column_step) {
+  for (int tile = 0; tile < column_tiles; ++tile, out += column_step) {
+    Vector<float> square[parts][kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      const float* row = rows + r * kScratchColumns + tile * kTileRows;
+      Words first[parts], second[parts];
+      split<parts>(load(row), first);
+      split<parts>(load(row + kTileRows * kScratchColumns), second);
+      for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(first[p], second[p]);
+    }
+    for (int p = 0; p < parts; ++p) {
+      if (transposed) transpose_square<float>(square[p]);
+      for (int r = 0; r < kTileRows; ++r) store_words(out + p * kTileWords + r * kTileRows, (Words)square[p][r]);
+    }
+  }
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext
