@@ -37,6 +37,8 @@ constexpr int64_t kPartialBudgetPerThread = int64_t{8} << 20;
 // bit for bit).
 constexpr int64_t kForwardItems = 16;
 constexpr int64_t kBackwardItems = 8;
+// Large forward blocks are halved, down to this many rows, until there are four for each thread.
+constexpr int64_t kFewestBlockRows = 64;
 
 // Tile instructions work on 32 queries at a time: for fewer rows per key head (decoding) most of that would be padding.
 constexpr int64_t kTileRowsWanted = 64;
@@ -304,7 +306,10 @@ ForwardPlan plan_forward(const Batch& batch, const AttentionShape& shape, int64_
 
 void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const AttentionShape& shape,
                  const Batch& batch) {
-  const ForwardPlan plan = plan_forward(batch, shape, args.group, kernels.block_rows);
+  int64_t rows = 0, block_rows = kernels.forward_block_rows;
+  for (const Sequence& sequence : batch.sequences) rows += shape.query_heads * sequence.num_queries;
+  while (block_rows >= 2 * kFewestBlockRows && rows < 4 * num_threads() * block_rows) block_rows /= 2;
+  const ForwardPlan plan = plan_forward(batch, shape, args.group, block_rows);
   const int64_t num_blocks = static_cast<int64_t>(plan.blocks.size());
   if (num_blocks == 0) return;
 
@@ -483,9 +488,11 @@ void run_backward(const AttentionKernels& kernels, const BackwardArgs& args, con
       void* const packed_keys = packs ? packed.at(packed_at) : nullptr;
       packed_at += head.packed_bytes;
       for (int64_t tile = 0; packs && tile < sequence.num_tiles; ++tile) packing.push_back({&head, tile, packed_keys});
-      const int64_t blocks = args.group * ((sequence.num_queries + kernels.block_rows - 1) / kernels.block_rows);
+      const int64_t blocks =
+          args.group * ((sequence.num_queries + kernels.backward_block_rows - 1) / kernels.backward_block_rows);
       const int64_t pieces = std::min(splits, blocks);
-      const std::vector<int64_t> bounds = balance_blocks(sequence, args.causal, args.group, kernels.block_rows, pieces);
+      const std::vector<int64_t> bounds =
+          balance_blocks(sequence, args.causal, args.group, kernels.backward_block_rows, pieces);
       for (int64_t p = 0; p < pieces; ++p) {
         void* partial = nullptr;
         if (packs || pieces > 1) {

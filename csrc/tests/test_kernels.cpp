@@ -454,13 +454,13 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
   for (int t = 0; packed && t < problem.sequence.num_tiles; ++t)
     kernel.pack_tile(args, problem.sequence, 0, t, aligned(storage));
   for (int head = 0; head < problem.group; ++head) {
-    for (int row = 0; row < problem.queries; row += kernel.block_rows) {
+    for (int row = 0; row < problem.queries; row += kernel.forward_block_rows) {
       ForwardItem item{};
       item.sequence = &problem.sequence;
       item.first_head = head;
       item.num_heads = 1;
       item.first_row = row;
-      item.num_rows = std::min(kernel.block_rows, problem.queries - row);
+      item.num_rows = std::min(kernel.forward_block_rows, problem.queries - row);
       item.last_tile = problem.sequence.num_tiles;
       item.packed = packed ? aligned(storage) : nullptr;
       if (pieces == 1) {
@@ -601,7 +601,8 @@ TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
     args.grad_bias = problem.output(db, problem.modalities, problem.queries);
     args.probability_sums = problem.output(sums, problem.modalities, problem.queries);
     args.grad_sink = problem.output(dc, 1, problem.queries);
-    const int64_t blocks = problem.group * ((problem.queries + kernel.block_rows - 1) / kernel.block_rows);
+    const int64_t blocks =
+        problem.group * ((problem.queries + kernel.backward_block_rows - 1) / kernel.backward_block_rows);
     std::vector<char> scratch = bytes(kernel.backward_scratch_bytes(args, blocks));
     const int64_t packed_bytes = kernel.backward_packed_bytes(args, problem.plan.num_panels);
     std::vector<char> packed = bytes(packed_bytes);

@@ -87,8 +87,8 @@ struct BackwardItem {
 struct AttentionKernels {
   int panel_keys;  // keys in a packed panel
   int forward_tile_keys, backward_tile_keys;
-  int block_rows;     // query rows of a work item
-  int compute_bytes;  // sizeof of the compute type
+  int forward_block_rows, backward_block_rows;  // most query rows of a work item, and of a block of one
+  int compute_bytes;                            // sizeof of the compute type
 
   int64_t (*packed_bytes)(const AttentionArgs&, int64_t num_panels);  // keys and values of one kv head
   int64_t (*partial_bytes)(const AttentionArgs&, int64_t num_rows);   // unnormalised state of num_rows rows

@@ -400,6 +400,7 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
 template <class StorageType, class ComputeType>
 struct VectorBackward {
   static constexpr int kTileKeys = kBackwardTileKeys;
+  static constexpr int kBlockRows = MODA_EXT_TIER::kBlockRows;
   static int64_t packed_bytes(const AttentionArgs&, int64_t) { return 0; }
   static void pack_tile(const AttentionArgs&, const Sequence&, int64_t, int64_t, void*) {}
   static int64_t scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {

@@ -22,6 +22,7 @@ const AttentionKernels& kernels() {
       Engine::kTileKeys,
       Backward::kTileKeys,
       kBlockRows,
+      Backward::kBlockRows,
       static_cast<int>(sizeof(T)),
       [](const AttentionArgs& args, int64_t num_panels) {
         return static_cast<int64_t>(sizeof(typename Engine::Packed)) * Engine::packed_elements(args, num_panels);

@@ -26,12 +26,15 @@ class TileBackward {
  public:
   using Storage = StorageType;
   static constexpr int kTileKeys = 128;
+  static constexpr int kBlockRows =
+      128;  // fewer than forward: the block's forms, P and dS share the second-level cache
+  static constexpr int kStrips = kBlockRows / kStrip;
   static constexpr int kInput = kInputParts<Storage>;
   static constexpr int kInner = kInnerParts<Storage>;
 
   struct Scratch {
-    float scores[kStrip * kStrip];       // S^T of 32 keys
-    float grad_scores[kStrip * kStrip];  // dP^T
+    float scores[2][kStrip * kStrip];       // S^T of 32 keys; two, as one is swept while the next comes
+    float grad_scores[2][kStrip * kStrip];  // dP^T
     float product[kStrip * kStrip];
     Word probability[kTileKeys / kTileRows * kStrips * kInner * kTileWords];  // row tiles [key tile][strip][part]
     Word grad_score[kTileKeys / kTileRows * kStrips * kInner * kTileWords];   // the same
@@ -255,35 +258,65 @@ class TileBackward {
       const int query_tiles = count_ - first > kTileRows ? 2 : 1, steps = steps_of(seen.limit);
       const int64_t strip_words = static_cast<int64_t>(2 * strip) * packed.row_step;
       SweepState state(scratch_, tile.modality, first);
+      const auto row_of_step = [&](int step) {
+        return [&, step](int r) { sweep_row<false>(step, r, strip, seen, state); };
+      };
+      const auto interleaves = [&](int step) { return query_tiles == 2 && (step + 1) * kTileDepth <= seen.full; };
+      // The rows of one step are swept in between the tile instructions of the next two products.
       for (int s = 0; s < packed.steps; ++s) {
         if (s >= steps) {
           if (first_strip[s] < strip) clear_strip(s, strip);
           continue;
         }
         if (first_strip[s] == strips_) first_strip[s] = strip;
-        multiply_tiles<kInput, kInput>(2, query_tiles, depth_, packed.keys + 2 * s * packed.row_step, packed.row_step,
-                                       query.rows + strip_words, packed.row_step, scratch_.scores, kStrip);
-        multiply_tiles<kInput, kInput>(2, query_tiles, depth_, packed.values + 2 * s * packed.row_step, packed.row_step,
-                                       grad_out.rows + strip_words, packed.row_step, scratch_.grad_scores, kStrip);
-        if ((s + 1) * kTileDepth <= seen.full) {
-          sweep<false>(s, strip, seen, state);
+        const Word* keys = packed.keys + 2 * s * packed.row_step;
+        const Word* values = packed.values + 2 * s * packed.row_step;
+        const Word* queries = query.rows + strip_words;
+        const Word* grads = grad_out.rows + strip_words;
+        if (s > 0 && interleaves(s - 1)) {
+          const auto row = row_of_step(s - 1);
+          Slices slices(2 * depth_ * num_groups(kInput, kInput), row);
+          const auto between = [&] { slices(); };
+          multiply_tiles<kInput, kInput, 2, 2>(depth_, keys, packed.row_step, queries, packed.row_step,
+                                               scratch_.scores[s % 2], kStrip, between);
+          multiply_tiles<kInput, kInput, 2, 2>(depth_, values, packed.row_step, grads, packed.row_step,
+                                               scratch_.grad_scores[s % 2], kStrip, between);
         } else {
-          sweep<true>(s, strip, seen, state);
+          if (s > 0) sweep(s - 1, strip, seen, state);
+          multiply_tiles<kInput, kInput>(2, query_tiles, depth_, keys, packed.row_step, queries, packed.row_step,
+                                         scratch_.scores[s % 2], kStrip);
+          multiply_tiles<kInput, kInput>(2, query_tiles, depth_, values, packed.row_step, grads, packed.row_step,
+                                         scratch_.grad_scores[s % 2], kStrip);
         }
       }
       if (steps == 0) continue;
-      state.save(scratch_, tile.modality, first);
-      if (args_.grad_query.data == nullptr) continue;
+      bool swept = args_.grad_query.data == nullptr || steps == 1 || !interleaves(steps - 1);
+      if (swept) sweep(steps - 1, strip, seen, state);
       float* grad = query_grad(view) + static_cast<int64_t>(strip) * columns_ * kTileRows * kStrip;
-      for (int d = 0; d < columns_; d += 2) {
+      for (int d = 0; d < columns_ && args_.grad_query.data != nullptr; d += 2) {
         const int count = columns_ - d < 2 ? 1 : 2;
-        multiply_tiles<kInput, kInner>(count, query_tiles, steps, packed.transposed_keys + d * packed.column_step,
-                                       packed.column_step, scratch_.grad_score_pairs, kPairStep, scratch_.product,
-                                       kStrip);
+        const Word* keys = packed.transposed_keys + d * packed.column_step;
+        if (!swept) {
+          // The last step is read after the groups of the small terms of all others.
+          swept = true;
+          const auto row = row_of_step(steps - 1);
+          const Slices slices((steps - 1) * (num_groups(kInput, kInner) - 1), row);
+          if (count == 2) {
+            multiply_tiles<kInput, kInner, 2, 2>(steps, keys, packed.column_step, scratch_.grad_score_pairs, kPairStep,
+                                                 scratch_.product, kStrip, slices);
+          } else {
+            multiply_tiles<kInput, kInner, 1, 2>(steps, keys, packed.column_step, scratch_.grad_score_pairs, kPairStep,
+                                                 scratch_.product, kStrip, slices);
+          }
+        } else {
+          multiply_tiles<kInput, kInner>(count, query_tiles, steps, keys, packed.column_step, scratch_.grad_score_pairs,
+                                         kPairStep, scratch_.product, kStrip);
+        }
         float* out = grad + d * kTileRows * kStrip;
         for (int i = 0; i < count * kTileRows * kStrip; i += kTileRows)
           store(out + i, load(out + i) + load(scratch_.product + i));
       }
+      state.save(scratch_, tile.modality, first);
     }
 
     for (int s = 0; s < packed.steps; ++s) {
@@ -353,45 +386,51 @@ class TileBackward {
     }
   };
 
-  // P and dS of 32 keys and a strip, from scores to tiles. Keys r and r + 16 go together, as the pair tiles want them.
+  // P and dS of keys r and r + 16 of a step and a strip, from scores to rows of tiles.
   template <bool masked>
-  MODA_EXT_INLINE void sweep(int step, int strip, const StripView& seen, SweepState& state) {
+  MODA_EXT_INLINE void sweep_row(int step, int r, int strip, const StripView& seen, SweepState& state) {
     const Vector<float> scale = splat(static_cast<float>(score_scale(args_)));
     Word* const probability_tiles = scratch_.probability + 2 * step * kRowTileStep + strip * kInner * kTileWords;
     Word* const grad_tiles = scratch_.grad_score + 2 * step * kRowTileStep + strip * kInner * kTileWords;
     Word* const grad_pairs = scratch_.grad_score_pairs + step * kInner * kTileWords;
-    for (int r = 0; r < kTileRows; ++r) {
-      Words p[2][2][kInner], ds[2][2][kInner];  // [key r, key r + 16][query tile][part]
+    Words p[2][2][kInner], ds[2][2][kInner];  // [key r, key r + 16][query tile][part]
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 2
+      for (int q = 0; q < 2; ++q) {
+        const int from = (r + half * kTileRows) * kStrip + q * kTileRows;
+        Vector<float> probability =
+            exp2_nonpositive(load(scratch_.scores[step % 2] + from) * scale + state.shift[q]) * state.factor[q];
+        Vector<float> grad = probability * (load(scratch_.grad_scores[step % 2] + from) - state.delta[q]);
+        if (masked) {
+          const Bits<float> mask = sees(seen.visible + q * kTileRows, step * kTileDepth + r + half * kTileRows);
+          probability = keep_where(mask, probability);
+          grad = keep_where(mask, grad);
+        }
+        state.probability[q] += probability;
+        state.grad_score[q] += grad;
+        split<kInner>(probability, p[half][q]);
+        split<kInner>(grad, ds[half][q]);
+      }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < kInner; ++i) {
+      const int to = i * kTileWords + r * kTileRows;
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 2
-        for (int q = 0; q < 2; ++q) {
-          const int from = (r + half * kTileRows) * kStrip + q * kTileRows;
-          Vector<float> probability =
-              exp2_nonpositive(load(scratch_.scores + from) * scale + state.shift[q]) * state.factor[q];
-          Vector<float> grad = probability * (load(scratch_.grad_scores + from) - state.delta[q]);
-          if (masked) {
-            const Bits<float> mask = sees(seen.visible + q * kTileRows, step * kTileDepth + r + half * kTileRows);
-            probability = keep_where(mask, probability);
-            grad = keep_where(mask, grad);
-          }
-          state.probability[q] += probability;
-          state.grad_score[q] += grad;
-          split<kInner>(probability, p[half][q]);
-          split<kInner>(grad, ds[half][q]);
-        }
+        store_words(probability_tiles + half * kRowTileStep + to, join(p[half][0][i], p[half][1][i]));
+        store_words(grad_tiles + half * kRowTileStep + to, join(ds[half][0][i], ds[half][1][i]));
       }
-#pragma GCC unroll 3
-      for (int i = 0; i < kInner; ++i) {
-        const int to = i * kTileWords + r * kTileRows;
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          store_words(probability_tiles + half * kRowTileStep + to, join(p[half][0][i], p[half][1][i]));
-          store_words(grad_tiles + half * kRowTileStep + to, join(ds[half][0][i], ds[half][1][i]));
-        }
-#pragma GCC unroll 2
-        for (int q = 0; q < 2; ++q) store_words(grad_pairs + q * kPairStep + to, join(ds[0][q][i], ds[1][q][i]));
-      }
+      for (int q = 0; q < 2; ++q) store_words(grad_pairs + q * kPairStep + to, join(ds[0][q][i], ds[1][q][i]));
+    }
+  }
+
+  void sweep(int step, int strip, const StripView& seen, SweepState& state) {
+    if ((step + 1) * kTileDepth <= seen.full) {
+      for (int r = 0; r < kTileRows; ++r) sweep_row<false>(step, r, strip, seen, state);
+    } else {
+      for (int r = 0; r < kTileRows; ++r) sweep_row<true>(step, r, strip, seen, state);
     }
   }
 

@@ -66,6 +66,23 @@ MODA_EXT_INLINE void transpose_columns(const float* from, int columns, float* to
   }
 }
 
+// Calls row(0) .. row(15), spread evenly over the first `groups` groups of a tile product: vector work that runs while
+// the tile unit is busy.
+template <class Row>
+class Slices {
+ public:
+  Slices(int groups, const Row& row) : groups_(groups), row_(row) {}
+  MODA_EXT_INLINE void operator()() {
+    for (credit_ += kTileRows; credit_ >= groups_ && next_ < kTileRows; credit_ -= groups_) row_(next_++);
+    finish_stores();
+  }
+
+ private:
+  const int groups_;
+  const Row& row_;
+  int credit_ = 0, next_ = 0;
+};
+
 template <class StorageType>
 class TileEngine {
  public:
@@ -178,54 +195,56 @@ class TileEngine {
     const int depth = steps_of(args_.head_dim);
     const Word* queries = queries_ + view * query_words(args_) + first / kTileRows * depth * kInput * kTileWords;
     const int64_t row_step = static_cast<int64_t>(depth) * kInput * kTileWords;
-    Vector<float> best[2] = {splat(kLowest<float>), splat(kLowest<float>)};
-    for (int key = 0; key < strip.limit; key += kTileDepth) {
-      float* scores = scratch_.scores + key * kStrip;
-      multiply_tiles<kInput, kInput>(2, query_tiles, depth, packed + key / kTileRows * row_step, row_step, queries,
-                                     row_step, scores, kStrip);
-      if (key + kTileDepth <= strip.full) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kTileDepth; ++j) {
-          best[0] = maximum(best[0], load(scores + j * kStrip));
-          best[1] = maximum(best[1], load(scores + j * kStrip + kTileRows));
-        }
-      } else {
-        for (int j = 0; j < kTileDepth; ++j) {
-#pragma GCC unroll 2
-          for (int q = 0; q < 2; ++q)
-            best[q] = maximum(best[q], keep_where_or(sees(strip.visible + q * kTileRows, key + j),
-                                                     load(scores + j * kStrip + q * kTileRows), kLowest<float>));
-        }
-      }
-    }
-
     const Vector<float> scale = splat(static_cast<float>(score_scale(args_)));
-    Vector<float> shift[2], rescale[2];
+    Vector<float> maximum_before[2], bias[2], shift[2], best[2], mass[2] = {}, rescale[2] = {splat(1.0f), splat(1.0f)};
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
-      const int at = first + q * kTileRows;
-      const Vector<float> before = load(state().maximum + at), bias = load(scratch_.bias + at);
-      const Vector<float> now = maximum(best[q] * scale + bias, before);
-      rescale[q] = exp2_nonpositive(before - now);
-      shift[q] = bias - now;
-      store(state().maximum + at, now);
-      for (int m = 0; m < args_.num_modalities; ++m)
-        store(state().mass[m] + at, load(state().mass[m] + at) * rescale[q]);
+      maximum_before[q] = load(state().maximum + first + q * kTileRows);
+      bias[q] = load(scratch_.bias + first + q * kTileRows);
+      shift[q] = bias[q] - maximum_before[q];
+      best[q] = splat(kLowest<float>);
     }
 
+    // Scores of 32 keys at a time. As long as none exceeds the running maximum by more than 2^kSlack, the maximum
+    // stays, and the probabilities of 32 keys are computed in between the tile instructions of the next product. Else
+    // all scores of the tile come first.
     const int steps = steps_of(strip.limit);
-    Vector<float> mass[2] = {};
+    const auto row_of_step = [&](int step) {
+      return [&, step](int r) { exponentiate_row<false>(step, r, strip, scale, shift, mass); };
+    };
+    const auto interleaves = [&](int step) { return query_tiles == 2 && (step + 1) * kTileDepth <= strip.full; };
+    bool keep = true;
     for (int s = 0; s < steps; ++s) {
-      if ((s + 1) * kTileDepth <= strip.full) {
-        exponentiate<false>(s, strip, scale, shift, mass);
+      float* scores = scratch_.scores + s * kTileDepth * kStrip;
+      const Word* keys = packed + 2 * s * row_step;
+      if (s > 0 && keep && interleaves(s - 1)) {
+        const auto row = row_of_step(s - 1);
+        multiply_tiles<kInput, kInput, 2, 2>(depth, keys, row_step, queries, row_step, scores, kStrip,
+                                             Slices(depth * num_groups(kInput, kInput), row));
       } else {
-        exponentiate<true>(s, strip, scale, shift, mass);
+        if (s > 0 && keep) exponentiate(s - 1, strip, scale, shift, mass);
+        multiply_tiles<kInput, kInput>(2, query_tiles, depth, keys, row_step, queries, row_step, scores, kStrip);
       }
+      row_maxima(s, strip, best);
+      keep = keep && below(best[0] * scale + shift[0], kSlack) && below(best[1] * scale + shift[1], kSlack);
     }
+    const bool interleaves_last = keep && steps > 1 && interleaves(steps - 1);
+    if (!keep) {
 #pragma GCC unroll 2
-    for (int q = 0; q < 2; ++q) {
-      float* total = state().mass[tile.modality] + first + q * kTileRows;
-      store(total, load(total) + mass[q]);
+      for (int q = 0; q < 2; ++q) {
+        const Vector<float> now = maximum(best[q] * scale + bias[q], maximum_before[q]);
+        rescale[q] = exp2_nonpositive(maximum_before[q] - now);
+        shift[q] = bias[q] - now;
+        mass[q] = Vector<float>{};
+        store(state().maximum + first + q * kTileRows, now);
+        for (int m = 0; m < args_.num_modalities; ++m) {
+          float* total = state().mass[m] + first + q * kTileRows;
+          store(total, load(total) * rescale[q]);
+        }
+      }
+      for (int s = 0; s < steps; ++s) exponentiate(s, strip, scale, shift, mass);
+    } else if (!interleaves_last) {
+      exponentiate(steps - 1, strip, scale, shift, mass);
     }
 
     const Word* values = packed + packed_value_offset(args_, tile);
@@ -234,8 +253,21 @@ class TileEngine {
     const int tiles = tiles_of(args_.head_dim);
     for (int d = 0; d < tiles; d += 2) {
       const int count = tiles - d < 2 ? tiles - d : 2;
-      multiply_tiles<kInput, kInner>(count, query_tiles, steps, values + d * value_step, value_step,
-                                     scratch_.probability, kProbabilityStep, scratch_.product, kStrip);
+      if (d == 0 && interleaves_last) {
+        // The last step is read after the groups of the small terms of all others.
+        const auto row = row_of_step(steps - 1);
+        const Slices slices((steps - 1) * (num_groups(kInput, kInner) - 1), row);
+        if (count == 2) {
+          multiply_tiles<kInput, kInner, 2, 2>(steps, values, value_step, scratch_.probability, kProbabilityStep,
+                                               scratch_.product, kStrip, slices);
+        } else {
+          multiply_tiles<kInput, kInner, 1, 2>(steps, values, value_step, scratch_.probability, kProbabilityStep,
+                                               scratch_.product, kStrip, slices);
+        }
+      } else {
+        multiply_tiles<kInput, kInner>(count, query_tiles, steps, values + d * value_step, value_step,
+                                       scratch_.probability, kProbabilityStep, scratch_.product, kStrip);
+      }
       for (int r = 0; r < count * kTileRows; ++r) {
         float* out = output + (d * kTileRows + r) * kStrip;
 #pragma GCC unroll 2
@@ -244,35 +276,70 @@ class TileEngine {
                 load(out + q * kTileRows) * rescale[q] + load(scratch_.product + r * kStrip + q * kTileRows));
       }
     }
-  }
-
-  // Probabilities of 32 keys and 32 queries, from scores to pair tiles.
-  template <bool masked>
-  MODA_EXT_INLINE void exponentiate(int step, const StripView& strip, Vector<float> scale, const Vector<float>* shift,
-                                    Vector<float>* mass) {
-    const float* scores = scratch_.scores + step * kTileDepth * kStrip;
-    Word* out = scratch_.probability + step * kInner * kTileWords;
-    for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
-      for (int q = 0; q < 2; ++q) {
-        Vector<float> low = exp2_nonpositive(load(scores + r * kStrip + q * kTileRows) * scale + shift[q]);
-        Vector<float> high =
-            exp2_nonpositive(load(scores + (r + kTileRows) * kStrip + q * kTileRows) * scale + shift[q]);
-        if (masked) {
-          const int key = step * kTileDepth + r;
-          low = keep_where(sees(strip.visible + q * kTileRows, key), low);
-          high = keep_where(sees(strip.visible + q * kTileRows, key + kTileRows), high);
-        }
-        mass[q] += low + high;
-        Words first[kInner], second[kInner];
-        split<kInner>(low, first);
-        split<kInner>(high, second);
-#pragma GCC unroll 3
-        for (int p = 0; p < kInner; ++p)
-          store_words(out + q * kProbabilityStep + p * kTileWords + r * kTileRows, join(first[p], second[p]));
-      }
+    for (int q = 0; q < 2; ++q) {
+      float* total = state().mass[tile.modality] + first + q * kTileRows;
+      store(total, load(total) + mass[q]);
     }
   }
+
+  // best <- the largest of it and of the visible scores of 32 keys.
+  MODA_EXT_INLINE void row_maxima(int step, const StripView& strip, Vector<float>* best) const {
+    const float* scores = scratch_.scores + step * kTileDepth * kStrip;
+    if ((step + 1) * kTileDepth <= strip.full) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileDepth; ++j) {
+        best[0] = maximum(best[0], load(scores + j * kStrip));
+        best[1] = maximum(best[1], load(scores + j * kStrip + kTileRows));
+      }
+      return;
+    }
+    for (int j = 0; j < kTileDepth; ++j) {
+#pragma GCC unroll 2
+      for (int q = 0; q < 2; ++q)
+        best[q] = maximum(best[q], keep_where_or(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
+                                                 load(scores + j * kStrip + q * kTileRows), kLowest<float>));
+    }
+  }
+
+  // Probabilities of keys r and r + 16 of a step, from scores to a row of the pair tiles.
+  template <bool masked>
+  MODA_EXT_INLINE void exponentiate_row(int step, int r, const StripView& strip, Vector<float> scale,
+                                        const Vector<float>* shift, Vector<float>* mass) {
+    const float* scores = scratch_.scores + step * kTileDepth * kStrip;
+    Word* out = scratch_.probability + step * kInner * kTileWords;
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+      Vector<float> low = exp2_nonpositive(load(scores + r * kStrip + q * kTileRows) * scale + shift[q]);
+      Vector<float> high = exp2_nonpositive(load(scores + (r + kTileRows) * kStrip + q * kTileRows) * scale + shift[q]);
+      if (masked) {
+        const int key = step * kTileDepth + r;
+        low = keep_where(sees(strip.visible + q * kTileRows, key), low);
+        high = keep_where(sees(strip.visible + q * kTileRows, key + kTileRows), high);
+      }
+      mass[q] += low + high;
+      Words first[kInner], second[kInner];
+      split<kInner>(low, first);
+      split<kInner>(high, second);
+#pragma GCC unroll 3
+      for (int p = 0; p < kInner; ++p)
+        store_words(out + q * kProbabilityStep + p * kTileWords + r * kTileRows, join(first[p], second[p]));
+    }
+  }
+
+  void exponentiate(int step, const StripView& strip, Vector<float> scale, const Vector<float>* shift,
+                    Vector<float>* mass) {
+    if ((step + 1) * kTileDepth <= strip.full) {
+      for (int r = 0; r < kTileRows; ++r) exponentiate_row<false>(step, r, strip, scale, shift, mass);
+    } else {
+      for (int r = 0; r < kTileRows; ++r) exponentiate_row<true>(step, r, strip, scale, shift, mass);
+    }
+  }
+
+  static bool below(Vector<float> v, float limit) {
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0;
+  }
+  static constexpr float kSlack = 8;
 
   static constexpr int64_t kProbabilityStep = int64_t{kTileKeys / kTileDepth} * kInner * kTileWords;
 

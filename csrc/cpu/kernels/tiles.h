@@ -61,6 +61,9 @@ class TileUnit {
   TileUnit& operator=(const TileUnit&) = delete;
 };
 
+// GCC's tile loads do not say that they read memory: what was stored before must not be moved behind them.
+MODA_EXT_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 // Registers: sums in 0 to 3 (2 x 2 tiles), A in 4 and 5, B in 6 and 7.
 template <int MT>
 MODA_EXT_INLINE void load_a(const Word* a, int64_t row_step) {
@@ -81,10 +84,16 @@ MODA_EXT_INLINE void multiply_loaded() {
 }
 
 // C = A B for MT x NT tiles and a depth of `steps` steps. Tile (row tile r, step k, part p) of A lies at a + r *
-// a_row_step + (k * PA + p) * kTileWords, of B alike.
-template <int PA, int PB, int MT, int NT>
+// a_row_step + (k * PA + p) * kTileWords, of B alike. between() is called num_groups(PA, PB) * steps times, after each
+// group of MT x NT tile instructions: vector work placed there runs while the tile unit is busy.
+MODA_EXT_INLINE constexpr int num_groups(int pa, int pb) {
+  return 1 + (pa > 1) + (pb > 1) + (pa > 1 && pb > 1) + (pa > 2) + (pb > 2);
+}
+
+template <int PA, int PB, int MT, int NT, class Between>
 MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step, const Word* b, int64_t b_column_step,
-                                    float* c, int64_t c_stride) {
+                                    float* c, int64_t c_stride, Between between) {
+  finish_stores();
   _tile_zero(0);
   if (NT == 2) _tile_zero(1);
   if (MT == 2) _tile_zero(2);
@@ -97,20 +106,27 @@ MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step
       if (PB > 2) {
         load_b<NT>(bk + 2 * kTileWords, b_column_step);
         multiply_loaded<MT, NT>();
+        between();
       }
       if (PB > 1) {
         load_b<NT>(bk + kTileWords, b_column_step);
         multiply_loaded<MT, NT>();
+        between();
       }
       if (PA > 1) {
         load_a<MT>(ak + kTileWords, a_row_step);
-        if (PB > 1) multiply_loaded<MT, NT>();
+        if (PB > 1) {
+          multiply_loaded<MT, NT>();
+          between();
+        }
         load_b<NT>(bk, b_column_step);
         multiply_loaded<MT, NT>();
+        between();
       }
       if (PA > 2) {
         load_a<MT>(ak + 2 * kTileWords, a_row_step);
         multiply_loaded<MT, NT>();
+        between();
       }
     }
   }
@@ -118,6 +134,7 @@ MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step
     load_a<MT>(a, a_row_step);
     load_b<NT>(b, b_column_step);
     multiply_loaded<MT, NT>();
+    between();
   }
   const int64_t bytes = c_stride * static_cast<int64_t>(sizeof(float));
   _tile_stored(0, c, bytes);
@@ -126,19 +143,19 @@ MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step
   if (MT == 2 && NT == 2) _tile_stored(3, c + kTileRows * c_stride + kTileRows, bytes);
 }
 
-// The same for row_tiles, column_tiles in {1, 2}.
+// The same for row_tiles, column_tiles in {1, 2}, with nothing in between.
 template <int PA, int PB>
 __attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, int steps, const Word* a,
                                               int64_t a_row_step, const Word* b, int64_t b_column_step, float* c,
                                               int64_t c_stride) {
   if (row_tiles == 2 && column_tiles == 2) {
-    multiply_tiles<PA, PB, 2, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+    multiply_tiles<PA, PB, 2, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride, [] {});
   } else if (row_tiles == 2) {
-    multiply_tiles<PA, PB, 2, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+    multiply_tiles<PA, PB, 2, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride, [] {});
   } else if (column_tiles == 2) {
-    multiply_tiles<PA, PB, 1, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+    multiply_tiles<PA, PB, 1, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride, [] {});
   } else {
-    multiply_tiles<PA, PB, 1, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride);
+    multiply_tiles<PA, PB, 1, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride, [] {});
   }
 }
 
