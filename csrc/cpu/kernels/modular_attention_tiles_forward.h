@@ -52,9 +52,10 @@ MODA_EXT_INLINE Bits<float> sees(const int32_t* visible, int j) {
 MODA_EXT_INLINE Vector<float> keep_where(Bits<float> mask, Vector<float> v) {
   return (Vector<float>)((Bits<float>)v & mask);
 }
-MODA_EXT_INLINE Vector<float> keep_where_or(Bits<float> mask, Vector<float> v, float other) {
-  return (Vector<float>)(((Bits<float>)v & mask) | ((Bits<float>)splat(other) & ~mask));
+MODA_EXT_INLINE Vector<float> choose(Bits<float> mask, Vector<float> v, Vector<float> other) {
+  return (Vector<float>)(((Bits<float>)v & mask) | ((Bits<float>)other & ~mask));
 }
+MODA_EXT_INLINE bool any(Bits<float> mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
 // Columns of 16 queries (stride kStrip) to 16 rows.
 MODA_EXT_INLINE void transpose_columns(const float* from, int columns, float* to, int64_t to_stride) {
@@ -226,13 +227,15 @@ class TileEngine {
         multiply_tiles<kInput, kInput>(2, query_tiles, depth, keys, row_step, queries, row_step, scores, kStrip);
       }
       row_maxima(s, strip, best);
-      keep = keep && below(best[0] * scale + shift[0], kSlack) && below(best[1] * scale + shift[1], kSlack);
+      keep = keep && !any(exceeds(best[0] * scale + shift[0])) && !any(exceeds(best[1] * scale + shift[1]));
     }
     const bool interleaves_last = keep && steps > 1 && interleaves(steps - 1);
     if (!keep) {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q) {
-        const Vector<float> now = maximum(best[q] * scale + bias[q], maximum_before[q]);
+        // Each query for itself: no row may depend, not even in its rounding, on what others in the strip see.
+        const Bits<float> moves = exceeds(best[q] * scale + shift[q]);
+        const Vector<float> now = choose(moves, best[q] * scale + bias[q], maximum_before[q]);
         rescale[q] = exp2_nonpositive(maximum_before[q] - now);
         shift[q] = bias[q] - now;
         mass[q] = Vector<float>{};
@@ -297,8 +300,8 @@ class TileEngine {
     for (int j = 0; j < kTileDepth; ++j) {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q)
-        best[q] = maximum(best[q], keep_where_or(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
-                                                 load(scores + j * kStrip + q * kTileRows), kLowest<float>));
+        best[q] = maximum(best[q], choose(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
+                                          load(scores + j * kStrip + q * kTileRows), splat(kLowest<float>)));
     }
   }
 
@@ -336,9 +339,8 @@ class TileEngine {
     }
   }
 
-  static bool below(Vector<float> v, float limit) {
-    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0;
-  }
+  // Lanes whose largest score, relative to the running maximum, no longer fits.
+  static Bits<float> exceeds(Vector<float> v) { return v > splat(kSlack); }
   static constexpr float kSlack = 8;
 
   static constexpr int64_t kProbabilityStep = int64_t{kTileKeys / kTileDepth} * kInner * kTileWords;
