@@ -430,14 +430,15 @@ std::vector<int64_t> balance_blocks(const Sequence& sequence, bool causal, int64
   return bounds;
 }
 
-void run_backward(const AttentionKernels& kernels, const BackwardArgs& args, const AttentionShape& shape,
-                  const Batch& batch) {
+void run_backward(const AttentionKernels& kernels, BackwardArgs args, const AttentionShape& shape, const Batch& batch) {
   struct Head {
     const Sequence* sequence;
     int64_t kv_head;
     int64_t packed_bytes, partial_bytes;  // its packed keys and values; partial gradients of one item
     std::vector<void*> partials;          // empty: one item owns the kv head
   };
+  for (const Sequence& sequence : batch.sequences)
+    if (kernels.backward_packed_bytes(args, sequence.num_panels) > kPackedBudget) args.packs_transposed_keys = false;
   std::vector<Head> heads;
   for (const Sequence& sequence : batch.sequences) {
     if (sequence.num_queries == 0) continue;

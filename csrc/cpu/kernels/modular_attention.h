@@ -53,8 +53,9 @@ struct BackwardArgs : AttentionArgs {
   Input saved_out, saved_lse, saved_mass;
   Input grad_out, grad_lse, grad_mass;                            // grad_lse.data, grad_mass.data null: zero
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
-  Output delta;             // workspace, one number for each row: D_i of MATH.md section 3
+  Output delta;                       // workspace, one number for each row: D_i of MATH.md section 3
   Output probability_sums;  // workspace of the shape of grad_bias, wanted with it: sums of P over each modality
+  bool packs_transposed_keys = true;  // is there memory for all packed forms? (of kernels that pack for all items)
 };
 
 // Work item of the forward pass: query rows against a range of key tiles. The rows are [first_row, first_row +
@@ -103,8 +104,8 @@ struct AttentionKernels {
 
   // Keys and values of one kv head in the forms that its items share. 0: every item packs for itself; else an item
   // needs `packed` and `partial`.
-  int64_t (*backward_packed_bytes)(const AttentionArgs&, int64_t num_panels);
-  void (*pack_backward_tile)(const AttentionArgs&, const Sequence&, int64_t kv_head, int64_t tile, void* packed);
+  int64_t (*backward_packed_bytes)(const BackwardArgs&, int64_t num_panels);
+  void (*pack_backward_tile)(const BackwardArgs&, const Sequence&, int64_t kv_head, int64_t tile, void* packed);
   void (*backward)(const BackwardArgs&, const BackwardItem&, void* scratch);
   // Adds the partial key and value gradients of the items of one kv head for keys [begin, end) of the plan, in order,
   // to the outputs.

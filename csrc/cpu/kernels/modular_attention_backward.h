@@ -401,8 +401,8 @@ template <class StorageType, class ComputeType>
 struct VectorBackward {
   static constexpr int kTileKeys = kBackwardTileKeys;
   static constexpr int kBlockRows = MODA_EXT_TIER::kBlockRows;
-  static int64_t packed_bytes(const AttentionArgs&, int64_t) { return 0; }
-  static void pack_tile(const AttentionArgs&, const Sequence&, int64_t, int64_t, void*) {}
+  static int64_t packed_bytes(const BackwardArgs&, int64_t) { return 0; }
+  static void pack_tile(const BackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
   static int64_t scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
     return backward_scratch_bytes<StorageType, ComputeType>(args, num_blocks);
   }

@@ -48,18 +48,19 @@ class TileBackward {
     alignas(64) float probability_sums[kMaxModalities][kBlockRows];
     alignas(64) float grad_score_sums[kMaxModalities][kBlockRows];
     bool hidden[kMaxModalities][kBlockRows];
-    // followed by the output gradient in two forms, then for each view: the query in two forms, its gradient
+    // followed by the output gradient in two forms, for each view the query in two forms and its gradient, and one tile
+    // of transposed keys if those are not packed for all
   };
 
-  static int64_t packed_bytes(const AttentionArgs& args, int64_t num_panels) {
+  static int64_t packed_bytes(const BackwardArgs& args, int64_t num_panels) {
     return num_panels * panel_words(args) * static_cast<int64_t>(sizeof(Word));
   }
   static int64_t scratch_bytes(const BackwardArgs& args, int64_t) {
-    return static_cast<int64_t>(sizeof(Scratch) +
-                                sizeof(Word) * (form_words(args) + args.num_views * view_words(args)));
+    return static_cast<int64_t>(sizeof(Scratch) + sizeof(Word) * (form_words(args) + args.num_views * view_words(args) +
+                                                                  transposed_key_words(args)));
   }
 
-  static void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index,
+  static void pack_tile(const BackwardArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index,
                         void* memory) {
     const KeyTile& tile = sequence.tiles[index];
     const PackedTile packed(args, tile, memory);
@@ -67,9 +68,10 @@ class TileBackward {
     for (int s = 0; s < packed.steps; ++s) {
       load_keys<Storage>(args.key, args, sequence, kv_head, tile, s * kTileDepth, rows);
       make_row_tiles<kInput, false>(rows, 2, packed.depth, packed.keys + 2 * s * packed.row_step);
-      make_pair_tiles<kInput, true>(rows, tiles_of(args.head_dim),
-                                    packed.transposed_keys + static_cast<int64_t>(s) * kInput * kTileWords,
-                                    packed.column_step);
+      if (args.packs_transposed_keys)
+        make_pair_tiles<kInput, true>(rows, tiles_of(args.head_dim),
+                                      packed.transposed_keys + static_cast<int64_t>(s) * kInput * kTileWords,
+                                      packed.column_step);
       load_keys<Storage>(args.value, args, sequence, kv_head, tile, s * kTileDepth, rows);
       make_row_tiles<kInput, false>(rows, 2, packed.depth, packed.values + 2 * s * packed.row_step);
     }
@@ -86,7 +88,7 @@ class TileBackward {
     int64_t row_step, column_step;  // from one row tile to the next, from one tile of columns of K^T to the next
     Word *keys, *values, *transposed_keys;
 
-    PackedTile(const AttentionArgs& args, const KeyTile& tile, const void* memory)
+    PackedTile(const BackwardArgs& args, const KeyTile& tile, const void* memory)
         : steps(steps_of(tile.length)),
           depth(steps_of(args.head_dim)),
           row_step(static_cast<int64_t>(depth) * kInput * kTileWords),
@@ -102,8 +104,9 @@ class TileBackward {
   struct Form {
     Word *rows, *pairs;
   };
-  static int64_t panel_words(const AttentionArgs& args) {
-    return static_cast<int64_t>(4 * steps_of(args.head_dim) + tiles_of(args.head_dim)) * kInput * kTileWords;
+  static int64_t panel_words(const BackwardArgs& args) {
+    const int columns = args.packs_transposed_keys ? tiles_of(args.head_dim) : 0;
+    return static_cast<int64_t>(4 * steps_of(args.head_dim) + columns) * kInput * kTileWords;
   }
   static int64_t row_form_words(const AttentionArgs& args) {
     return static_cast<int64_t>(2 * kStrips) * steps_of(args.head_dim) * kInput * kTileWords;
@@ -113,6 +116,10 @@ class TileBackward {
   }
   static int64_t query_grad_words(const AttentionArgs& args) {
     return static_cast<int64_t>(kBlockRows) * tiles_of(args.head_dim) * kTileRows;
+  }
+  static int64_t transposed_key_words(const BackwardArgs& args) {
+    if (args.packs_transposed_keys) return 0;
+    return static_cast<int64_t>(kTileKeys / kTileDepth) * tiles_of(args.head_dim) * kInput * kTileWords;
   }
   static int64_t view_words(const AttentionArgs& args) { return form_words(args) + query_grad_words(args); }
 
@@ -132,6 +139,7 @@ class TileBackward {
     Word* at = forms_ + form_words(args_) + view * view_words(args_);
     return {at, at + row_form_words(args_)};
   }
+  Word* own_transposed_keys() const { return forms_ + form_words(args_) + args_.num_views * view_words(args_); }
   // dQ^T of a view: [strip][column][query of the strip].
   float* query_grad(int view) const {
     return reinterpret_cast<float*>(forms_ + form_words(args_) + view * view_words(args_) + form_words(args_));
@@ -244,7 +252,16 @@ class TileBackward {
 
   // All strips of the block against one key tile.
   void differentiate_tile(const KeyTile& tile, int view, int64_t offset) {
-    const PackedTile packed(args_, tile, item_.packed);
+    PackedTile packed(args_, tile, item_.packed);
+    if (!args_.packs_transposed_keys && args_.grad_query.data != nullptr) {
+      packed.transposed_keys = own_transposed_keys();
+      for (int s = 0; s < packed.steps; ++s) {
+        load_keys<Storage>(args_.key, args_, sequence_, item_.kv_head, tile, s * kTileDepth, scratch_.rows);
+        make_pair_tiles<kInput, true>(scratch_.rows, columns_,
+                                      packed.transposed_keys + static_cast<int64_t>(s) * kInput * kTileWords,
+                                      packed.column_step);
+      }
+    }
     const Form grad_out = grad_out_form(), query = query_form(view);
     int first_strip[kTileKeys / kTileDepth];  // that sees 32 keys; later ones are zero where they do not
     for (int s = 0; s < packed.steps; ++s) first_strip[s] = strips_;
