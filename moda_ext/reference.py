@@ -227,14 +227,19 @@ def pseudo_score_sink(
         return sink.expand(*sink.shape[:-1], num_rows).to(dtype)
 
     left = length - start - torch.arange(1, num_rows + 1, device=decay.device)
+    return sink_of_left(left, decay, base).to(dtype)
+
+
+def sink_of_left(left: Tensor, decay: Tensor, base: Tensor) -> Tensor:
+    """The sink of rows with ``left`` pseudo scores (integers, any shape), -inf where none is left; differentiable."""
     none_left = left <= 0
-    left = left.clamp(min=1).to(work)
+    left = left.clamp(min=1).to(decay.dtype)
     x = decay * left
     small = x < 1e-2
     series = left.log() - (x - decay) / 2 + (x.square() - decay.square()) / 24
     x, decay = x.masked_fill(small, 1.0), decay.expand_as(x).masked_fill(small, 1.0)  # no 0 / 0, also in the gradient
     sink = base + torch.where(small, series, (torch.expm1(-x) / torch.expm1(-decay)).log())
-    return sink.masked_fill(none_left, -math.inf).to(dtype)
+    return sink.masked_fill(none_left, -math.inf)
 
 
 def stable_mask_weights(scores: Tensor, decay: float, base: float = 0.0) -> Tensor:
