@@ -12,33 +12,13 @@ from torch import Tensor, nn
 
 from moda_ext import reference
 from moda_ext._ops.checks import MAX_MODALITIES, accumulation_dtype
+from moda_ext.alignment import gram_indicator
 from moda_ext.attention import modular_attention, pseudo_score_sink
 
-__all__ = ["ModularMask", "gram_indicator"]
+__all__ = ["ModularMask"]
 
 VARIANTS = ("inf", "fix", "attn", "learned")
 SOFTMAXES = ("joint", "split")
-
-
-def gram_indicator(query: Tensor, gram_projection: Tensor) -> Tensor:
-    r"""How much of each query lies in each modality's space: the indicator that conditions the mask (Fig. 3c).
-
-    .. math:: e_{i,m} = \frac{q_i \hat G^m_i q_i^\top}{\lVert q_i \rVert^2}
-
-    Args:
-        query: (B, Hq, N, D), any floating-point dtype.
-        gram_projection: (M, B, Hq, N, D), :math:`q_i \hat G^m_i`, from :func:`moda_ext.alignment.project_queries` or
-            :func:`moda_ext.alignment.causal_gram_projection`.
-
-    Returns:
-        (B, Hq, N, M) in float32, or float64 for a float64 query; between 0 and 1 for the ``trace`` and ``frobenius``
-        normalisations. A query of length 0 has indicator 0.
-    """
-    dtype = accumulation_dtype(query.dtype)
-    query = query.to(dtype)
-    square = query.square().sum(dim=-1)
-    dots = (gram_projection.to(dtype) * query).sum(dim=-1)  # (M, B, Hq, N)
-    return (dots / square.clamp(min=torch.finfo(dtype).tiny)).movedim(0, -1)
 
 
 class ModularMask(nn.Module):
@@ -48,12 +28,12 @@ class ModularMask(nn.Module):
         b_{i,m} = w_{h, a_i, m} + \lambda_{h, a_i, m}\, e_{i,m}, \qquad
         c_i = \log \sum_{t=1}^{n-i} e^{\text{base} - (t-1)\,\text{decay}}
 
-    with :math:`a_i` the modality of row i, :math:`e` the :func:`gram_indicator` and :math:`n` = ``length``. The prior
-    w and the condition :math:`\lambda` start at 0. Source: MODA (arXiv 2507.04635), Eq. 7-10, Fig. 3c, Table 1(d);
-    pseudo scores: StableMask (arXiv 2402.04779).
+    with :math:`a_i` the modality of row i, :math:`e` its :func:`moda_ext.alignment.gram_indicator` and :math:`n` =
+    ``length``. The prior w and the condition :math:`\lambda` start at 0. Source: MODA (arXiv 2507.04635), Eq. 7-10,
+    Fig. 3c, Table 1(d); pseudo scores: StableMask (arXiv 2402.04779).
 
-    Pseudo scores are **not** an identity: they take a share :math:`e^{c_i - L_i}` of every row. ``base=-inf`` is one; about
-    -10 is a start for pretrained models, and 0, the default, is the paper's value for training from scratch.
+    Pseudo scores are **not** an identity: they take a share :math:`e^{c_i - L_i}` of every row. ``base=-inf`` is one;
+    about -10 is a start for pretrained models, and 0, the default, is the paper's value for training from scratch.
 
     Args:
         num_heads: H, the query heads.
@@ -158,7 +138,8 @@ class ModularMask(nn.Module):
         Args:
             query: (B, H, N, D).
             query_modality: (B, N), integer, in [0, M), -1 for padding.
-            gram_projection: (M, B, H, N, D), for the conditional variants; see :func:`gram_indicator`.
+            gram_projection: (M, B, H, N, D), for the conditional variants; see
+                :func:`moda_ext.alignment.gram_indicator`.
             start: how many tokens came before the first row, without padding: a number, or (B,) for a batch of
                 sequences of different lengths. Padding does not count, so the mask does not depend on where it is.
             indicator: (B, H, N, M), instead of ``gram_projection`` where it is there already.
