@@ -203,7 +203,8 @@ class GramState:
             old, old_modality = key[:, :, :fold], modality[:, :fold]
             num_modalities = gram.shape[2]
             gram = gram + modality_gram(old, old_modality, num_modalities, key_norm=self.key_norm, normalize=None)
-        return GramState(gram, key[:, :, fold:], modality[:, fold:], length, self.key_norm, self.window)
+            key, modality = key[:, :, fold:].clone(), modality[:, fold:].clone()  # a view would keep the old ones alive
+        return GramState(gram, key, modality, length, self.key_norm, self.window)
 
     def with_recent(self, key: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and modalities behind the recent ones: what is to be added to ``gram``."""
