@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from moda_ext import reference
@@ -248,7 +249,23 @@ class GramState:
         return GramState(*tensors, self.length, self.key_norm, self.window)
 
 
-torch.export.register_dataclass(GramState, serialized_type_name="moda_ext.alignment.GramState")
+def _flatten_state(state: GramState):
+    return [state.gram, state.key, state.modality, state.length], [state.key_norm, state.window]
+
+
+def _flatten_state_with_keys(state: GramState):
+    leaves, context = _flatten_state(state)
+    names = ("gram", "key", "modality", "length")
+    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
+
+
+pytree.register_pytree_node(
+    GramState,
+    _flatten_state,
+    lambda leaves, context: GramState(*leaves, *context),
+    flatten_with_keys_fn=_flatten_state_with_keys,
+    serialized_type_name="moda_ext.alignment.GramState",
+)
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")

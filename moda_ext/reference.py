@@ -436,6 +436,7 @@ def causal_gram_scale(
     """
     dtype = accumulation_dtype(key.dtype)
     rows, columns = query_modality.shape[1], key.shape[2]
+    key = torch.where((key_modality >= 0)[:, None, :, None], key, 0.0)  # padding may hold anything
     norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)  # (B, Hkv, Nk)
     square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()
     members = key_modality[..., None] == torch.arange(num_modalities, device=key.device)

@@ -62,8 +62,8 @@ def split_release_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[int, d
             ``pnorm.weight``, which the release does not use, is dropped.
 
     Returns:
-        ``(aligners, rest)``: for each layer what ``ReleaseAligner(head_dim).load_state_dict`` takes, and everything else
-        under its own name.
+        ``(aligners, rest)``: for each layer what ``ReleaseAligner(head_dim).load_state_dict`` takes, and everything
+        else under its own name.
 
     Raises:
         ValueError: there is no aligner in it, or one that is incomplete.
