@@ -146,7 +146,7 @@ class GramState:
         gram: (B, Hkv, M, D, D), raw sums in float32 or float64.
         key: (B, Hkv, T, D), the recent keys, T <= ``window``, in their own dtype.
         modality: (B, T), their modalities, int32, -1 for padding.
-        length: number of tokens seen, with padding.
+        length: number of tokens that went in, with padding.
         key_norm: phi of :func:`modality_gram`.
         window: how many recent tokens are kept. None marks a fixed Gram (``scope="context"``), which :meth:`append` and
             :meth:`crop` leave as it is.
@@ -222,10 +222,10 @@ class GramState:
         Raises:
             ValueError: ``length`` is not in 0 to ``self.length``, or further back than the recent keys.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"GramState: length must lie in 0 to {self.length}, got {length}")
         if self.window is None:
             return self
+        if not 0 <= length <= self.length:
+            raise ValueError(f"GramState: length must lie in 0 to {self.length}, got {length}")
         keep = self.key.shape[2] - (self.length - length)
         if keep < 0:
             raise ValueError(

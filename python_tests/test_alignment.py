@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_close
+from torch._dynamo.testing import CompileCounter
 
 from moda_ext.alignment import DuplexAligner, GramState, causal_gram_projection, gram_indicator, modality_gram
 from moda_ext.attention import modular_attention
@@ -438,7 +439,7 @@ def test_decoding_compiles_without_graph_breaks(device):
     query, key, modality = inputs(device)
     aligner = make_aligner(device)
     expected = align(aligner, query, key, modality)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(aligner, fullgraph=True, backend=counter)
     state = empty_state(key, modality, 5)
     views = []
