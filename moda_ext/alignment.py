@@ -150,6 +150,12 @@ class GramState:
         key_norm: phi of :func:`modality_gram`.
         window: how many recent tokens are kept. None marks a fixed Gram (``scope="context"``), which :meth:`append` and
             :meth:`crop` leave as it is.
+
+    Example:
+        >>> key, modality = torch.randn(1, 2, 100, 8), torch.zeros(1, 100, dtype=torch.int32)
+        >>> state = GramState.from_keys(key, modality, num_modalities=2)
+        >>> state.gram.shape, state.key.shape, state.crop(90).length
+        (torch.Size([1, 2, 2, 8, 8]), torch.Size([1, 2, 64, 8]), 90)
     """
 
     gram: Tensor
@@ -306,6 +312,14 @@ class DuplexAligner(nn.Module):
 
     Raises:
         ValueError: an unknown option, or a size that does not fit.
+
+    Example:
+        >>> aligner = DuplexAligner(64)
+        >>> query, key = torch.randn(1, 8, 6, 64), torch.randn(1, 2, 6, 64)
+        >>> modality = torch.tensor([[0, 1, 1, 1, 0, 0]])
+        >>> views = aligner(query, key, modality, modality)
+        >>> views.shape, torch.equal(views[0], query)
+        (torch.Size([2, 1, 8, 6, 64]), True)
     """
 
     def __init__(

@@ -209,8 +209,17 @@ class ModularDuplexAttention(nn.Module):
             raise ValueError(
                 f"ModularDuplexAttention: modality must have shape {tuple(x.shape[:2])}, got {tuple(modality.shape)}"
             )
+        if positions is not None and positions.shape not in (modality.shape, modality.shape[1:]):
+            raise ValueError(
+                f"ModularDuplexAttention: positions must have shape {tuple(modality.shape)} or "
+                f"{tuple(modality.shape[1:])}, got {tuple(positions.shape)}"
+            )
         if state is not None and not self.is_causal:
             raise ValueError("ModularDuplexAttention: a layer that is not causal cannot decode, state must be None")
+        if state is not None and state.length and state.key.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {state.key.shape[0]}"
+            )
 
         modality = modality.to(torch.int32)
         seen = 0 if state is None or state.length == 0 else (state.modality >= 0).sum(dim=1)  # (B,)

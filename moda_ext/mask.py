@@ -58,6 +58,13 @@ class ModularMask(nn.Module):
 
     Raises:
         ValueError: an unknown option, a size that does not fit, or a combination that cannot be trained.
+
+    Example:
+        >>> mask = ModularMask(8, variant="fix", prior=torch.tensor([[0.0, 1.0], [0.0, 0.0]]))  # text favours vision
+        >>> query, modality = torch.randn(1, 8, 6, 64), torch.tensor([[0, 1, 1, 1, 0, 0]])
+        >>> modality_bias, sink = mask(query, modality)
+        >>> modality_bias.shape, sink.shape
+        (torch.Size([1, 8, 6, 2]), torch.Size([8, 1]))
     """
 
     def __init__(

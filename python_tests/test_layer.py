@@ -315,6 +315,8 @@ def test_forward_errors(device):
         (lambda: full(x, modality, state=AttentionState()), "a layer that is not causal cannot decode"),
         (lambda: layer(x, modality, context=modality > 0), "include belongs to scope='context'"),
         (lambda: plain(x, modality, context=modality > 0), "context is for the aligner, and this layer has none"),
+        (lambda: layer(x, modality, positions=modality[:, :8]), r"positions must have shape \(2, 20\) or \(20,\), got"),
+        (lambda: layer(x[:1], modality[:1], state=state), r"state must have the batch size of x \(1\), got 2"),
         (lambda: state.crop(21), "AttentionState: length must lie in 0 to 20, got 21"),
     )
     for call, message in cases:
