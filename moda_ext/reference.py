@@ -314,7 +314,7 @@ def modality_gram(
     members = _members("modality_gram", "modality", modality, num_modalities)
     if include is not None:
         members = members & include[..., None]
-    features, members = _features(key, modality, key_norm, eps), members.to(accumulation_dtype(key.dtype))
+    features, members = key_features(key, modality, key_norm, eps), members.to(accumulation_dtype(key.dtype))
     gram = torch.einsum("bhnd,bnm,bhne->bhmde", features, members, features)
     return normalize_gram(gram, normalize)
 
@@ -440,13 +440,18 @@ def causal_gram_scale(
     norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)  # (B, Hkv, Nk)
     square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()
     members = key_modality[..., None] == torch.arange(num_modalities, device=key.device)
-    trace = torch.where(members[:, None], square[..., None], 0.0).cumsum(dim=2)  # (B, Hkv, Nk, M)
-    before = 0.0 if state is None else state[1].to(dtype)[:, :, None]
-    total = trace[:, :, -1] if columns else trace.new_zeros(*trace.shape[:2], num_modalities)
-    total = total if state is None else total + state[1].to(dtype)
-    seen = (trace + before)[:, :, columns - rows :]
+    parts = torch.where(members[:, None], square[..., None], 0.0)  # (B, Hkv, Nk, M)
+    before = parts.new_zeros(()) if state is None else state[1].to(dtype)
+    seen = (parts.cumsum(dim=2) + before.unsqueeze(-2 if state is not None else 0))[:, :, columns - rows :]
+    total = parts.sum(dim=2) + before
     scale = _reciprocal(seen) if normalize == "trace" else torch.ones_like(seen)
     return scale.masked_fill((query_modality < 0)[:, None, :, None], 0.0), total
+
+
+def frobenius_scale(square: Tensor, scale: Tensor) -> Tensor:
+    """``scale`` over the root of ``square``, the squared Frobenius norm that each row sees; 0 where that is 0."""
+    seen = square > 0  # the root has no derivative at 0
+    return torch.where(seen, square.masked_fill(~seen, 1.0).rsqrt(), 0.0) * scale
 
 
 def _causal_products(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state):
@@ -454,7 +459,7 @@ def _causal_products(op, query, key, query_modality, key_modality, num_modalitie
     dtype = accumulation_dtype(key.dtype)
     group, columns, rows = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]
     members = _members(op, "key_modality", key_modality, num_modalities).to(dtype)
-    features = _features(key, key_modality, key_norm, eps)
+    features = key_features(key, key_modality, key_norm, eps)
     scale, trace = causal_gram_scale(key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
     before = features.new_zeros(*key.shape[:2], num_modalities, *key.shape[-1:] * 2)
     before = before if state is None else state[0].to(dtype)
@@ -464,9 +469,7 @@ def _causal_products(op, query, key, query_modality, key_modality, num_modalitie
         pairs = pairs.cumsum(2).cumsum(3).diagonal(dim1=2, dim2=3).mT  # (B, Hkv, Nk, M)
         crossed = torch.einsum("bhnd,bhmde,bhne,bnm->bhnm", features, before, features, members).cumsum(2)
         square = before.square().sum((-2, -1))[:, :, None] + 2 * crossed + pairs
-        square = square[:, :, columns - rows :]
-        seen = square > 0  # sqrt has no derivative at 0
-        scale = torch.where(seen, square.masked_fill(~seen, 1.0).rsqrt(), 0.0) * scale
+        scale = frobenius_scale(square[:, :, columns - rows :], scale)
 
     def per_query_head(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(group, dim=1)
@@ -493,7 +496,7 @@ def _members(op: str, name: str, modality: Tensor, num_modalities: int) -> Tenso
     return modality[..., None] == torch.arange(num_modalities, device=modality.device)
 
 
-def _features(key: Tensor, modality: Tensor, key_norm: str | None, eps: float) -> Tensor:
+def key_features(key: Tensor, modality: Tensor, key_norm: str | None, eps: float) -> Tensor:
     """phi(k) in the accumulation dtype; 0 for padding, which may hold anything."""
     key = torch.where((modality >= 0)[:, None, :, None], key.to(accumulation_dtype(key.dtype)), 0.0)
     return key if key_norm is None else key / torch.linalg.vector_norm(key, dim=-1, keepdim=True).clamp(min=eps)

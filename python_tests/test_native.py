@@ -13,7 +13,7 @@ from problems import Problem, cotangents_for, evaluate, make_problem, ours
 from tolerance import assert_close
 
 import moda_ext
-from moda_ext import attention
+from moda_ext import aligner, alignment, attention, layer, mask
 from moda_ext._ops import library
 
 HERE = Path(__file__).parent
@@ -65,9 +65,10 @@ def test_info_tells_what_runs():
         assert key in printed
 
 
-def test_the_examples_in_the_docstrings_run():
-    results = doctest.testmod(attention)
-    assert results.attempted >= 10
+@pytest.mark.parametrize("module", (alignment, attention, aligner, layer, mask), ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_run(module):
+    results = doctest.testmod(module)
+    assert results.attempted >= 4
     assert results.failed == 0
 
 
