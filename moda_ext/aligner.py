@@ -21,7 +21,7 @@ from moda_ext.alignment import (
 __all__ = ["DuplexAligner", "GramState"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class GramState:
     r"""The causal Gram between two calls: the sums over all tokens seen, in a form that can go back a little.
 
@@ -278,9 +278,10 @@ class DuplexAligner(nn.Module):
         """The views of the query.
 
         Args:
-            query: (B, Hq, Nq, D).
-            key: (B, Hkv, Nk, D), as attention sees them (after RoPE), without those that ``state`` holds already. In
-                causal scope query and key are the same new tokens (or Nq <= Nk, aligned at the bottom right).
+            query: (B, Hq, Nq, D), float32, float64, bfloat16 or float16; D as the operators take it.
+            key: (B, Hkv, Nk, D), dtype of ``query``, as attention sees them (after RoPE), without those that ``state``
+                holds already. In causal scope query and key are the same new tokens (or Nq <= Nk, aligned at the bottom
+                right).
             query_modality, key_modality: (B, Nq) and (B, Nk), integer, in [0, M), -1 for padding.
             state: the tokens before, from the call before. Not in full scope.
             include: (B, Nk), boolean: the context. In context scope, and there in the first call only.
@@ -294,6 +295,7 @@ class DuplexAligner(nn.Module):
 
         Raises:
             ValueError: ``state`` or ``include`` in a scope that has none, or shapes that do not fit.
+            TypeError, NotImplementedError: as :func:`moda_ext.alignment.duplex_query_views`.
         """
         self._check(query, key, state, include, return_state)
         if self.scope == "causal":

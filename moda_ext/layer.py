@@ -14,7 +14,7 @@ from moda_ext.mask import ModularMask
 __all__ = ["AttentionState", "ModularDuplexAttention"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class AttentionState:
     """What :class:`ModularDuplexAttention` remembers between calls. ``AttentionState()`` is the state before any token.
 
@@ -185,7 +185,7 @@ class ModularDuplexAttention(nn.Module):
         """Attention over ``x``, after the tokens in ``state`` if there is one.
 
         Args:
-            x: (B, N, E).
+            x: (B, N, E), in the dtype of the weights: float32, float64, bfloat16 or float16.
             modality: (B, N), integer, in [0, M), -1 for padding, wherever it is.
             positions: (B, N) or (N,), for RoPE. By default tokens are counted from 0, after those of ``state``, without
                 padding. The pseudo scores always count like this.
@@ -200,6 +200,7 @@ class ModularDuplexAttention(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit, or a state in a layer that is not causal.
+            TypeError, NotImplementedError: as ``modular_attention``.
         """
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ValueError(

@@ -113,7 +113,10 @@ class ModularMask(nn.Module):
         self.learn_decay = learn_decay
         self.conditional = variant in ("attn", "learned")
         if closed_form:
-            _register(self, "raw_decay", decay + (-(-decay).expm1()).log() if learn_decay else decay, learn_decay)
+            if learn_decay:
+                self.raw_decay = nn.Parameter(decay + (-torch.expm1(-decay)).log())  # the inverse of softplus
+            else:
+                self.register_buffer("fixed_decay", decay.clone())
             _register(self, "base", base, learn_base)
         if variant == "learned":
             self.sink = nn.Parameter(base)
@@ -129,7 +132,7 @@ class ModularMask(nn.Module):
     @property
     def decay(self) -> Tensor:
         """Decay of the pseudo scores, (H,)."""
-        return F.softplus(self.raw_decay) if self.learn_decay else self.raw_decay
+        return F.softplus(self.raw_decay) if self.learn_decay else self.fixed_decay
 
     def forward(
         self,
@@ -143,10 +146,10 @@ class ModularMask(nn.Module):
         """The mask of some rows, in the form that :func:`moda_ext.attention.modular_attention` takes.
 
         Args:
-            query: (B, H, N, D).
+            query: (B, H, N, D), any floating-point dtype.
             query_modality: (B, N), integer, in [0, M), -1 for padding.
-            gram_projection: (M, B, H, N, D), for the conditional variants; see
-                :func:`moda_ext.alignment.gram_indicator`.
+            gram_projection: (M, B, H, N, D), for the variants with a condition; see
+                :func:`moda_ext.alignment.gram_indicator`. Without it e is 0 and the prior unconditional.
             start: how many tokens came before the first row, without padding: a number, or (B,) for a batch of
                 sequences of different lengths. Padding does not count, so the mask does not depend on where it is.
             indicator: (B, H, N, M), instead of ``gram_projection`` where it is there already.
@@ -156,7 +159,7 @@ class ModularMask(nn.Module):
             float64 query. None instead of a tensor where the variant has none.
 
         Raises:
-            ValueError: a conditional variant without ``gram_projection`` and ``indicator``, or shapes that do not fit.
+            ValueError: a shape does not fit.
         """
         if query.dim() != 4 or query.shape[1] != self.num_heads:
             raise ValueError(
@@ -171,11 +174,9 @@ class ModularMask(nn.Module):
             return None, None
         dtype = accumulation_dtype(query.dtype)
         bias = self._of_rows(self.prior.to(dtype), query_modality)
-        if self.conditional:
-            if indicator is None:
-                if gram_projection is None:
-                    raise ValueError(f"ModularMask: variant {self.variant!r} needs gram_projection (or indicator)")
-                indicator = gram_indicator(query, gram_projection)
+        if indicator is None and gram_projection is not None:
+            indicator = gram_indicator(query, gram_projection)
+        if self.conditional and indicator is not None:
             bias = bias + self._of_rows(self.condition.to(dtype), query_modality) * indicator
         return bias, self._sink(query_modality, start, dtype)
 

@@ -156,9 +156,9 @@ def test_one_modality_has_nothing_to_align_with(device):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("j", (1, 9, N - 1))
-def test_no_leak_from_later_tokens_bit_for_bit(device, fusion, j):
-    query, key, modality = inputs(device)
+@pytest.mark.parametrize(("tokens", "j"), ((N, 1), (N, 9), (N, N - 1), (300, 63), (300, 64), (300, 130), (300, 257)))
+def test_no_leak_from_later_tokens_bit_for_bit(device, fusion, tokens, j):
+    query, key, modality = inputs(device, tokens=tokens)
     aligner = make_aligner(device, fusion=fusion)
     before = align(aligner, query, key, modality, return_indicator=True)
     query, key, modality = query.clone(), key.clone(), modality.clone()
@@ -218,18 +218,21 @@ def empty_state(key, modality, window):
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("normalize", ("trace", "frobenius"))
 @pytest.mark.parametrize("window", (0, 5, 64))
-@pytest.mark.parametrize("pieces", ((24,), (10, 1, 13), (1,) * 24), ids=("prefill", "chunks", "tokens"))
+@pytest.mark.parametrize(
+    "pieces", ((24,), (10, 1, 13), (1,) * 24, (90, 1, 64, 75)), ids=("prefill", "chunks", "tokens", "long chunks")
+)
 def test_chunks_and_tokens_equal_one_call(device, fusion, normalize, window, pieces):
-    query, key, modality = inputs(device)
+    tokens = sum(pieces)
+    query, key, modality = inputs(device, tokens=tokens)
     aligner = make_aligner(device, fusion=fusion, normalize=normalize)
     expected = align(aligner, query, key, modality, return_indicator=True)
     state = empty_state(key, modality, window)
     views, indicator, state = decode(aligner, query, key, modality, pieces, state)
     assert_close(views, expected[0])
     assert_close(indicator, expected[1])
-    assert state.length == N
-    assert state.key.shape[2] == min(window, N)
-    assert state.gram.any() == (window < N)
+    assert state.length == tokens
+    assert state.key.shape[2] == min(window, tokens)
+    assert state.gram.any() == (window < tokens)
 
 
 def test_decoding_goes_on_after_reorder_and_crop(device):

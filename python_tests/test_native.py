@@ -110,8 +110,8 @@ def test_fallback_and_native_build_agree(native, tmp_path):
 
 
 def test_fallback_passes_the_tests_of_the_interface(native):
-    """The same suite with the native library switched off: the errors and the sink's closed form."""
-    files = ("test_errors.py", "test_pseudo_score_sink.py")
+    """The same suite with the native library switched off: the errors, the sink's closed form, mask and aligner."""
+    files = ("test_errors.py", "test_pseudo_score_sink.py", "test_mask.py", "test_release.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / f) for f in files)]
     environment = environment_with(MODA_EXT_DISABLE_NATIVE="1")
     run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
