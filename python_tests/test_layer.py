@@ -122,11 +122,11 @@ def test_no_gradient_flows_to_later_tokens(device):
 
 
 @pytest.mark.parametrize("softmax", ("joint", "split"))
-@pytest.mark.parametrize("length", (None, 32))
+@pytest.mark.parametrize("finite", (False, True), ids=("any length", "finite length"))
 @pytest.mark.parametrize("padding", ("none", "left", "right", "middle"))
-def test_chunks_and_tokens_equal_one_call(device, softmax, length, padding):
+def test_chunks_and_tokens_equal_one_call(device, softmax, finite, padding):
     tokens = 80 if softmax == "joint" else N  # 80: more than the Gram's window of recent tokens
-    layer = make_layer(device, mask={"softmax": softmax, "length": None if length is None else 100})
+    layer = make_layer(device, mask={"softmax": softmax, "length": tokens + 2 if finite else None})
     x, modality = inputs(device, tokens=tokens)
     modality[0, {"none": [], "left": [0, 1, 2], "right": [-1, -2], "middle": [9, 10]}[padding]] = -1
     out, mass = layer(x, modality, return_mass=True)
@@ -247,6 +247,24 @@ def test_finite_differences_of_every_weight(device, is_causal, fusion, softmax):
         return torch.func.functional_call(layer, weights, (x, modality), {"return_mass": True})
 
     assert torch.autograd.gradcheck(function, (x.requires_grad_(), *parameters), fast_mode=True)
+
+
+def test_func_grad_and_vmap(device):
+    """Per-sample gradients of every weight, as torch.func makes them."""
+    layer = make_layer(device)
+    x, modality = inputs(device)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(weights, x, modality):
+        return torch.func.functional_call(layer, weights, (x[None], modality[None])).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, modality)
+    for b in range(B):
+        out = layer(x[b : b + 1], modality[b : b + 1]).square().sum()
+        for (name, _), grad in zip(
+            layer.named_parameters(), torch.autograd.grad(out, list(layer.parameters())), strict=True
+        ):
+            assert_close(per_sample[name][b], grad, units=512)
 
 
 # Precisions and options
