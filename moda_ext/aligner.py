@@ -70,6 +70,9 @@ class GramState:
         """The state after the tokens with these keys: (B, Hkv, N, D), modality (B, N). N may be 0.
 
         With ``window=None`` a fixed Gram, over the tokens where ``include`` (B, N), a boolean tensor, holds.
+
+        Raises:
+            ValueError: a negative window, ``include`` without ``window=None``, or what ``modality_gram`` refuses.
         """
         if window is None:
             gram = modality_gram(key, modality, num_modalities, include=include, key_norm=key_norm, normalize=None)
@@ -421,6 +424,11 @@ class DuplexAligner(nn.Module):
             )
         if self.scope == "full" and (state is not None or return_state):
             raise ValueError("DuplexAligner: the full scope sees all tokens at once and has no state")
+        if state is not None and (state.key_norm, state.window is None) != (self.key_norm, self.scope == "context"):
+            raise ValueError(
+                f"DuplexAligner: state must be of key_norm={self.key_norm!r} and scope={self.scope!r}, got "
+                f"key_norm={state.key_norm!r} and a {'fixed' if state.window is None else 'running'} Gram"
+            )
         if self.scope != "context" and include is not None:
             raise ValueError(f"DuplexAligner: include belongs to scope='context', this aligner has {self.scope!r}")
         if self.scope == "context" and (include is None) == (state is None):

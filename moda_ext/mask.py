@@ -119,7 +119,7 @@ class ModularMask(nn.Module):
                 self.register_buffer("fixed_decay", decay.clone())
             _register(self, "base", base, learn_base)
         if variant == "learned":
-            self.sink = nn.Parameter(base)
+            _register(self, "sink", base, True)
         if variant != "inf":
             pairs = (num_heads, num_modalities, num_modalities)
             prior = torch.zeros(pairs) if prior is None else _broadcast("prior", prior, pairs)
@@ -266,6 +266,7 @@ class ModularMask(nn.Module):
 
 
 def _register(module: nn.Module, name: str, value: Tensor, learn: bool) -> None:
+    """A parameter or a buffer with memory of its own: ``value`` may be expanded."""
     if learn:
         module.register_parameter(name, nn.Parameter(value.clone()))
     else:

@@ -501,12 +501,18 @@ def test_forward_errors(device):
     query, key, modality = inputs(device)
     state = GramState.from_keys(key, modality, M)
     causal, fixed, full = (make_aligner(device, scope=scope) for scope in SCOPES)
+    raw = make_aligner(device, key_norm=None)
     cases = (
         (lambda: causal(query[..., :4], key, modality, modality), r"query must have shape \(B, Hq, Nq, 8\)"),
         (lambda: causal(query[:, :3], key, modality, modality), "key must have shape .*Hkv a divisor of 3"),
         (lambda: causal(query, key, modality, modality, include=modality > 0), "include belongs to scope='context'"),
         (lambda: causal.align_keys(key, modality), "align_keys has no causal form"),
         (lambda: fixed(query, key, modality, modality), "context scope needs include in the first call"),
+        (
+            lambda: fixed(query, key, modality, modality, state),
+            "state must be of .*'context', got .*a running Gram",
+        ),
+        (lambda: raw(query, key, modality, modality, state), "state must be of key_norm=None .*got key_norm='l2'"),
         (lambda: full(query, key, modality, modality, state), "full scope .*has no state"),
         (lambda: full(query, key, modality, modality, return_state=True), "full scope .*has no state"),
         (lambda: GramState.from_keys(key, modality, M, window=-1), "window must be at least 0 or None, got -1"),

@@ -231,6 +231,20 @@ def test_split_gate_starts_at_one_half_and_learns(device):
 
 @pytest.mark.parametrize("softmax", ("joint", "split"))
 @pytest.mark.parametrize("variant", ("attn", "learned"))
+def test_an_optimizer_moves_every_parameter(device, softmax, variant):
+    query, key, value, modality = inputs(device)
+    learn = {"learn_decay": True, "learn_base": True} if variant == "attn" else {}
+    mask = ModularMask(H, M, variant=variant, softmax=softmax, **learn).to(device)
+    before = {name: parameter.detach().clone() for name, parameter in mask.named_parameters()}
+    optimizer = torch.optim.SGD(mask.parameters(), lr=0.1)
+    run(mask, query, key, value, modality)[0].square().sum().backward()
+    optimizer.step()
+    for name, parameter in mask.named_parameters():
+        assert (parameter != before[name]).flatten(1 if parameter.dim() > 1 else 0).any(-1).all(), name
+
+
+@pytest.mark.parametrize("softmax", ("joint", "split"))
+@pytest.mark.parametrize("variant", ("attn", "learned"))
 @pytest.mark.parametrize("length", (None, 9))
 def test_finite_differences(device, softmax, variant, length):
     query, key, value, modality = inputs(device, torch.float64)
