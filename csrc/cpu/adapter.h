@@ -1,6 +1,9 @@
 // What the CPU adapters share: threads, workspace, and tensors as the operands of kernels.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -30,6 +33,25 @@ inline Storage storage_of(ScalarType dtype) {
 }
 
 inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Asks for huge pages under a large result that is about to be written: fresh memory costs a page fault for each 4 KB,
+// which for 100 MB of query views is twice the time of writing them. Advice only: nothing depends on it.
+inline void prefer_huge_pages(const Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel()) * static_cast<uintptr_t>(fresh.element_size());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  for (uintptr_t page = first; page < last; page += kHugePage) {
+    volatile char* byte = reinterpret_cast<volatile char*>(page);
+    *byte = *byte;
+  }
+#else
+  (void)fresh;
+#endif
+}
 
 // Runs work(index, thread) for every index, in order of index as far as threads allow.
 template <class Work>

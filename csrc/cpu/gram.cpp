@@ -23,6 +23,8 @@ namespace {
 // Pieces of modality_gram that are wanted at least, and the fewest keys that are worth a Gram matrix of their own.
 constexpr int64_t kGramItems = 16;
 constexpr int64_t kGramKeys = 512;
+// Results beyond this do not stay in a second-level cache until they are read.
+constexpr int64_t kCachedBytes = int64_t{8} << 20;
 
 const GramKernels& select_gram_kernels(const Tensor& key) {
   const Storage storage = storage_of(key.scalar_type());
@@ -95,8 +97,13 @@ int64_t largest(int64_t batch, const Bytes& bytes) {
   return most;
 }
 
+Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  Tensor result = empty_in_layout_of(tensor, sizes, false);
+  prefer_huge_pages(result);
+  return result;
+}
 Tensor gradient_like(const Tensor& tensor) {
-  return empty_in_layout_of(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, false);
+  return result_like(tensor, {tensor.sizes().begin(), tensor.sizes().end()});
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -172,7 +179,7 @@ std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Ten
   const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
   const GramShape shape = check_causal(check, in);
   check_ids("causal_gram_projection", key_modality, num_modalities);
-  const Tensor projection = empty_in_layout_of(query, shape.views(), false);
+  const Tensor projection = result_like(query, shape.views());
   const Tensor gram = torch::stable::new_empty(key, shape.gram(), compute_dtype(key.scalar_type()));
   ProjectionForwardArgs args;
   fill_args(in, shape, args);
@@ -236,13 +243,14 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
   const GramShape shape = check_duplex(check, in);
   check_ids("duplex_query_views", key_modality, num_modalities);
   const ScalarType compute = compute_dtype(key.scalar_type());
-  const Tensor views = empty_in_layout_of(query, shape.views(), false);
+  const Tensor views = result_like(query, shape.views());
   const Tensor indicator =
       torch::stable::new_empty(key, with_indicator ? shape.indicator() : std::vector<int64_t>{0}, compute);
   const Tensor gram = torch::stable::new_empty(key, with_gram ? shape.gram() : std::vector<int64_t>{0}, compute);
   DuplexForwardArgs args;
   fill_args(in, shape, args);
   args.views = rows_out(views);
+  args.past_caches = views.numel() * static_cast<int64_t>(views.element_size()) > kCachedBytes;
   if (with_indicator) args.indicator = rows_out(indicator);
   if (with_gram) args.gram = gram.mutable_data_ptr();
   const GramKernels& kernels = select_gram_kernels(key);

@@ -1,7 +1,7 @@
 """Autocast: query, key and value go to the autocast dtype, as in scaled_dot_product_attention; everything else stays.
 
-So it is in the alignment operators, whose sums, scales and weights are float32 either way. float64 is left alone. modality_bias and sink are added to scores that are accumulated in float32, so they become
-float32.
+So it is in the alignment operators, whose sums, scales and weights are float32 either way. float64 is left alone.
+modality_bias and sink are added to scores that are accumulated in float32, so they become float32.
 """
 
 import torch

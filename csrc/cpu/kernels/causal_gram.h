@@ -30,7 +30,7 @@ struct ProjectionScratch {
     scores = arena.rows(kChunk);
     out = arena.rows(kChunk);
     scale = arena.template take<T[kMaxModalities]>(kChunk);
-    state.gram = arena.rows(int64_t{args.num_modalities} * args.head_dim);
+    state.take(args, arena);
   }
 };
 
@@ -47,8 +47,7 @@ void project_rows(const CausalArgs& args, const Chunk& chunk, const RowBlock& bl
                   const T* features, const T* query, const T* scores, T* out) {
   constexpr int kStride = kScratchStride<T>;
   if (state.seen[m]) {
-    multiply<T, Order::kRowMajor, Accumulate::kStore>(block.count, args.head_dim, args.head_dim, query,
-                                                      state.of(args, m), kStride, out, kStride);
+    multiply_symmetric<T, Accumulate::kStore>(block.count, args.head_dim, query, state.of(args, m), out);
   } else {
     clear_rows(block.count, out);
   }
@@ -100,7 +99,7 @@ struct ProjectionBackwardScratch : ProjectionScratch<T> {
   T *grad_out, *grad_query, *grad_key, *grad_scores;
   T* symmetric;  // later + later^T of one modality
   T* later;  // [num_modalities][head_dim] scratch rows: sum over later rows of s q^T do, and the final Gram's gradient
-  T* log;    // states before the chunks, [entry][head_dim][head_dim]
+  T* log;    // states before the chunks, one symmetric matrix for each entry
   bool* log_seen;
 
   ProjectionBackwardScratch(const CausalArgs& args, int64_t entries, Arena<T>& arena)
@@ -111,7 +110,7 @@ struct ProjectionBackwardScratch : ProjectionScratch<T> {
     grad_scores = arena.rows(kChunk);
     symmetric = arena.rows(args.head_dim);
     later = arena.rows(int64_t{args.num_modalities} * args.head_dim);
-    log = arena.take(entries * state_elements(args));
+    log = arena.take(entries * symmetric_elements<T>(args.head_dim));
     log_seen = arena.template take<bool>(entries);
   }
 };
@@ -128,8 +127,8 @@ void log_states(const GramArgs& args, const Chunk& chunk, const GramState<T>& st
                 bool* log_seen) {
   for (int p = 0; p < chunk.num_present; ++p, ++entry) {
     const int m = chunk.present[p];
-    copy_rows<T>(args.head_dim, args.head_dim, state.of(args, m), kScratchStride<T>, log + entry * state_elements(args),
-                 args.head_dim);
+    const int64_t elements = symmetric_elements<T>(args.head_dim);
+    memcpy(log + entry * elements, state.of(args, m), sizeof(T) * static_cast<size_t>(elements));
     log_seen[entry] = state.seen[m];
   }
 }
@@ -139,8 +138,8 @@ void undo_chunk(const GramArgs& args, const Chunk& chunk, GramState<T>& state, i
   for (int p = chunk.num_present; p-- > 0;) {
     const int m = chunk.present[p];
     --entry;
-    copy_rows<T>(args.head_dim, args.head_dim, log + entry * state_elements(args), args.head_dim, state.of(args, m),
-                 kScratchStride<T>);
+    const int64_t elements = symmetric_elements<T>(args.head_dim);
+    memcpy(state.of(args, m), log + entry * elements, sizeof(T) * static_cast<size_t>(elements));
     state.seen[m] = log_seen[entry];
   }
 }

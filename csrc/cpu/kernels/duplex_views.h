@@ -114,7 +114,7 @@ struct DuplexScratch {
     initial = args.initial != nullptr ? arena.rows(args.head_dim) : nullptr;
     scale = arena.template take<T[kMaxModalities]>(kChunk);
     square = arena.template take<T[kMaxModalities]>(kChunk);
-    state.gram = needs_gram(args) ? arena.rows(M * args.head_dim) : nullptr;
+    if (needs_gram(args)) state.take(args, arena);
   }
   static bool needs_gram(const DuplexForwardArgs& args) {
     return args.indicator.data != nullptr || args.gram != nullptr;
@@ -128,9 +128,15 @@ int64_t duplex_scratch_bytes(const DuplexForwardArgs& args) {
   return arena.used();
 }
 
-// Rows q + view as the output's rows.
+// A row q + view as the output's row.
 template <class Storage, class T>
-MODA_EXT_INLINE void store_sum(const T* query, const T* view, Storage* out, int count) {
+MODA_EXT_INLINE void store_sum(const T* query, const T* view, Storage* out, int count, bool past_caches) {
+  constexpr int L = kLanes<T>;
+  if (past_caches && sizeof(Storage) == sizeof(T) && count % L == 0 &&
+      reinterpret_cast<uintptr_t>(out) % MODA_EXT_VECTOR_BYTES == 0) {
+    for (int d = 0; d < count; d += L) stream(reinterpret_cast<T*>(out) + d, load(query + d) + load(view + d));
+    return;
+  }
   T sum[kScratchColumns];
   for (int d = 0; d < count; ++d) sum[d] = query[d] + view[d];
   store_row(sum, T(1), out, count);
@@ -206,6 +212,13 @@ void quadratic_form(const CausalArgs& args, const Chunk& chunk, const RowBlock& 
   }
   for (int m = 0; m < args.num_modalities; ++m) {
     if (!state.seen[m]) continue;
+    if (state.has_few_keys(args, m)) {
+      const int keys = state.num_keys[m];
+      multiply<T, Order::kRowMajor, Accumulate::kStore>(block.count, keys, D, query, state.keys_of(args, m),
+                                                        kKeyStride<T>, product, kStride);
+      for (int i = 0; i < block.count; ++i) square[i][m] += dot(product + i * kStride, product + i * kStride, keys);
+      continue;
+    }
     const T* gram = state.of(args, m);
     for (int column = 0; column < D; column += kPanel<T>) {
       // Elements above the diagonal count twice: those above the panel's square, as 2 C + AB.
@@ -214,16 +227,16 @@ void quadratic_form(const CausalArgs& args, const Chunk& chunk, const RowBlock& 
         const int rows = smaller(kRows, block.count - i);
         const T* a = query + i * kStride;
         T* c = product + i * kStride + column;
-        const T* square_rows = gram + column * kStride + column;
+        const T* panel = gram + int64_t{column} * D;
         if (column == 0) {
-          multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(rows, width, width, a, square_rows, kStride, c,
-                                                                  kStride, nullptr);
+          multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(rows, width, width, a, panel, kPanel<T>, c, kStride,
+                                                                  nullptr);
           continue;
         }
-        multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(rows, width, column, a, gram + column, kStride, c,
-                                                                kStride, nullptr);
-        multiply_panel<T, Order::kRowMajor, Accumulate::kScaledAdd>(rows, width, width, a + column, square_rows,
-                                                                    kStride, c, kStride, twos);
+        multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(rows, width, column, a, panel, kPanel<T>, c, kStride,
+                                                                nullptr);
+        multiply_panel<T, Order::kRowMajor, Accumulate::kScaledAdd>(
+            rows, width, width, a + column, panel + column * kPanel<T>, kPanel<T>, c, kStride, twos);
       }
     }
     for (int i = 0; i < block.count; ++i) square[i][m] += dot(product + i * kStride, query + i * kStride, D);
@@ -238,6 +251,20 @@ void latent_keys(const DuplexArgs& args, const Chunk& chunk, const T* transposed
     multiply<T, Order::kRowMajor, Accumulate::kStore>(
         R, chunk.count, args.head_dim, ViewWeights<T>::of(args, a, args.weights).key_down, transposed, kKeyStride<T>,
         latent + int64_t{a} * R * kScratchStride<T>, kScratchStride<T>);
+}
+
+// Asks for the query rows that come next: the next head's of the chunk, or the first head's of the next chunk.
+template <class Storage>
+void prefetch_next(const CausalArgs& args, const Input& operand, int64_t batch, int64_t kv_head, int64_t head,
+                   const RowBlock& block) {
+  if (head + 1 < (kv_head + 1) * args.group) {
+    prefetch_rows(at<Storage>(operand, batch, head + 1, block.row), operand.row, block.count, args.head_dim);
+    return;
+  }
+  const int64_t row = block.row + block.count, left = args.num_queries - row;
+  if (left > 0)
+    prefetch_rows(at<Storage>(operand, batch, kv_head * args.group, row), operand.row, left < kChunk ? left : kChunk,
+                  args.head_dim);
 }
 
 template <class Storage, class T>
@@ -278,7 +305,7 @@ void duplex(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head, void*
         make_view(args, chunk, block, a, seen, s);
         Storage* out = at<Storage>(args.views, batch, head, block.row) + args.views.view * a;
         for (int i = 0; i < block.count; ++i)
-          store_sum(s.query + i * kStride, s.view + i * kStride, out + i * args.views.row, D);
+          store_sum(s.query + i * kStride, s.view + i * kStride, out + i * args.views.row, D, args.past_caches);
       }
       if (args.indicator.data == nullptr) continue;
       quadratic_form(args, chunk, block, s.state, s.query, s.transposed, s.view, s.square);
@@ -300,6 +327,7 @@ void duplex(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head, void*
               kStride, s.stack + (int64_t{a} * M + term_of_modality(a, m)) * R * kStride, kStride);
     }
   }
+  stream_fence();
   if (args.gram != nullptr)
     store_state(args, s.state,
                 static_cast<T*>(args.gram) + (batch * args.kv_heads + kv_head) * M * state_elements(args));

@@ -64,10 +64,10 @@ struct DuplexBackwardScratch {
     block = arena.rows(D);
     scale = arena.template take<T[kMaxModalities]>(kChunk);
     grad_scale = arena.template take<T[kMaxModalities]>(kChunk);
-    state.gram = with_indicator(args) ? arena.rows(M * D) : nullptr;
-    later_gram = with_later_gram(args) ? arena.rows(M * D) : nullptr;
+    if (with_indicator(args)) state.take(args, arena);
+    later_gram = with_later_gram(args) ? arena.take(M * symmetric_elements<T>(args.head_dim)) : nullptr;
     log = arena.take(entries * (M - 1) * D * R);
-    log_gram = with_indicator(args) ? arena.take(entries * D * D) : nullptr;
+    log_gram = with_indicator(args) ? arena.take(entries * symmetric_elements<T>(args.head_dim)) : nullptr;
     log_seen = arena.template take<bool>(entries);
   }
   static bool with_indicator(const DuplexBackwardArgs& args) { return args.grad_indicator.data != nullptr; }
@@ -83,7 +83,7 @@ struct DuplexBackwardScratch {
     return later + (int64_t{a} * args.num_modalities + term) * padded_rank<T>(args) * kScratchStride<T>;
   }
   T* later_gram_of(const DuplexArgs& args, int m) const {
-    return later_gram + int64_t{m} * args.head_dim * kScratchStride<T>;
+    return later_gram + m * symmetric_elements<T>(args.head_dim);
   }
 };
 
@@ -134,6 +134,7 @@ int64_t walk_forward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
   constexpr int kStride = kScratchStride<T>;
   const int D = args.head_dim, M = args.num_modalities, R = padded_rank<T>(args);
   const bool with_indicator = DuplexBackwardScratch<T>::with_indicator(args);
+  const int64_t elements = symmetric_elements<T>(D);
   Chunk chunk;
   int64_t entry = 0;
   for (int64_t first = 0; first < args.num_keys; first += kChunk) {
@@ -154,7 +155,7 @@ int64_t walk_forward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
                                                            kStride, s.state_of(args, a, m), s.state_stride);
       }
       if (with_indicator)
-        copy_rows<T>(D, D, s.state.of(args, m), kStride, s.log_gram + entry * state_elements(args), D);
+        memcpy(s.log_gram + entry * elements, s.state.of(args, m), sizeof(T) * static_cast<size_t>(elements));
     }
     if (with_indicator) add_chunk(args, chunk, s.features.rows, s.state);
   }
@@ -178,7 +179,8 @@ void undo_states(const DuplexBackwardArgs& args, const Chunk& chunk, int64_t& en
     }
     seen[m] = s.log_seen[entry];
     if (!DuplexBackwardScratch<T>::with_indicator(args)) continue;
-    copy_rows<T>(D, D, s.log_gram + entry * state_elements(args), D, s.state.of(args, m), kScratchStride<T>);
+    const int64_t elements = symmetric_elements<T>(D);
+    memcpy(s.state.of(args, m), s.log_gram + entry * elements, sizeof(T) * static_cast<size_t>(elements));
     mirror(D, s.state.of(args, m));
     s.state.seen[m] = seen[m];
   }
@@ -207,8 +209,8 @@ void gradient_from_later_rows(const DuplexBackwardArgs& args, const Chunk& chunk
     }
     if (s.later_gram == nullptr) continue;
     mirror(D, s.later_gram_of(args, m));
-    multiply<T, Order::kRowMajor, Accumulate::kAdd>(keys, D, D, s.features.rows + begin, s.later_gram_of(args, m),
-                                                    kStride, s.grad_key + begin, kStride);
+    multiply_symmetric<T, Accumulate::kAdd>(keys, D, s.features.rows + begin, s.later_gram_of(args, m),
+                                            s.grad_key + begin);
   }
 }
 
@@ -298,8 +300,7 @@ void differentiate_indicator(const DuplexBackwardArgs& args, int64_t batch, int6
   for (int m = 0; m < M; ++m) {
     if (!seen[m]) continue;
     scale_rows(block, D, s.query, factor, m, s.terms);
-    multiply<T, Order::kRowMajor, Accumulate::kAdd>(block.count, D, D, s.terms, s.state.of(args, m), kStride,
-                                                    s.grad_query, kStride);
+    multiply_symmetric<T, Accumulate::kAdd>(block.count, D, s.terms, s.state.of(args, m), s.grad_query);
     accumulate_upper(D, block.count, s.terms, s.query, s.later_gram_of(args, m));
   }
 }
@@ -329,7 +330,7 @@ void differentiate_initial(const DuplexBackwardArgs& args, int64_t item, const T
     if (s.later_gram != nullptr) mirror(D, s.later_gram_of(args, m));
     for (int i = 0; i < D; ++i)
       for (int j = 0; j < D; ++j) {
-        const T own = s.later_gram != nullptr ? s.later_gram_of(args, m)[i * kStride + j] : T(0);
+        const T own = s.later_gram != nullptr ? *symmetric_at(s.later_gram_of(args, m), D, i, j) : T(0);
         grad[i * D + j] = (s.block[i * kStride + j] + s.block[j * kStride + i] + own) / 2;
       }
   }
@@ -354,10 +355,11 @@ void duplex_backward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
   for (int m = 0; s.later_gram != nullptr && m < M; ++m) {
     // The final Gram's gradient dG acts on every key as later rows would: dphi = phi (dG + dG^T).
     T* later = s.later_gram_of(args, m);
-    clear_rows(D, later);
-    if (grad_gram == nullptr) continue;
-    transpose(D, D, grad_gram + m * state_elements(args), D, later, kStride);
-    for (int i = 0; i < D; ++i) add_scaled(T(1), grad_gram + m * state_elements(args) + i * D, later + i * kStride, D);
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j < D; ++j) {
+        const T* grad = grad_gram == nullptr ? nullptr : grad_gram + m * state_elements(args);
+        *symmetric_at(later, D, i, j) = grad == nullptr ? T(0) : grad[i * D + j] + grad[j * D + i];
+      }
   }
 
   Chunk chunk;
@@ -376,7 +378,15 @@ void duplex_backward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
     memset(s.grad_scale, 0, sizeof(T) * kMaxModalities * static_cast<size_t>(block.count));
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
       load_block(at<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
+      if (head + 1 < (kv_head + 1) * args.group)
+        prefetch_rows(at<Storage>(args.query, batch, head + 1, block.row), args.query.row, block.count, D);
       for (int a = 0; a < M; ++a) {
+        // The next view's rows come in from memory while this one's are computed with.
+        const bool last = a + 1 == M;
+        if (!last || head + 1 < (kv_head + 1) * args.group)
+          prefetch_rows(at<Storage>(args.grad_views, batch, last ? head + 1 : head, block.row) +
+                            args.grad_views.view * (last ? 0 : a + 1),
+                        args.grad_views.row, block.count, D);
         load_block(at<Storage>(args.grad_views, batch, head, block.row) + args.grad_views.view * a, args.grad_views.row,
                    block.count, D, T(1), s.grad_view);
         if (a == 0) clear_rows(block.count, s.grad_query);

@@ -60,9 +60,10 @@ struct DuplexArgs : CausalArgs {
 };
 
 struct DuplexForwardArgs : DuplexArgs {
-  Output views;          // view stride: modality
-  Output indicator;      // (B, Hq, Nq, M); data null: not wanted
-  void* gram = nullptr;  // (B, Hkv, M, D, D); null: not wanted
+  Output views;              // view stride: modality
+  bool past_caches = false;  // the views are too large to be found in a cache later
+  Output indicator;          // (B, Hq, Nq, M); data null: not wanted
+  void* gram = nullptr;      // (B, Hkv, M, D, D); null: not wanted
 };
 
 struct DuplexBackwardArgs : DuplexArgs {

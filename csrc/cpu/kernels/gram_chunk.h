@@ -5,8 +5,8 @@
 // with all keys of the chunk gives the scores of every modality. Chunk boundaries depend on positions alone, so what a
 // row gets does not depend on later tokens, to the bit.
 //
-// Symmetric matrices are kept as upper panels: of column panel c (kPanel wide) only the rows up to the panel's last
-// column are valid, 5/8 of the work at D = 128; mirror() fills in the rest.
+// Of a symmetric sum only the upper panels are made: of column panel c (kPanel wide) the rows up to the panel's last
+// column, 5/8 of the work at D = 128; mirror() fills in the rest.
 #pragma once
 
 #include "gram.h"
@@ -16,8 +16,8 @@ namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_TIER {
 
-// Scores within a chunk cost C per row, the states D^2 / C per key and key head: 64 is flat between 48 and 96.
-constexpr int kChunk = 64;
+// Scores within a chunk cost C per row, the states D^2 / C per key and key head: time is flat between 48 and 96.
+constexpr int kChunk = 48;
 // Leading dimension of a transposed chunk: a cache line more than kChunk, so that rows fall into different sets.
 template <class T>
 constexpr int kKeyStride = kChunk + 64 / static_cast<int>(sizeof(T));
@@ -79,23 +79,58 @@ void multiply(int rows, int columns, int depth, const T* a, const T* b, int64_t 
                                      static_cast<int>(b_stride), c + i * c_stride + column, c_stride, nullptr);
 }
 
+// Symmetric matrices lie in column panels, [D / kPanel][D][kPanel]: as the second operand of a product a panel is one
+// contiguous read.
+template <class T>
+MODA_EXT_INLINE int64_t symmetric_elements(int head_dim) {
+  return round_up_to_panel<T>(head_dim) * head_dim;
+}
+template <class T>
+MODA_EXT_INLINE T* symmetric_at(T* matrix, int head_dim, int row, int column) {
+  return matrix + static_cast<int64_t>(column / kPanel<T>) * head_dim * kPanel<T> + row * kPanel<T> +
+         column % kPanel<T>;
+}
+
+// C (rows x head_dim) from A and a symmetric matrix.
+template <class T, Accumulate mode>
+void multiply_symmetric(int rows, int head_dim, const T* a, const T* matrix, T* c) {
+  for (int column = 0; column < head_dim; column += kPanel<T>)
+    for (int i = 0; i < rows; i += kRows)
+      multiply_panel<T, Order::kRowMajor, mode>(smaller(kRows, rows - i), head_dim - column, head_dim,
+                                                a + i * kScratchStride<T>, matrix + int64_t{column} * head_dim,
+                                                kPanel<T>, c + i * kScratchStride<T> + column, kScratchStride<T>,
+                                                nullptr);
+}
+
 // Upper panels of G += A^T B for rows of A and B, where the sum is symmetric.
 template <class T>
-void accumulate_upper(int head_dim, int rows, const T* a, const T* b, T* gram) {
+void accumulate_upper(int head_dim, int rows, const T* a, const T* b, T* matrix) {
   for (int column = 0; column < head_dim; column += kPanel<T>) {
     const int last = smaller(head_dim, column + kPanel<T>);
     for (int i = 0; i < last; i += kRows)
       multiply_panel<T, Order::kColumnMajor, Accumulate::kAdd>(
           smaller(kRows, head_dim - i), head_dim - column, rows, a + i, b + column, kScratchStride<T>,
-          gram + i * kScratchStride<T> + column, kScratchStride<T>, nullptr);
+          symmetric_at(matrix, head_dim, i, column), kPanel<T>, nullptr);
   }
 }
 
 template <class T>
-void mirror(int head_dim, T* gram) {
+void mirror(int head_dim, T* matrix) {
   for (int i = kPanel<T>; i < head_dim; ++i)
     for (int j = 0; j < i / kPanel<T> * kPanel<T>; ++j)
-      gram[i * kScratchStride<T> + j] = gram[j * kScratchStride<T> + i];
+      *symmetric_at(matrix, head_dim, i, j) = *symmetric_at(matrix, head_dim, j, i);
+}
+
+// From and to (D, D), row by row.
+template <class T>
+void load_symmetric(int head_dim, const T* from, T* matrix) {
+  for (int i = 0; i < head_dim; ++i)
+    for (int j = 0; j < head_dim; ++j) *symmetric_at(matrix, head_dim, i, j) = from[i * head_dim + j];
+}
+template <class T>
+void store_symmetric(int head_dim, T* matrix, T* to) {
+  for (int i = 0; i < head_dim; ++i)
+    for (int j = 0; j < head_dim; ++j) to[i * head_dim + j] = *symmetric_at(matrix, head_dim, i, j);
 }
 
 template <class T>
@@ -316,13 +351,27 @@ void load_scale(const CausalArgs& args, int64_t batch, int64_t kv_head, const Ro
   }
 }
 
-// The raw Grams of all modalities, running along the sequence.
+// The raw Grams of all modalities, running along the sequence. A Gram of few keys is cheaper through the keys: q G q^T
+// with t keys is t D multiply-adds, with the upper panels of G about 5/8 D^2. The keys of each modality are kept until
+// there are too many.
 template <class T>
 struct GramState {
-  T* gram;  // [num_modalities][head_dim] scratch rows, upper panels
-  bool seen[kMaxModalities];
+  static constexpr int kMostKeys = kChunk;
 
-  T* of(const GramArgs& args, int m) const { return gram + int64_t{m} * args.head_dim * kScratchStride<T>; }
+  T* gram = nullptr;  // [num_modalities] symmetric matrices, upper panels
+  T* keys = nullptr;  // [num_modalities][head_dim][kKeyStride], a column for each key
+  bool seen[kMaxModalities];
+  int num_keys[kMaxModalities];  // -1: too many
+
+  void take(const GramArgs& args, Arena<T>& arena) {
+    gram = arena.take(args.num_modalities * symmetric_elements<T>(args.head_dim));
+    keys = arena.take(int64_t{args.num_modalities} * args.head_dim * kKeyStride<T>);
+  }
+  T* of(const GramArgs& args, int m) const { return gram + m * symmetric_elements<T>(args.head_dim); }
+  T* keys_of(const GramArgs& args, int m) const { return keys + int64_t{m} * args.head_dim * kKeyStride<T>; }
+  bool has_few_keys(const GramArgs& args, int m) const {
+    return num_keys[m] >= 0 && num_keys[m] * 5 <= args.head_dim * 3;
+  }
 };
 
 inline int64_t state_elements(const GramArgs& args) { return int64_t{args.head_dim} * args.head_dim; }
@@ -330,13 +379,13 @@ inline int64_t state_elements(const GramArgs& args) { return int64_t{args.head_d
 // Start of the sequence: `initial` (M, D, D) of this batch element and head, or null.
 template <class T>
 void start_state(const GramArgs& args, const T* initial, GramState<T>& state) {
-  const int D = args.head_dim;
   for (int m = 0; m < args.num_modalities; ++m) {
     state.seen[m] = initial != nullptr;
-    if (initial == nullptr) {
-      clear_rows(D, state.of(args, m));
+    state.num_keys[m] = initial != nullptr ? -1 : 0;
+    if (initial != nullptr) {
+      load_symmetric(args.head_dim, initial + m * state_elements(args), state.of(args, m));
     } else {
-      copy_rows<T>(D, D, initial + m * state_elements(args), D, state.of(args, m), kScratchStride<T>);
+      memset(state.of(args, m), 0, sizeof(T) * static_cast<size_t>(symmetric_elements<T>(args.head_dim)));
     }
   }
 }
@@ -349,10 +398,17 @@ const T* initial_of(const CausalArgs& args, const void* initial, int64_t batch, 
 template <class T>
 void add_chunk(const GramArgs& args, const Chunk& chunk, const T* features, GramState<T>& state) {
   for (int p = 0; p < chunk.num_present; ++p) {
-    const int m = chunk.present[p];
+    const int m = chunk.present[p], count = chunk.keys_of(m);
     const T* rows = features + chunk.begin[m] * kScratchStride<T>;
-    accumulate_upper(args.head_dim, chunk.keys_of(m), rows, rows, state.of(args, m));
+    accumulate_upper(args.head_dim, count, rows, rows, state.of(args, m));
     state.seen[m] = true;
+    if (state.num_keys[m] < 0) continue;
+    if (state.num_keys[m] + count > GramState<T>::kMostKeys) {
+      state.num_keys[m] = -1;
+      continue;
+    }
+    transpose(args.head_dim, count, rows, kScratchStride<T>, state.keys_of(args, m) + state.num_keys[m], kKeyStride<T>);
+    state.num_keys[m] += count;
   }
 }
 // Mirrors the state and writes it as (M, D, D).
@@ -360,8 +416,7 @@ template <class T>
 void store_state(const GramArgs& args, GramState<T>& state, T* out) {
   for (int m = 0; m < args.num_modalities; ++m) {
     mirror(args.head_dim, state.of(args, m));
-    copy_rows<T>(args.head_dim, args.head_dim, state.of(args, m), kScratchStride<T>, out + m * state_elements(args),
-                 args.head_dim);
+    store_symmetric(args.head_dim, state.of(args, m), out + m * state_elements(args));
   }
 }
 

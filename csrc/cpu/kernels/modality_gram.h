@@ -1,7 +1,7 @@
 // Raw Gram matrices of every modality, G^m = sum_{a_j = m} phi_j^T phi_j, and their backward, dphi_j = phi_j (dG +
 // dG^T).
 //
-// One pass over the keys: a block of kGramRows keys is normalised into scratch, grouped by modality, and multiplied
+// One pass over the keys: a chunk of keys is normalised into scratch, grouped by modality, and multiplied
 // with itself, upper panels only. The sums stay in L2 (D^2 numbers for each modality); a key is read once.
 #pragma once
 
@@ -14,12 +14,15 @@ namespace MODA_EXT_TIER {
 template <class T>
 struct ModalityGramScratch {
   Features<T> features;
-  T *grads, *gram;
+  T* grads;
+  T* gram_sums;  // [num_modalities][head_dim] scratch rows: dG + dG^T
+  GramState<T> state;
 
   ModalityGramScratch(const GramArgs& args, Arena<T>& arena) {
     features.rows = arena.rows(kChunk);
     grads = arena.rows(kChunk);
-    gram = arena.rows(int64_t{args.num_modalities} * args.head_dim);
+    gram_sums = arena.rows(int64_t{args.num_modalities} * args.head_dim);
+    state.take(args, arena);
   }
 };
 
@@ -34,16 +37,14 @@ template <class Storage, class T>
 void modality_gram(const GramArgs& args, const ModalityGramItem& item, void* memory) {
   Arena<T> arena(memory);
   ModalityGramScratch<T> scratch(args, arena);
-  GramState<T> state;
-  state.gram = scratch.gram;
-  start_state<T>(args, nullptr, state);
+  start_state<T>(args, nullptr, scratch.state);
   Chunk chunk;
   for (int64_t first = item.first; first < item.last; first += kChunk) {
     plan_chunk(args, item.batch, first, item.last, chunk);
     load_features<Storage>(args, item.batch, item.kv_head, chunk, scratch.features);
-    add_chunk(args, chunk, scratch.features.rows, state);
+    add_chunk(args, chunk, scratch.features.rows, scratch.state);
   }
-  store_state(args, state, static_cast<T*>(item.gram));
+  store_state(args, scratch.state, static_cast<T*>(item.gram));
 }
 
 template <class T>
@@ -65,7 +66,7 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, int64_t batch,
   const T* grad = static_cast<const T*>(args.grad_gram) +
                   (batch * args.kv_heads + kv_head) * args.num_modalities * state_elements(args);
   for (int m = 0; m < args.num_modalities; ++m) {
-    T* sum = scratch.gram + int64_t{m} * D * kScratchStride<T>;
+    T* sum = scratch.gram_sums + int64_t{m} * D * kScratchStride<T>;
     transpose(D, D, grad + m * state_elements(args), D, sum, kScratchStride<T>);
     for (int i = 0; i < D; ++i)
       add_scaled(T(1), grad + m * state_elements(args) + i * D, sum + i * kScratchStride<T>, D);
@@ -78,7 +79,7 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, int64_t batch,
       const int m = chunk.present[p];
       const int64_t rows = int64_t{chunk.begin[m]} * kScratchStride<T>;
       multiply<T, Order::kRowMajor, Accumulate::kStore>(chunk.keys_of(m), D, D, scratch.features.rows + rows,
-                                                        scratch.gram + int64_t{m} * D * kScratchStride<T>,
+                                                        scratch.gram_sums + int64_t{m} * D * kScratchStride<T>,
                                                         kScratchStride<T>, scratch.grads + rows, kScratchStride<T>);
     }
     store_key_gradient<Storage>(args, args.grad_key, batch, kv_head, chunk, scratch.features, scratch.grads);
