@@ -148,12 +148,15 @@ def _views_operator():
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        *tensors, num_modalities, unit_keys, eps, _, _ = inputs
+        *tensors, num_modalities, unit_keys, eps, ctx.with_indicator, ctx.with_gram = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.options = (num_modalities, unit_keys, eps)
 
     def backward(ctx, grad_views, grad_indicator, grad_gram):
         query, initial = ctx.saved_tensors[0], ctx.saved_tensors[-2]
+        # What was not asked for is an empty tensor, and under torch.compile has a gradient all the same.
+        grad_indicator = grad_indicator if ctx.with_indicator else None
+        grad_gram = grad_gram if ctx.with_gram else None
         if grad_views is None and grad_indicator is None and grad_gram is None:
             return (None,) * 14
         grads = run_backward(

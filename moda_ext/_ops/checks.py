@@ -171,8 +171,7 @@ def gram(op, key, modality, num_modalities, include, key_norm, normalize, eps, m
         _tensor(op, "include", include)
         _dtype(op, "include", include, (torch.bool,))
         _device(op, "include", include, key, "key")
-        if include.shape != modality.shape:
-            _mismatch(op, "include", "the shape (B, N)", (batch, tokens), tuple(include.shape))
+        _shape(op, "include", include, (batch, tokens), "(B, N)")
 
 
 def projected(op, query, gram) -> None:
@@ -227,8 +226,7 @@ def causal(op, query, key, query_modality, key_modality, num_modalities, key_nor
         _tensor(op, name, tensor)
         _dtype(op, name, tensor, (accumulation_dtype(key.dtype),))
         _device(op, name, tensor, query)
-        if tensor.shape != expected:
-            _mismatch(op, name, "the shape (B, Hkv, M, ...)", expected, tuple(tensor.shape))
+        _shape(op, name, tensor, expected, "(B, Hkv, M, ...)")
 
 
 def fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
@@ -252,9 +250,7 @@ def fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
         _tensor(op, name, weight)
         _dtype(op, name, weight, FLOATS)
         _device(op, name, weight, query)
-        if weight.shape != expected:
-            layout = "(M, D, rank)" if name in ("a1", "a2") else "(M, rank, D)"
-            _mismatch(op, name, f"the shape {layout}", expected, tuple(weight.shape))
+        _shape(op, name, weight, expected, "(M, D, rank)" if name in ("a1", "a2") else "(M, rank, D)")
 
 
 def _choice(op, name, value, allowed) -> None:
@@ -262,13 +258,20 @@ def _choice(op, name, value, allowed) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def _shape(op, name, tensor, expected, layout) -> None:
+    """Size by size: comparing whole shapes would make torch.export fix every one of them."""
+    fits = tensor.dim() == len(expected)
+    for size, wanted in zip(tensor.shape, expected, strict=False):
+        fits = fits and size == wanted
+    if not fits:
+        _mismatch(op, name, f"the shape {layout}", expected, tuple(tensor.shape))
+
+
 def _token_ids(op, name, modality, tokens, tokens_name, layout) -> None:
     _tensor(op, name, modality)
     _dtype(op, name, modality, INTEGERS)
     _device(op, name, modality, tokens, tokens_name)
-    expected = (tokens.shape[0], tokens.shape[2])
-    if modality.shape != expected:
-        _mismatch(op, name, f"the shape {layout}", expected, tuple(modality.shape))
+    _shape(op, name, modality, (tokens.shape[0], tokens.shape[2]), layout)
 
 
 def _modalities(op, num_modalities) -> None:
