@@ -1,7 +1,8 @@
 """Modular attention: softmax attention that knows the modality of every key.
 
 Each function checks its arguments, brings them to the form the operators take (broadcast, accumulation dtype, int32
-ids) and calls the native operator, or :mod:`moda_ext.reference` when the native library is not built.
+ids) and calls the native operator, or :mod:`moda_ext.reference` when the native library is not built. The layer made of
+them, :class:`ModularDuplexAttention`, is in ``layer.py``.
 """
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 from moda_ext import reference
 from moda_ext._ops import autocast, autograd, checks
 
-__all__ = ["modular_attention", "modular_attention_varlen", "pseudo_score_sink"]
+__all__ = [
+    "AttentionState",
+    "ModularDuplexAttention",
+    "modular_attention",
+    "modular_attention_varlen",
+    "pseudo_score_sink",
+]
 
 
 def modular_attention(
@@ -301,3 +308,6 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 def _expand(tensor: Tensor | None, shape, dtype: torch.dtype) -> Tensor | None:
     """Broadcast without copying, in the accumulation dtype of ``dtype``: autograd sums the gradient back."""
     return None if tensor is None else tensor.to(checks.accumulation_dtype(dtype)).expand(shape)
+
+
+from moda_ext.layer import AttentionState, ModularDuplexAttention  # noqa: E402  it is made of the functions above

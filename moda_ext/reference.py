@@ -13,10 +13,14 @@ from torch import Tensor
 from moda_ext._ops.checks import accumulation_dtype
 
 __all__ = [
+    "causal_gram_projection",
     "dense_attention",
+    "duplex_query_views",
     "merged_attention",
+    "modality_gram",
     "modular_attention",
     "modular_attention_varlen",
+    "project_queries",
     "pseudo_score_sink",
     "stable_mask_weights",
 ]
@@ -227,14 +231,19 @@ def pseudo_score_sink(
         return sink.expand(*sink.shape[:-1], num_rows).to(dtype)
 
     left = length - start - torch.arange(1, num_rows + 1, device=decay.device)
+    return sink_of_left(left, decay, base).to(dtype)
+
+
+def sink_of_left(left: Tensor, decay: Tensor, base: Tensor) -> Tensor:
+    """The sink of rows with ``left`` pseudo scores (integers, any shape), -inf where none is left; differentiable."""
     none_left = left <= 0
-    left = left.clamp(min=1).to(work)
+    left = left.clamp(min=1).to(decay.dtype)
     x = decay * left
     small = x < 1e-2
     series = left.log() - (x - decay) / 2 + (x.square() - decay.square()) / 24
     x, decay = x.masked_fill(small, 1.0), decay.expand_as(x).masked_fill(small, 1.0)  # no 0 / 0, also in the gradient
     sink = base + torch.where(small, series, (torch.expm1(-x) / torch.expm1(-decay)).log())
-    return sink.masked_fill(none_left, -math.inf).to(dtype)
+    return sink.masked_fill(none_left, -math.inf)
 
 
 def stable_mask_weights(scores: Tensor, decay: float, base: float = 0.0) -> Tensor:
@@ -286,6 +295,217 @@ def merged_attention(
     mass = (torch.stack(logits, dim=-1) - lse[..., None]).exp()
     out = sum(mass[..., m, None] * outs[m] for m in range(num_modalities))
     return out, lse, mass
+
+
+def modality_gram(
+    key: Tensor,
+    modality: Tensor,
+    num_modalities: int = 2,
+    *,
+    include: Tensor | None = None,
+    key_norm: str | None = "l2",
+    normalize: str | None = "trace",
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`moda_ext.alignment.modality_gram` in plain PyTorch: one masked product of the keys with themselves each.
+
+    G^m = sum_{j: a_j = m} phi(k_j)^T phi(k_j)      Ghat^m = G^m / norm
+    """
+    members = _members("modality_gram", "modality", modality, num_modalities)
+    if include is not None:
+        members = members & include[..., None]
+    features, members = key_features(key, modality, key_norm, eps), members.to(accumulation_dtype(key.dtype))
+    gram = torch.einsum("bhnd,bnm,bhne->bhmde", features, members, features)
+    return normalize_gram(gram, normalize)
+
+
+def normalize_gram(gram: Tensor, normalize: str | None) -> Tensor:
+    """Ghat of the raw sums ``gram`` (..., D, D): divided by trace, Frobenius norm or row norms; 0 stays 0, not NaN."""
+    if normalize == "trace":
+        norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    elif normalize == "frobenius":
+        norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
+    elif normalize == "row":
+        norm = torch.linalg.vector_norm(gram, dim=-1, keepdim=True)
+    else:
+        return gram
+    return gram * _reciprocal(norm)
+
+
+def project_queries(query: Tensor, gram: Tensor) -> Tensor:
+    """:func:`moda_ext.alignment.project_queries`: (M, B, Hq, Nq, D) of q (Ghat^m)^T, in the dtype of ``query``."""
+    batch, heads, rows, head_size = query.shape
+    kv_heads, num_modalities = gram.shape[1:3]
+    grouped = query.to(gram.dtype).reshape(batch, kv_heads, heads // kv_heads * rows, head_size)
+    projection = grouped @ gram.movedim(2, 0).mT  # (M, B, Hkv, group * Nq, D)
+    return projection.reshape(num_modalities, batch, heads, rows, head_size).to(query.dtype)
+
+
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = 2,
+    *,
+    key_norm: str | None = "l2",
+    normalize: str | None = "trace",
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+    return_state: bool = False,
+):
+    """Dense :func:`moda_ext.alignment.causal_gram_projection`: an Nq x Nk matrix of scores for every modality.
+
+    q_i Ghat^m_{<=i} = s_im (q_i G^m_0 + sum_{j <= i, a_j = m} (q_i . phi_j) phi_j)
+    """
+    projection, scale, state = _causal_products(
+        "causal_gram_projection",
+        query,
+        key,
+        query_modality,
+        key_modality,
+        num_modalities,
+        key_norm,
+        normalize,
+        eps,
+        state,
+    )
+    projection = (projection * scale.movedim(-1, 0)[..., None]).to(query.dtype)
+    return (projection, state) if return_state else projection
+
+
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = 2,
+    *,
+    key_norm: str | None = "l2",
+    normalize: str | None = "trace",
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+    return_indicator: bool = False,
+    return_state: bool = False,
+):
+    """Dense :func:`moda_ext.alignment.duplex_query_views`: the causal projection, then both fusers one after the other.
+
+    q^(a) = q W1_a^T + sum_{m != a} (q Ghat^m_{<=i}) W2_a^T      with W1_a = I + A1_a B1_a, W2_a = A2_a B2_a
+
+    The product is taken in the other order, (q W2_a^T) Ghat^m: the projection is linear in its query.
+    """
+    op = "duplex_query_views"
+    dtype = accumulation_dtype(query.dtype)
+    a1, b1, a2, b2 = (w.to(dtype) for w in (a1, b1, a2, b2))
+    raised = query.to(dtype)
+    rest = (key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
+    views = []
+    for a in range(num_modalities):
+        view = raised + raised @ b1[a].mT @ a1[a].mT
+        projection, scale, _ = _causal_products(op, raised @ b2[a].mT @ a2[a].mT, *rest)
+        others = [scale[..., m, None] * projection[m] for m in range(num_modalities) if m != a]
+        views.append(sum(others, start=view))
+    projection, scale, state = _causal_products(op, raised, *rest)
+    results = [torch.stack(views).to(query.dtype)]
+    if return_indicator:
+        square = torch.einsum("mbhnd,bhnd->bhnm", projection, raised)
+        results.append(scale * square * _reciprocal(raised.square().sum(-1, keepdim=True)))
+    if return_state:
+        results.append(state)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def causal_gram_scale(
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """What the causal Gram of every row is multiplied with, (B, Hkv, Nq, M), and the trace after the last key.
+
+    1 / trace of the raw Gram that the row sees (``normalize="trace"``), or 1 (None); 0 for a padded row and for a
+    modality that the row has not seen.
+    """
+    dtype = accumulation_dtype(key.dtype)
+    rows, columns = query_modality.shape[1], key.shape[2]
+    key = torch.where((key_modality >= 0)[:, None, :, None], key, 0.0)  # padding may hold anything
+    norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)  # (B, Hkv, Nk)
+    square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()
+    members = key_modality[..., None] == torch.arange(num_modalities, device=key.device)
+    parts = torch.where(members[:, None], square[..., None], 0.0)  # (B, Hkv, Nk, M)
+    before = parts.new_zeros(()) if state is None else state[1].to(dtype)
+    seen = (parts.cumsum(dim=2) + before.unsqueeze(-2 if state is not None else 0))[:, :, columns - rows :]
+    total = parts.sum(dim=2) + before
+    scale = _reciprocal(seen) if normalize == "trace" else torch.ones_like(seen)
+    return scale.masked_fill((query_modality < 0)[:, None, :, None], 0.0), total
+
+
+def frobenius_scale(square: Tensor, scale: Tensor) -> Tensor:
+    """``scale`` over the root of ``square``, the squared Frobenius norm that each row sees; 0 where that is 0."""
+    seen = square > 0  # the root has no derivative at 0
+    return torch.where(seen, square.masked_fill(~seen, 1.0).rsqrt(), 0.0) * scale
+
+
+def _causal_products(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state):
+    """(M, B, Hq, Nq, D) raw projections, (B, Hq, Nq, M) scale of every row and the state (raw Gram, trace) after it."""
+    dtype = accumulation_dtype(key.dtype)
+    group, columns, rows = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]
+    members = _members(op, "key_modality", key_modality, num_modalities).to(dtype)
+    features = key_features(key, key_modality, key_norm, eps)
+    scale, trace = causal_gram_scale(key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
+    before = features.new_zeros(*key.shape[:2], num_modalities, *key.shape[-1:] * 2)
+    before = before if state is None else state[0].to(dtype)
+    own = torch.einsum("bhnd,bnm,bhne->bhmde", features, members, features)
+    if normalize == "frobenius":  # ||G_<=i||^2 = sum over pairs of keys (phi_j . phi_j')^2, and the state's part
+        pairs = (features @ features.mT).square()[..., None] * (members[:, :, None] * members[:, None])[:, None]
+        pairs = pairs.cumsum(2).cumsum(3).diagonal(dim1=2, dim2=3).mT  # (B, Hkv, Nk, M)
+        crossed = torch.einsum("bhnd,bhmde,bhne,bnm->bhnm", features, before, features, members).cumsum(2)
+        square = before.square().sum((-2, -1))[:, :, None] + 2 * crossed + pairs
+        scale = frobenius_scale(square[:, :, columns - rows :], scale)
+
+    def per_query_head(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(group, dim=1)
+
+    i = torch.arange(rows, device=query.device)[:, None]
+    causal = torch.arange(columns, device=query.device) <= i + (columns - rows)
+    query = query.to(dtype)
+    scores = (query @ per_query_head(features).mT).masked_fill(~causal, 0.0)
+    projection = torch.stack(
+        [
+            (scores * members[:, None, None, :, m]) @ per_query_head(features) + query @ per_query_head(before[:, :, m])
+            for m in range(num_modalities)
+        ]
+    )
+    return projection, per_query_head(scale), (before + own, trace)
+
+
+def _members(op: str, name: str, modality: Tensor, num_modalities: int) -> Tensor:
+    """(B, N, M): whether token j is of modality m. ValueError for an id outside [-1, M) that can be read."""
+    raise_if_on_host(
+        lambda: (modality < -1) | (modality >= num_modalities),
+        f"{op}: {name} must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)",
+    )
+    return modality[..., None] == torch.arange(num_modalities, device=modality.device)
+
+
+def key_features(key: Tensor, modality: Tensor, key_norm: str | None, eps: float) -> Tensor:
+    """phi(k) in the accumulation dtype; 0 for padding, which may hold anything."""
+    key = torch.where((modality >= 0)[:, None, :, None], key.to(accumulation_dtype(key.dtype)), 0.0)
+    return key if key_norm is None else key / torch.linalg.vector_norm(key, dim=-1, keepdim=True).clamp(min=eps)
+
+
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, and 0 with derivative 0 where norm is 0."""
+    present = norm > torch.finfo(norm.dtype).tiny
+    return torch.where(present, norm.masked_fill(~present, 1.0).reciprocal(), 0.0)
 
 
 def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool):

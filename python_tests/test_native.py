@@ -13,7 +13,7 @@ from problems import Problem, cotangents_for, evaluate, make_problem, ours
 from tolerance import assert_close
 
 import moda_ext
-from moda_ext import attention
+from moda_ext import aligner, alignment, attention, layer, mask
 from moda_ext._ops import library
 
 HERE = Path(__file__).parent
@@ -65,9 +65,10 @@ def test_info_tells_what_runs():
         assert key in printed
 
 
-def test_the_examples_in_the_docstrings_run():
-    results = doctest.testmod(attention)
-    assert results.attempted >= 10
+@pytest.mark.parametrize("module", (alignment, attention, aligner, layer, mask), ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_run(module):
+    results = doctest.testmod(module)
+    assert results.attempted >= 4
     assert results.failed == 0
 
 
@@ -109,8 +110,8 @@ def test_fallback_and_native_build_agree(native, tmp_path):
 
 
 def test_fallback_passes_the_tests_of_the_interface(native):
-    """The same suite with the native library switched off: the errors and the sink's closed form."""
-    files = ("test_errors.py", "test_pseudo_score_sink.py")
+    """The same suite with the native library switched off: the errors, the sink's closed form, mask and aligner."""
+    files = ("test_errors.py", "test_pseudo_score_sink.py", "test_mask.py", "test_release.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / f) for f in files)]
     environment = environment_with(MODA_EXT_DISABLE_NATIVE="1")
     run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)

@@ -7,19 +7,15 @@
 #include "cpu/kernels/modular_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "core/runs.h"
+#include "cpu/adapter.h"
 #include "cpu/isa.h"
 #include "ops/modular_attention.h"
 
@@ -44,10 +40,7 @@ constexpr int64_t kFewestBlockRows = 64;
 constexpr int64_t kTileRowsWanted = 64;
 
 const AttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] int64_t rows_per_key_head) {
-  const Storage storage = dtype == ScalarType::Double     ? Storage::kFloat64
-                          : dtype == ScalarType::BFloat16 ? Storage::kBFloat16
-                          : dtype == ScalarType::Half     ? Storage::kFloat16
-                                                          : Storage::kFloat32;
+  const Storage storage = storage_of(dtype);
 #if defined(MODA_EXT_AMX_TIER)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
     return attention_kernels_amx(storage);
@@ -63,109 +56,6 @@ const AttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] int64_
 int64_t rows_per_key_head(const AttentionInputs& in, const AttentionShape& shape) {
   const int64_t sequences = in.packed() ? std::max<int64_t>(1, in.cu_seqlens_q->size(0) - 1) : 1;
   return shape.kv_heads > 0 ? shape.num_queries / sequences * (shape.query_heads / shape.kv_heads) : 0;
-}
-
-int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
-
-// Runs work(index, thread) for every index, in order of index as far as threads allow.
-template <class Work>
-void run_items(int64_t count, const Work& work) {
-  const int64_t threads = std::min(num_threads(), count);
-  if (threads <= 0) return;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
-  });
-}
-
-// Uninitialised, aligned scratch memory. Each thread that calls operators keeps its last few blocks, up to
-// kRetainedBytes together, because mapping fresh pages in every call costs as much as several percent of a small
-// attention.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    std::vector<Block>& spare = spare_blocks();
-    for (size_t i = 0; i < spare.size(); ++i) {
-      if (spare[i].bytes < bytes) continue;
-      block_ = std::move(spare[i]);
-      spare.erase(spare.begin() + static_cast<std::ptrdiff_t>(i));
-      return;
-    }
-    block_.bytes = std::max<int64_t>(bytes, 64);
-    block_.memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(block_.bytes), kAlignment)));
-  }
-  ~Workspace() {
-    // Smallest first, so that a request takes the tightest fit; the largest go when they are too much.
-    std::vector<Block>& spare = spare_blocks();
-    const auto larger = [&](const Block& other) { return other.bytes > block_.bytes; };
-    spare.insert(std::find_if(spare.begin(), spare.end(), larger), std::move(block_));
-    int64_t kept = 0;
-    for (const Block& block : spare) kept += block.bytes;
-    for (; kept > kRetainedBytes; spare.pop_back()) kept -= spare.back().bytes;
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  char* at(int64_t offset = 0) const { return block_.memory.get() + offset; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  static constexpr int64_t kRetainedBytes = int64_t{16} << 20;
-  struct Free {
-    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  struct Block {
-    std::unique_ptr<char, Free> memory;
-    int64_t bytes = 0;
-  };
-  static std::vector<Block>& spare_blocks() {
-    static thread_local std::vector<Block> blocks;
-    return blocks;
-  }
-  Block block_;
-};
-
-int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// One block of scratch for each thread that can run.
-class Scratch {
- public:
-  Scratch(int64_t bytes, int64_t items)
-      : stride_(round_up(bytes)), memory_(stride_ * std::max<int64_t>(1, std::min(num_threads(), items))) {}
-  void* of(int64_t thread) const { return memory_.at(thread * stride_); }
-
- private:
-  int64_t stride_;
-  Workspace memory_;
-};
-
-enum class Last { kNone, kPresent };  // does the operand have a dimension after (batch, heads, tokens)?
-
-template <class Operand, class Pointer>
-Operand make_operand(const Tensor& tensor, Pointer data, bool packed, Last last) {
-  Operand operand;
-  operand.data = data;
-  int64_t d = tensor.dim() - 1;
-  if (last == Last::kPresent) operand.last = tensor.stride(d--);
-  if (packed) {
-    operand.head = tensor.stride(d--);
-    operand.row = tensor.stride(d--);
-  } else {
-    operand.row = tensor.stride(d--);
-    operand.head = tensor.stride(d--);
-    operand.batch = tensor.stride(d--);
-  }
-  if (d == 0) operand.view = tensor.stride(0);
-  return operand;
-}
-Input input(const Tensor& tensor, bool packed, Last last) {
-  return make_operand<Input>(tensor, tensor.const_data_ptr(), packed, last);
-}
-Input input(const std::optional<Tensor>& tensor, bool packed, Last last) {
-  return tensor ? input(*tensor, packed, last) : Input{};
-}
-Output output(const Tensor& tensor, bool packed, Last last) {
-  return make_operand<Output>(tensor, tensor.mutable_data_ptr(), packed, last);
 }
 
 // The sequences of a call with the key plans they point into.

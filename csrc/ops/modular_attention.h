@@ -3,17 +3,13 @@
 // moda_ext/_ops/checks.py; these checks guard direct callers of torch.ops.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-namespace moda_ext {
+#include "ops/checks.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace moda_ext {
 
 struct AttentionInputs {
   Tensor query, key, value, key_modality;
@@ -41,13 +37,6 @@ AttentionShape check_attention(const AttentionInputs& inputs);
 void check_saved(const AttentionInputs& inputs, const AttentionShape& shape, const Tensor& out, const Tensor& lse,
                  const Tensor& mass, const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
                  const std::optional<Tensor>& grad_mass);
-
-// float64 for float64, else float32: the dtype of lse, mass, modality_bias, sink and of all sums.
-ScalarType compute_dtype(ScalarType storage);
-
-// New tensor of the given sizes (..., heads, tokens, last) in the memory order of `like`: tokens before heads where its
-// row stride exceeds its head stride, contiguous otherwise. Packed tensors are contiguous.
-Tensor empty_in_layout_of(const Tensor& like, const std::vector<int64_t>& sizes, bool packed);
 
 struct AttentionOutputs {
   Tensor out, lse, mass;

@@ -28,6 +28,27 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "Tensor lse, Tensor mass, int max_seqlen_q, int max_seqlen_k, int num_modalities, bool is_causal, float scale, "
       "bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink)");
+  m.def("modality_gram(Tensor key, Tensor modality, int num_modalities, bool unit_keys, float eps) -> Tensor");
+  m.def(
+      "modality_gram_backward(Tensor grad_gram, Tensor key, Tensor modality, int num_modalities, bool unit_keys, float "
+      "eps) -> Tensor");
+  m.def(
+      "causal_gram_projection(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor? initial, int "
+      "num_modalities, bool unit_keys, float eps) -> (Tensor projection, Tensor gram)");
+  m.def(
+      "causal_gram_projection_backward(Tensor grad_projection, Tensor? grad_gram, Tensor query, Tensor key, Tensor "
+      "key_modality, Tensor row_scale, Tensor? initial, int num_modalities, bool unit_keys, float eps) -> (Tensor "
+      "grad_query, Tensor grad_key, Tensor grad_row_scale, Tensor grad_initial)");
+  m.def(
+      "duplex_query_views(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, "
+      "Tensor "
+      "a2, Tensor b2, Tensor? initial, int num_modalities, bool unit_keys, float eps, bool with_indicator, bool "
+      "with_gram) -> (Tensor views, Tensor indicator, Tensor gram)");
+  m.def(
+      "duplex_query_views_backward(Tensor grad_views, Tensor? grad_indicator, Tensor? grad_gram, Tensor query, Tensor "
+      "key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor "
+      "indicator, int num_modalities, bool unit_keys, float eps) -> (Tensor grad_query, Tensor grad_key, Tensor "
+      "grad_row_scale, Tensor grad_a1, Tensor grad_b1, Tensor grad_a2, Tensor grad_b2, Tensor grad_initial)");
   m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
   m.def(
       "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "

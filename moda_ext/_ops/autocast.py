@@ -1,7 +1,7 @@
 """Autocast: query, key and value go to the autocast dtype, as in scaled_dot_product_attention; everything else stays.
 
-float64 is left alone. modality_bias and sink are added to scores that are accumulated in float32, so they become
-float32.
+So it is in the alignment operators, whose sums, scales and weights are float32 either way. float64 is left alone.
+modality_bias and sink are added to scores that are accumulated in float32, so they become float32.
 """
 
 import torch
@@ -24,6 +24,14 @@ def cast_inputs(query, key, value, modality_bias, sink):
     return query, key, value, _cast(modality_bias, bias_dtype), _cast(sink, bias_dtype)
 
 
+def cast_tokens(*tensors):
+    """Queries and keys of the alignment operators as an autocast region wants them; unchanged outside one."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    if device_type not in _DEVICES or not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(_cast(t, torch.get_autocast_dtype(device_type)) for t in tensors)
+
+
 def _cast(tensor, dtype: torch.dtype):
     return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _CASTABLE else tensor
 
@@ -33,6 +41,8 @@ def register() -> None:
     for device_type, key in _DEVICES.items():
         for name, bias_position in (("modular_attention", 4), ("modular_attention_varlen", 6)):
             _library.impl(name, _autocast_kernel(name, bias_position, device_type), key)
+        for name, count in (("modality_gram", 1), ("causal_gram_projection", 2), ("duplex_query_views", 2)):
+            _library.impl(name, _autocast_tokens_kernel(name, count, device_type), key)
 
 
 _library = torch.library.Library("moda_ext", "IMPL")  # kept alive: the registrations end with it
@@ -48,5 +58,16 @@ def _autocast_kernel(name: str, bias_position: int, device_type: str):
             args[position] = tensor
         with torch.autocast(device_type, enabled=False):
             return op(*args)
+
+    return kernel
+
+
+def _autocast_tokens_kernel(name: str, count: int, device_type: str):
+    op = getattr(torch.ops.moda_ext, name).default
+
+    def kernel(*args):
+        tokens = cast_tokens(*args[:count])
+        with torch.autocast(device_type, enabled=False):
+            return op(*tokens, *args[count:])
 
     return kernel

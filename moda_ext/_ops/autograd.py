@@ -105,6 +105,80 @@ def _sink_operator():
     return _differentiable("pseudo_score_sink", setup_context, backward)
 
 
+def _gram_operator():
+    run_backward = _first_order_only("modality_gram_backward")
+
+    def setup_context(ctx, inputs, output):
+        key, modality, *ctx.options = inputs
+        ctx.save_for_backward(key, modality)
+
+    def backward(ctx, grad):
+        return (run_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+    return _differentiable("modality_gram", setup_context, backward)
+
+
+def _projection_operator():
+    run_backward = _first_order_only("causal_gram_projection_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        *tensors, num_modalities, unit_keys, eps = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.options = (num_modalities, unit_keys, eps)
+
+    def backward(ctx, grad_projection, grad_gram):
+        query, initial = ctx.saved_tensors[0], ctx.saved_tensors[-1]
+        if grad_projection is None and grad_gram is None:
+            return (None,) * 8
+        grads = run_backward(
+            _rows(grad_projection, query, (ctx.options[0], *query.shape)),
+            None if grad_gram is None else grad_gram.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.options,
+        )
+        grad_query, grad_key, grad_scale, grad_initial = grads
+        return (grad_query, grad_key, None, grad_scale, None if initial is None else grad_initial, None, None, None)
+
+    return _differentiable("causal_gram_projection", setup_context, backward)
+
+
+def _views_operator():
+    run_backward = _first_order_only("duplex_query_views_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        *tensors, num_modalities, unit_keys, eps, ctx.with_indicator, ctx.with_gram = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.options = (num_modalities, unit_keys, eps)
+
+    def backward(ctx, grad_views, grad_indicator, grad_gram):
+        query, initial = ctx.saved_tensors[0], ctx.saved_tensors[-2]
+        # What was not asked for is an empty tensor, and under torch.compile has a gradient all the same.
+        grad_indicator = grad_indicator if ctx.with_indicator else None
+        grad_gram = grad_gram if ctx.with_gram else None
+        if grad_views is None and grad_indicator is None and grad_gram is None:
+            return (None,) * 14
+        grads = run_backward(
+            _rows(grad_views, query, (ctx.options[0], *query.shape)),
+            grad_indicator,
+            None if grad_gram is None else grad_gram.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.options,
+        )
+        grad_query, grad_key, *rest, grad_initial = grads
+        return (grad_query, grad_key, None, *rest, None if initial is None else grad_initial, *(None,) * 5)
+
+    return _differentiable("duplex_query_views", setup_context, backward)
+
+
+def _rows(grad, like, shape):
+    """A gradient with a contiguous last dimension; zeros where autograd has none."""
+    if grad is None:
+        return like.new_zeros(shape)
+    return grad if grad.stride(-1) == 1 else grad.contiguous()  # the gradient of a plain sum is expanded
+
+
 if library.native_loaded:
     for concern in (fake, vmap, autocast):
         concern.register()
@@ -126,3 +200,6 @@ if library.native_loaded:
         ),
     )
     pseudo_score_sink = _sink_operator()
+    modality_gram = _gram_operator()
+    causal_gram_projection = _projection_operator()
+    duplex_query_views = _views_operator()

@@ -34,13 +34,13 @@ NATIVE_DEVICES = frozenset(
 )
 
 
-def runs_natively(op: str, device: torch.device) -> bool:
+def runs_natively(op: str, device: torch.device, argument: str = "query") -> bool:
     """Whether the native operators (True) or the reference (False: no native library) take tensors on ``device``."""
     if not library.native_loaded:
         return False
     if device.type not in NATIVE_DEVICES:
         raise NotImplementedError(
-            f"{op}: query is on {device}, and this build of moda_ext has no kernels for {device.type}; install it "
+            f"{op}: {argument} is on {device}, and this build of moda_ext has no kernels for {device.type}; install it "
             f"again where the compiler for that device is found (python -m moda_ext.info shows what was built), or "
             f"call moda_ext.reference.{op}, which runs on any device, with O(Nq Nk) memory"
         )
@@ -147,11 +147,158 @@ def sink(num_rows, length, decay, base, start, device, dtype) -> None:
             )
 
 
-def _attention_options(op, num_modalities, is_causal, scale) -> None:
+KEY_NORMS = ("l2", None)
+NORMALIZERS = ("trace", "frobenius", "row", None)
+MAX_RANK = 128
+
+
+def gram(op, key, modality, num_modalities, include, key_norm, normalize, eps, modality_name="modality") -> None:
+    """Raise unless ``modality_gram`` can run these arguments (after the autocast conversion)."""
+    _modalities(op, num_modalities)
+    _choice(op, "key_norm", key_norm, KEY_NORMS)
+    _choice(op, "normalize", normalize, NORMALIZERS)
+    if not _is_number(eps):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be above 0, got {eps}")
+    _tensor(op, "key", key)
+    _dtype(op, "key", key, FLOATS)
+    _rank(op, "key", key, 4, "(B, Hkv, N, D)")
+    _head_size(op, "key", key.shape[-1])
+    batch, _, tokens, _ = key.shape
+    _token_ids(op, modality_name, modality, key, "key", "(B, N)")
+    if include is not None:
+        _tensor(op, "include", include)
+        _dtype(op, "include", include, (torch.bool,))
+        _device(op, "include", include, key, "key")
+        _shape(op, "include", include, (batch, tokens), "(B, N)")
+
+
+def projected(op, query, gram) -> None:
+    """Raise unless ``project_queries`` can run these arguments."""
+    for name, tensor in (("query", query), ("gram", gram)):
+        _tensor(op, name, tensor)
+        _dtype(op, name, tensor, FLOATS)
+    _device(op, "gram", gram, query)
+    _rank(op, "query", query, 4, "(B, Hq, Nq, D)")
+    _rank(op, "gram", gram, 5, "(B, Hkv, M, D, D)")
+    _multiple_of(op, query.shape[1], gram.shape[1], "gram")
+    expected = (query.shape[0], *gram.shape[1:3], query.shape[3], query.shape[3])
+    if gram.shape != expected:
+        _mismatch(op, "gram", "the batch and head size of query, (B, Hkv, M, D, D)", expected, tuple(gram.shape))
+
+
+def causal(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state) -> None:
+    """Raise unless ``causal_gram_projection`` can run these arguments (after the autocast conversion)."""
+    _tensor(op, "query", query)
+    _dtype(op, "query", query, FLOATS)
+    gram(op, key, key_modality, num_modalities, None, key_norm, normalize, eps, "key_modality")
+    if normalize == "row":
+        raise ValueError(
+            f"{op}: normalize='row' has no causal form, one number for each row and modality; expected 'trace', "
+            "'frobenius' or None"
+        )
+    if key.dtype != query.dtype:
+        raise TypeError(f"{op}: key must have the dtype of query ({query.dtype}), got {key.dtype}")
+    _device(op, "key", key, query)
+    _rank(op, "query", query, 4, "(B, Hq, Nq, D)")
+    batch, heads, rows, head_size = query.shape
+    kv_heads, columns = key.shape[1:3]
+    if key.shape[0] != batch:
+        _mismatch(op, "key", "the batch size of query", batch, key.shape[0])
+    if key.shape[-1] != head_size:
+        _mismatch(op, "key", "the head size of query", head_size, key.shape[-1])
+    _multiple_of(op, heads, kv_heads, "key")
+    if rows > columns:
+        raise ValueError(
+            f"{op}: query must have at most as many tokens as key, of which it is the last, got {rows} and {columns}"
+        )
+    _token_ids(op, "query_modality", query_modality, query, "query", "(B, Nq)")
+    if state is None:
+        return
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise TypeError(f"{op}: state must be a pair (gram, trace) of tensors, got {type(state).__name__}")
+    shape = (batch, kv_heads, num_modalities)
+    for name, tensor, expected in (
+        ("state[0] (gram)", state[0], (*shape, head_size, head_size)),
+        ("state[1] (trace)", state[1], shape),
+    ):
+        _tensor(op, name, tensor)
+        _dtype(op, name, tensor, (accumulation_dtype(key.dtype),))
+        _device(op, name, tensor, query)
+        _shape(op, name, tensor, expected, "(B, Hkv, M, ...)")
+
+
+def fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
+    """Raise unless these are low-rank weights for the views of ``query``."""
+    _tensor(op, "a1", a1)
+    _rank(op, "a1", a1, 3, "(M, D, rank)")
+    rank, head_size = a1.shape[-1], query.shape[-1]
+    if rank < 1:
+        _mismatch(op, "a1", "a rank of at least 1", "(M, D, rank)", tuple(a1.shape))
+    if rank > MAX_RANK:
+        raise NotImplementedError(
+            f"{op}: a1 has rank {rank}, but the kernels take ranks up to {MAX_RANK}; call moda_ext.reference.{op}, "
+            "which takes any"
+        )
+    for name, weight, expected in (
+        ("a1", a1, (num_modalities, head_size, rank)),
+        ("b1", b1, (num_modalities, rank, head_size)),
+        ("a2", a2, (num_modalities, head_size, rank)),
+        ("b2", b2, (num_modalities, rank, head_size)),
+    ):
+        _tensor(op, name, weight)
+        _dtype(op, name, weight, FLOATS)
+        _device(op, name, weight, query)
+        _shape(op, name, weight, expected, "(M, D, rank)" if name in ("a1", "a2") else "(M, rank, D)")
+
+
+def _choice(op, name, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _shape(op, name, tensor, expected, layout) -> None:
+    """Size by size: comparing whole shapes would make torch.export fix every one of them."""
+    fits = tensor.dim() == len(expected)
+    for size, wanted in zip(tensor.shape, expected, strict=False):
+        fits = fits and size == wanted
+    if not fits:
+        _mismatch(op, name, f"the shape {layout}", expected, tuple(tensor.shape))
+
+
+def _token_ids(op, name, modality, tokens, tokens_name, layout) -> None:
+    _tensor(op, name, modality)
+    _dtype(op, name, modality, INTEGERS)
+    _device(op, name, modality, tokens, tokens_name)
+    _shape(op, name, modality, (tokens.shape[0], tokens.shape[2]), layout)
+
+
+def _modalities(op, num_modalities) -> None:
     if not _is_integer(num_modalities):
         raise TypeError(f"{op}: num_modalities must be an int, got {type(num_modalities).__name__}")
     if num_modalities < 1 or num_modalities > MAX_MODALITIES:
         raise ValueError(f"{op}: num_modalities must lie in 1 to {MAX_MODALITIES}, got {num_modalities}")
+
+
+def _multiple_of(op, heads, kv_heads, name) -> None:
+    if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
+        raise ValueError(
+            f"{op}: the heads of query must be a multiple of the heads of {name} (GQA, at least one), "
+            f"got {heads} query heads and {kv_heads} {name} heads"
+        )
+
+
+def _head_size(op, name, head_size) -> None:
+    if head_size < HEAD_SIZE_STEP or head_size > MAX_HEAD_SIZE or head_size % HEAD_SIZE_STEP != 0:
+        raise NotImplementedError(
+            f"{op}: {name} has head size {head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} from "
+            f"{HEAD_SIZE_STEP} to {MAX_HEAD_SIZE}. Pad with zeros, or call moda_ext.reference.{op}, which takes any"
+        )
+
+
+def _attention_options(op, num_modalities, is_causal, scale) -> None:
+    _modalities(op, num_modalities)
     if not isinstance(is_causal, bool):
         raise TypeError(f"{op}: is_causal must be a bool, got {type(is_causal).__name__}")
     if scale is not None and not _is_number(scale):
@@ -208,11 +355,7 @@ def _kv_shapes(op, heads, head_size, kv_heads, key, value) -> None:
         _mismatch(op, "value", "the shape of key", tuple(key.shape), tuple(value.shape))
     if key.shape[-1] != head_size:
         _mismatch(op, "key", "the head size of query", head_size, key.shape[-1])
-    if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
-        raise ValueError(
-            f"{op}: the heads of query must be a multiple of the heads of key (GQA, at least one), "
-            f"got {heads} query heads and {kv_heads} key heads"
-        )
+    _multiple_of(op, heads, kv_heads, "key")
     if head_size < HEAD_SIZE_STEP or head_size > MAX_HEAD_SIZE or head_size % HEAD_SIZE_STEP != 0:
         raise NotImplementedError(
             f"{op}: query has head size {head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} from "

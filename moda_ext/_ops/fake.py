@@ -128,6 +128,86 @@ def pseudo_score_sink_backward(grad, decay, base, num_rows, length, start) -> tu
     return decay.new_empty(decay.shape), base.new_empty(base.shape)
 
 
+def _gram(key, num_modalities) -> Tensor:
+    batch, heads, _, size = key.shape
+    return key.new_empty((batch, heads, num_modalities, size, size), dtype=accumulation_dtype(key.dtype))
+
+
+def modality_gram(key, modality, num_modalities, unit_keys, eps) -> Tensor:
+    return _gram(key, num_modalities)
+
+
+def modality_gram_backward(grad_gram, key, modality, num_modalities, unit_keys, eps) -> Tensor:
+    return empty_in_layout_of(key, key.shape)
+
+
+def causal_gram_projection(
+    query, key, key_modality, row_scale, initial, num_modalities, unit_keys, eps
+) -> tuple[Tensor, Tensor]:
+    return empty_in_layout_of(query, (num_modalities, *query.shape)), _gram(key, num_modalities)
+
+
+def causal_gram_projection_backward(
+    grad_projection, grad_gram, query, key, key_modality, row_scale, initial, num_modalities, unit_keys, eps
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        empty_in_layout_of(query, query.shape),
+        empty_in_layout_of(key, key.shape),
+        row_scale.new_empty(row_scale.shape),
+        row_scale.new_empty(0 if initial is None else initial.shape),
+    )
+
+
+def duplex_query_views(
+    query,
+    key,
+    key_modality,
+    row_scale,
+    a1,
+    b1,
+    a2,
+    b2,
+    initial,
+    num_modalities,
+    unit_keys,
+    eps,
+    with_indicator,
+    with_gram,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_in_layout_of(query, (num_modalities, *query.shape)),
+        row_scale.new_empty((*query.shape[:3], num_modalities) if with_indicator else 0),
+        _gram(key, num_modalities) if with_gram else row_scale.new_empty(0),
+    )
+
+
+def duplex_query_views_backward(
+    grad_views,
+    grad_indicator,
+    grad_gram,
+    query,
+    key,
+    key_modality,
+    row_scale,
+    a1,
+    b1,
+    a2,
+    b2,
+    initial,
+    indicator,
+    num_modalities,
+    unit_keys,
+    eps,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        empty_in_layout_of(query, query.shape),
+        empty_in_layout_of(key, key.shape),
+        row_scale.new_empty(row_scale.shape),
+        *(row_scale.new_empty(weight.shape) for weight in (a1, b1, a2, b2)),
+        row_scale.new_empty(0 if initial is None else initial.shape),
+    )
+
+
 def register() -> None:
     for kernel in (
         modular_attention,
@@ -136,5 +216,11 @@ def register() -> None:
         modular_attention_varlen_backward,
         pseudo_score_sink,
         pseudo_score_sink_backward,
+        modality_gram,
+        modality_gram_backward,
+        causal_gram_projection,
+        causal_gram_projection_backward,
+        duplex_query_views,
+        duplex_query_views_backward,
     ):
         torch.library.register_fake(f"moda_ext::{kernel.__name__}", kernel)

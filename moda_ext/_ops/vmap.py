@@ -56,14 +56,16 @@ def modular_attention_backward(info, in_dims, *args):
     return tuple(results), tuple(out_dims)
 
 
-def _one_by_one(op):
-    """The rule that calls ``op`` for every slice and stacks the results."""
+def _one_by_one(op, contiguous: bool = False):
+    """The rule that calls ``op`` for every slice and stacks the results; ``contiguous``: it takes no other tensors."""
+
+    def select(argument, dim, i):
+        if dim is None:
+            return argument
+        return argument.select(dim, i).contiguous() if contiguous else argument.select(dim, i)
 
     def rule(info, in_dims, *args):
-        slices = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        slices = [op(*(select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
         results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
 
@@ -85,6 +87,21 @@ def pseudo_score_sink_backward(info, in_dims, grad, decay, base, num_rows, lengt
     return tuple(_unfold(g, 0, size) for g in grads), (0, 0)
 
 
+def modality_gram(info, in_dims, key, modality, *options):
+    key, modality = (
+        _fold(t, d, b, info.batch_size) for t, d, b in zip((key, modality), in_dims, (-4, -2), strict=False)
+    )
+    return _unfold(torch.ops.moda_ext.modality_gram(key, modality, *options), 0, info.batch_size), 0
+
+
+def modality_gram_backward(info, in_dims, *args):
+    grad, key, modality = (
+        _fold(t, d, b, info.batch_size) for t, d, b in zip(args[:3], in_dims, (-5, -4, -2), strict=False)
+    )
+    grad_key = torch.ops.moda_ext.modality_gram_backward(grad.contiguous(), key, modality, *args[3:])
+    return _unfold(grad_key, 0, info.batch_size), 0
+
+
 def register() -> None:
     ops = torch.ops.moda_ext
     rules = {
@@ -94,6 +111,11 @@ def register() -> None:
         "modular_attention_varlen_backward": _one_by_one(ops.modular_attention_varlen_backward.default),
         "pseudo_score_sink": pseudo_score_sink,
         "pseudo_score_sink_backward": pseudo_score_sink_backward,
+        "modality_gram": modality_gram,
+        "modality_gram_backward": modality_gram_backward,
     }
+    for name in ("causal_gram_projection", "duplex_query_views"):  # sums over the batch make weights' gradients
+        for op in (name, f"{name}_backward"):
+            rules[op] = _one_by_one(getattr(ops, op).default, contiguous=True)
     for name, rule in rules.items():
         torch.library.register_vmap(f"moda_ext::{name}", rule)

@@ -74,6 +74,25 @@ template <class T>
 MODA_EXT_INLINE void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
+// Past the caches, for results too large to stay there: the line need not be read first. p is aligned to a vector;
+// fence before another thread reads.
+template <class T>
+MODA_EXT_INLINE void stream(T* p, Vector<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+MODA_EXT_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 template <class T>
 MODA_EXT_INLINE Vector<T> splat(T x) {
   return x - Vector<T>{};  // x - 0 folds into a plain broadcast; 0 + x would not, because of -0

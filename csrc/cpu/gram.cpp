@@ -1,0 +1,334 @@
+// CPU adapter of the alignment operators: modality_gram, causal_gram_projection and duplex_query_views.
+//
+// A causal operator has one work item for each (batch, key head), which walks along its sequence; modality_gram also
+// cuts the sequence. How many pieces there are depends on shapes alone, and pieces are summed in order: results do not
+// depend on threads.
+#include "cpu/kernels/gram.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/adapter.h"
+#include "cpu/isa.h"
+#include "ops/gram.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace {
+
+// Pieces of modality_gram that are wanted at least, and the fewest keys that are worth a Gram matrix of their own.
+constexpr int64_t kGramItems = 16;
+constexpr int64_t kGramKeys = 512;
+// Results beyond this do not stay in a second-level cache until they are read.
+constexpr int64_t kCachedBytes = int64_t{8} << 20;
+
+const GramKernels& select_gram_kernels(const Tensor& key) {
+  const Storage storage = storage_of(key.scalar_type());
+#if defined(MODA_EXT_X86_TIERS)
+  if (active_isa() >= Isa::avx512) return gram_kernels_avx512(storage);
+  if (active_isa() == Isa::avx2) return gram_kernels_avx2(storage);
+#endif
+  return gram_kernels_baseline(storage);
+}
+
+void check_ids(const char* op, const Tensor& modality, int64_t num_modalities) {
+  const int32_t* ids = static_cast<const int32_t*>(modality.const_data_ptr());
+  for (int64_t b = 0; b < modality.size(0); ++b)
+    for (int64_t j = 0; j < modality.size(1); ++j) {
+      const int32_t id = ids[b * modality.stride(0) + j * modality.stride(1)];
+      if (id < -1 || id >= num_modalities)
+        throw std::invalid_argument(std::string(op) + ": key_modality holds " + std::to_string(id) + " at key " +
+                                    std::to_string(j) + "; expected ids in [0, " + std::to_string(num_modalities) +
+                                    "), or -1 for padding");
+    }
+}
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+Input rows(const Tensor& tensor) { return input(tensor, false, Last::kPresent); }
+Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPresent); }
+
+void fill_args(const GramInputs& in, const GramShape& shape, GramArgs& args) {
+  args.head_dim = static_cast<int>(shape.head_dim);
+  args.num_modalities = static_cast<int>(shape.num_modalities);
+  args.unit_keys = in.unit_keys;
+  args.eps = in.eps;
+  args.kv_heads = shape.kv_heads;
+  args.num_keys = shape.num_keys;
+  args.key = rows(in.key);
+  args.modality = static_cast<const int32_t*>(in.modality.const_data_ptr());
+  args.modality_batch = in.modality.stride(0);
+  args.modality_token = in.modality.stride(1);
+}
+
+void fill_args(const CausalInputs& in, const GramShape& shape, CausalArgs& args) {
+  fill_args(static_cast<const GramInputs&>(in), shape, args);
+  args.group = static_cast<int>(shape.kv_heads > 0 ? shape.query_heads / shape.kv_heads : 1);
+  args.num_queries = shape.num_queries;
+  args.query = rows(in.query);
+  args.row_scale = rows(in.row_scale);
+  args.initial = data(in.initial);
+}
+
+void fill_args(const DuplexInputs& in, const GramShape& shape, DuplexArgs& args) {
+  fill_args(static_cast<const CausalInputs&>(in), shape, args);
+  args.rank = static_cast<int>(shape.rank);
+  args.a1 = in.a1.const_data_ptr();
+  args.b1 = in.b1.const_data_ptr();
+  args.a2 = in.a2.const_data_ptr();
+  args.b2 = in.b2.const_data_ptr();
+}
+
+// work(batch, kv_head, thread) for every key head.
+template <class Work>
+void run_heads(const GramShape& shape, const Work& work) {
+  run_items(shape.batch * shape.kv_heads,
+            [&](int64_t item, int64_t thread) { work(item / shape.kv_heads, item % shape.kv_heads, thread); });
+}
+
+// The largest scratch that any batch element needs: what is logged for it depends on its modalities.
+template <class Bytes>
+int64_t largest(int64_t batch, const Bytes& bytes) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < batch; ++b) most = std::max(most, bytes(b));
+  return most;
+}
+
+Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  Tensor result = empty_in_layout_of(tensor, sizes, false);
+  prefer_huge_pages(result);
+  return result;
+}
+Tensor gradient_like(const Tensor& tensor) {
+  return result_like(tensor, {tensor.sizes().begin(), tensor.sizes().end()});
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// modality_gram
+
+Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_modalities, bool unit_keys, double eps) {
+  const ArgumentCheck check("modality_gram");
+  const GramInputs in{key, modality, num_modalities, unit_keys, eps};
+  const GramShape shape = check_gram(check, in);
+  check_ids("modality_gram", modality, num_modalities);
+  const Tensor gram = torch::stable::new_empty(key, shape.gram(), compute_dtype(key.scalar_type()));
+  const int64_t heads = shape.batch * shape.kv_heads;
+  if (heads == 0) return gram;
+  GramArgs args;
+  fill_args(in, shape, args);
+  const GramKernels& kernels = select_gram_kernels(key);
+
+  const int64_t wanted = std::max(kGramItems, 2 * num_threads());
+  const int64_t pieces = std::max<int64_t>(1, std::min((wanted + heads - 1) / heads, shape.num_keys / kGramKeys));
+  const int64_t chunks = (shape.num_keys + kernels.chunk - 1) / kernels.chunk;
+  const int64_t gram_bytes = shape.num_modalities * shape.head_dim * shape.head_dim * kernels.compute_bytes;
+  const Workspace partials(pieces > 1 ? heads * pieces * gram_bytes : 0);
+  const auto destination = [&](int64_t head, int64_t piece) -> void* {
+    if (pieces > 1) return partials.at((head * pieces + piece) * gram_bytes);
+    return static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes;
+  };
+  const Scratch scratch(kernels.modality_gram_scratch_bytes(args), heads * pieces);
+  run_items(heads * pieces, [&](int64_t index, int64_t thread) {
+    const int64_t head = index / pieces, piece = index % pieces;
+    const auto bound = [&](int64_t p) { return std::min(shape.num_keys, chunks * p / pieces * kernels.chunk); };
+    const ModalityGramItem item{head / shape.kv_heads, head % shape.kv_heads, bound(piece), bound(piece + 1),
+                                destination(head, piece)};
+    kernels.modality_gram(args, item, scratch.of(thread));
+  });
+  if (pieces == 1) return gram;
+  run_items(heads, [&](int64_t head, int64_t) {
+    std::vector<void*> parts;
+    for (int64_t piece = 0; piece < pieces; ++piece) parts.push_back(destination(head, piece));
+    kernels.reduce_grams(args, parts.data(), static_cast<int>(pieces),
+                         static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes);
+  });
+  return gram;
+}
+
+Tensor modality_gram_backward(const Tensor& grad_gram, const Tensor& key, const Tensor& modality,
+                              int64_t num_modalities, bool unit_keys, double eps) {
+  const ArgumentCheck check("modality_gram_backward");
+  const GramInputs in{key, modality, num_modalities, unit_keys, eps};
+  const GramShape shape = check_gram(check, in);
+  check_ids("modality_gram_backward", modality, num_modalities);
+  check_tensor(check, in, "grad_gram", grad_gram, shape.gram(), Numbers::kSums);
+  check.require(grad_gram.is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
+  const Tensor grad_key = gradient_like(key);
+  ModalityGramBackwardArgs args;
+  fill_args(in, shape, args);
+  args.grad_gram = grad_gram.const_data_ptr();
+  args.grad_key = rows_out(grad_key);
+  const GramKernels& kernels = select_gram_kernels(key);
+  const Scratch scratch(kernels.modality_gram_scratch_bytes(args), shape.batch * shape.kv_heads);
+  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
+    kernels.modality_gram_backward(args, batch, head, scratch.of(thread));
+  });
+  return grad_key;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// causal_gram_projection
+
+std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Tensor& key, const Tensor& key_modality,
+                                                  const Tensor& row_scale, const std::optional<Tensor>& initial,
+                                                  int64_t num_modalities, bool unit_keys, double eps) {
+  const ArgumentCheck check("causal_gram_projection");
+  const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
+  const GramShape shape = check_causal(check, in);
+  check_ids("causal_gram_projection", key_modality, num_modalities);
+  const Tensor projection = result_like(query, shape.views());
+  const Tensor gram = torch::stable::new_empty(key, shape.gram(), compute_dtype(key.scalar_type()));
+  ProjectionForwardArgs args;
+  fill_args(in, shape, args);
+  args.projection = rows_out(projection);
+  args.gram = gram.mutable_data_ptr();
+  const GramKernels& kernels = select_gram_kernels(key);
+  const Scratch scratch(kernels.projection_scratch_bytes(args), shape.batch * shape.kv_heads);
+  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
+    kernels.projection(args, batch, head, scratch.of(thread));
+  });
+  return {projection, gram};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
+    const Tensor& grad_projection, const std::optional<Tensor>& grad_gram, const Tensor& query, const Tensor& key,
+    const Tensor& key_modality, const Tensor& row_scale, const std::optional<Tensor>& initial, int64_t num_modalities,
+    bool unit_keys, double eps) {
+  const ArgumentCheck check("causal_gram_projection_backward");
+  const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
+  const GramShape shape = check_causal(check, in);
+  check_ids("causal_gram_projection_backward", key_modality, num_modalities);
+  check_tensor(check, in, "grad_projection", grad_projection, shape.views(), Numbers::kStored);
+  if (grad_gram) {
+    check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kSums);
+    check.require(grad_gram->is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
+  }
+  const ScalarType compute = compute_dtype(key.scalar_type());
+  const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
+  const Tensor grad_scale = torch::stable::new_empty(key, shape.row_scale(), compute);
+  const Tensor grad_initial = torch::stable::new_empty(key, initial ? shape.gram() : std::vector<int64_t>{0}, compute);
+  ProjectionBackwardArgs args;
+  fill_args(in, shape, args);
+  args.grad_projection = rows(grad_projection);
+  args.grad_gram = data(grad_gram);
+  args.grad_query = rows_out(grad_query);
+  args.grad_key = rows_out(grad_key);
+  args.grad_row_scale = rows_out(grad_scale);
+  args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
+  const GramKernels& kernels = select_gram_kernels(key);
+  const Scratch scratch(
+      largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); }),
+      shape.batch * shape.kv_heads);
+  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
+    kernels.projection_backward(args, batch, head, scratch.of(thread));
+  });
+  return {grad_query, grad_key, grad_scale, grad_initial};
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// duplex_query_views
+
+std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const Tensor& key,
+                                                      const Tensor& key_modality, const Tensor& row_scale,
+                                                      const Tensor& a1, const Tensor& b1, const Tensor& a2,
+                                                      const Tensor& b2, const std::optional<Tensor>& initial,
+                                                      int64_t num_modalities, bool unit_keys, double eps,
+                                                      bool with_indicator, bool with_gram) {
+  const ArgumentCheck check("duplex_query_views");
+  const DuplexInputs in{
+      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
+  const GramShape shape = check_duplex(check, in);
+  check_ids("duplex_query_views", key_modality, num_modalities);
+  const ScalarType compute = compute_dtype(key.scalar_type());
+  const Tensor views = result_like(query, shape.views());
+  const Tensor indicator =
+      torch::stable::new_empty(key, with_indicator ? shape.indicator() : std::vector<int64_t>{0}, compute);
+  const Tensor gram = torch::stable::new_empty(key, with_gram ? shape.gram() : std::vector<int64_t>{0}, compute);
+  DuplexForwardArgs args;
+  fill_args(in, shape, args);
+  args.views = rows_out(views);
+  args.past_caches = views.numel() * static_cast<int64_t>(views.element_size()) > kCachedBytes;
+  if (with_indicator) args.indicator = rows_out(indicator);
+  if (with_gram) args.gram = gram.mutable_data_ptr();
+  const GramKernels& kernels = select_gram_kernels(key);
+  const Workspace weights(kernels.weights_bytes(args));
+  kernels.pack_weights(args, weights.at());
+  args.weights = weights.at();
+  const Scratch scratch(kernels.duplex_scratch_bytes(args), shape.batch * shape.kv_heads);
+  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
+    kernels.duplex(args, batch, head, scratch.of(thread));
+  });
+  return {views, indicator, gram};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duplex_query_views_backward(
+    const Tensor& grad_views, const std::optional<Tensor>& grad_indicator, const std::optional<Tensor>& grad_gram,
+    const Tensor& query, const Tensor& key, const Tensor& key_modality, const Tensor& row_scale, const Tensor& a1,
+    const Tensor& b1, const Tensor& a2, const Tensor& b2, const std::optional<Tensor>& initial, const Tensor& indicator,
+    int64_t num_modalities, bool unit_keys, double eps) {
+  const ArgumentCheck check("duplex_query_views_backward");
+  const DuplexInputs in{
+      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
+  const GramShape shape = check_duplex(check, in);
+  check_ids("duplex_query_views_backward", key_modality, num_modalities);
+  check_tensor(check, in, "grad_views", grad_views, shape.views(), Numbers::kStored);
+  if (grad_indicator) {
+    check_tensor(check, in, "grad_indicator", *grad_indicator, shape.indicator(), Numbers::kSums);
+    check_tensor(check, in, "indicator", indicator, shape.indicator(), Numbers::kSums);
+  }
+  if (grad_gram) {
+    check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kSums);
+    check.require(grad_gram->is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
+  }
+  const ScalarType compute = compute_dtype(key.scalar_type());
+  const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
+  const auto sums = [&](const std::vector<int64_t>& sizes) { return torch::stable::new_empty(key, sizes, compute); };
+  const Tensor grad_scale = sums(shape.row_scale());
+  const Tensor grad_a1 = sums(shape.down()), grad_b1 = sums(shape.up());
+  const Tensor grad_a2 = sums(shape.down()), grad_b2 = sums(shape.up());
+  const Tensor grad_initial = sums(initial ? shape.gram() : std::vector<int64_t>{0});
+  DuplexBackwardArgs args;
+  fill_args(in, shape, args);
+  args.grad_views = rows(grad_views);
+  if (grad_indicator) {
+    args.indicator = rows(indicator);
+    args.grad_indicator = rows(*grad_indicator);
+  }
+  args.grad_gram = data(grad_gram);
+  args.grad_query = rows_out(grad_query);
+  args.grad_key = rows_out(grad_key);
+  args.grad_row_scale = rows_out(grad_scale);
+  args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
+  const GramKernels& kernels = select_gram_kernels(key);
+  const Workspace weights(kernels.weights_bytes(args));
+  kernels.pack_weights(args, weights.at());
+  args.weights = weights.at();
+  const int64_t heads = shape.batch * shape.kv_heads;
+  const int64_t partial_bytes = weight_gradient_elements(args) * kernels.compute_bytes;
+  const Workspace partials(heads * partial_bytes);
+  const Scratch scratch(largest(shape.batch, [&](int64_t b) { return kernels.duplex_backward_scratch_bytes(args, b); }),
+                        heads);
+  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
+    kernels.duplex_backward(args, batch, head, partials.at((batch * shape.kv_heads + head) * partial_bytes),
+                            scratch.of(thread));
+  });
+  kernels.reduce_weight_gradients(args, partials.at(), heads, grad_a1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
+                                  grad_a2.mutable_data_ptr(), grad_b2.mutable_data_ptr());
+  return {grad_query, grad_key, grad_scale, grad_a1, grad_b1, grad_a2, grad_b2, grad_initial};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace moda_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
+  m.impl("modality_gram", TORCH_BOX(&moda_ext::cpu::modality_gram));
+  m.impl("modality_gram_backward", TORCH_BOX(&moda_ext::cpu::modality_gram_backward));
+  m.impl("causal_gram_projection", TORCH_BOX(&moda_ext::cpu::causal_gram_projection));
+  m.impl("causal_gram_projection_backward", TORCH_BOX(&moda_ext::cpu::causal_gram_projection_backward));
+  m.impl("duplex_query_views", TORCH_BOX(&moda_ext::cpu::duplex_query_views));
+  m.impl("duplex_query_views_backward", TORCH_BOX(&moda_ext::cpu::duplex_query_views_backward));
+}

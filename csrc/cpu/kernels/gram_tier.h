@@ -1,0 +1,51 @@
+// The table of alignment kernels of one instruction set tier; included by gram_{baseline,avx2,avx512}.cpp, which differ
+// in their compiler flags (csrc/sources.json) alone.
+#pragma once
+
+#include "duplex_views_backward.h"
+#include "modality_gram.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace MODA_EXT_TIER {
+
+template <class Storage, class T>
+const GramKernels& gram_kernels() {
+  static const GramKernels table = {
+      kChunk,
+      static_cast<int>(sizeof(T)),
+      modality_gram_scratch_bytes<T>,
+      modality_gram<Storage, T>,
+      reduce_grams<T>,
+      modality_gram_backward<Storage, T>,
+      projection_scratch_bytes<T>,
+      projection<Storage, T>,
+      projection_backward_scratch_bytes<T>,
+      projection_backward<Storage, T>,
+      weights_bytes<T>,
+      pack_weights<T>,
+      duplex_scratch_bytes<T>,
+      duplex<Storage, T>,
+      duplex_backward_scratch_bytes<T>,
+      duplex_backward<Storage, T>,
+      reduce_weight_gradients<T>,
+  };
+  return table;
+}
+
+inline const GramKernels& gram_kernels_for(cpu::Storage storage) {
+  switch (storage) {
+    case cpu::Storage::kFloat64:
+      return gram_kernels<double, double>();
+    case cpu::Storage::kBFloat16:
+      return gram_kernels<BFloat16, float>();
+    case cpu::Storage::kFloat16:
+      return gram_kernels<Float16, float>();
+    default:
+      return gram_kernels<float, float>();
+  }
+}
+
+}  // namespace MODA_EXT_TIER
+}  // namespace cpu
+}  // namespace moda_ext

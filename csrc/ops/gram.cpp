@@ -1,0 +1,72 @@
+#include "ops/gram.h"
+
+namespace moda_ext {
+namespace {
+
+void check_contiguous(const ArgumentCheck& check, const char* name, const Tensor& tensor) {
+  check.require(tensor.is_contiguous(), name, "a contiguous tensor", "strides");
+}
+
+}  // namespace
+
+void check_tensor(const ArgumentCheck& check, const GramInputs& in, const char* name, const Tensor& tensor,
+                  const std::vector<int64_t>& sizes, Numbers numbers) {
+  const ScalarType dtype = in.key.scalar_type();
+  check.sizes(name, tensor, sizes);
+  check.dtype(name, tensor, numbers == Numbers::kSums ? compute_dtype(dtype) : dtype);
+  check.device(name, tensor, in.key);
+  if (numbers == Numbers::kStored) check.contiguous_last(name, tensor);
+}
+
+GramShape check_gram(const ArgumentCheck& check, const GramInputs& in) {
+  check.require(in.key.dim() == 4, "key", "4 dimensions", in.key);
+  check.require(in.num_modalities >= 1 && in.num_modalities <= 16, "num_modalities", "1 to 16", in.num_modalities);
+  check.head_size("key", in.key);
+  check.floating("key", in.key);
+  check.contiguous_last("key", in.key);
+  GramShape shape{};
+  shape.batch = in.key.size(0);
+  shape.kv_heads = in.key.size(1);
+  shape.num_keys = in.key.size(2);
+  shape.head_dim = in.key.size(3);
+  shape.num_modalities = in.num_modalities;
+  check.sizes("modality", in.modality, {shape.batch, shape.num_keys});
+  check.dtype("modality", in.modality, ScalarType::Int);
+  check.device("modality", in.modality, in.key);
+  return shape;
+}
+
+GramShape check_causal(const ArgumentCheck& check, const CausalInputs& in) {
+  GramShape shape = check_gram(check, in);
+  check.require(in.query.dim() == 4, "query", "4 dimensions", in.query);
+  shape.query_heads = in.query.size(1);
+  shape.num_queries = in.query.size(2);
+  check.require(shape.kv_heads > 0 ? shape.query_heads % shape.kv_heads == 0 : shape.query_heads == 0, "key",
+                "a number of heads that divides query's", in.key);
+  check.require(shape.num_queries <= shape.num_keys, "query", "at most as many tokens as key has", in.query);
+  check_tensor(check, in, "query", in.query, shape.query(), Numbers::kStored);
+  check_tensor(check, in, "row_scale", in.row_scale, shape.row_scale(), Numbers::kSums);
+  if (in.initial) {
+    check_tensor(check, in, "initial", *in.initial, shape.gram(), Numbers::kSums);
+    check_contiguous(check, "initial", *in.initial);
+  }
+  return shape;
+}
+
+GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
+  GramShape shape = check_causal(check, in);
+  check.require(in.a1.dim() == 3, "a1", "3 dimensions", in.a1);
+  shape.rank = in.a1.size(2);
+  check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", in.a1);
+  const auto weight = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes) {
+    check_tensor(check, in, name, tensor, sizes, Numbers::kSums);
+    check_contiguous(check, name, tensor);
+  };
+  weight("a1", in.a1, shape.down());
+  weight("b1", in.b1, shape.up());
+  weight("a2", in.a2, shape.down());
+  weight("b2", in.b2, shape.up());
+  return shape;
+}
+
+}  // namespace moda_ext

@@ -1,0 +1,292 @@
+"""The whole MODA attention layer, and its decoding state. Public as ``moda_ext.attention.ModularDuplexAttention``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from moda_ext.alignment import DuplexAligner, GramState
+from moda_ext.attention import modular_attention
+from moda_ext.mask import ModularMask
+
+__all__ = ["AttentionState", "ModularDuplexAttention"]
+
+
+@dataclasses.dataclass(eq=False)
+class AttentionState:
+    """What :class:`ModularDuplexAttention` remembers between calls. ``AttentionState()`` is the state before any token.
+
+    The layer's forward pass updates it in place; the methods here return a new state and leave this one as it is. A
+    pytree, so ``torch.compile`` and ``torch.export`` take it.
+
+    Attributes:
+        key, value: (B, Hkv, T, D), keys after RoPE, not aligned; None before the first token.
+        modality: (B, T), int32, -1 for padding.
+        gram: the aligner's :class:`moda_ext.alignment.GramState`, None without an aligner.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    modality: Tensor | None = None
+    gram: GramState | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, with padding."""
+        return 0 if self.key is None else self.key.shape[2]
+
+    def reorder(self, beam_idx: Tensor) -> AttentionState:
+        """The state of sequences ``beam_idx`` (new B,), integer: beam search, or a part of the batch."""
+        return self._map(lambda t: t.index_select(0, beam_idx.to(t.device)), lambda gram: gram.reorder(beam_idx))
+
+    def crop(self, length: int) -> AttentionState:
+        """The state after the first ``length`` tokens only. Any length: the keys are all here.
+
+        A Gram of fixed context stays; cropping into the context takes a new state.
+
+        Raises:
+            ValueError: ``length`` is not in 0 to ``self.length``.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"AttentionState: length must lie in 0 to {self.length}, got {length}")
+
+        def crop_gram(gram: GramState) -> GramState:
+            if gram.window is None or length >= gram.length - gram.key.shape[2]:
+                return gram.crop(length)
+            keywords = {"key_norm": gram.key_norm, "window": gram.window}
+            return GramState.from_keys(
+                self.key[:, :, :length], self.modality[:, :length], gram.gram.shape[2], **keywords
+            )
+
+        return self._map(lambda t: t.narrow(t.dim() // 2, 0, length), crop_gram)
+
+    def to(self, device: torch.device | str) -> AttentionState:
+        """The state on another device."""
+        return self._map(lambda t: t.to(device), lambda gram: gram.to(device))
+
+    def detach(self) -> AttentionState:
+        """The state without its history of gradients."""
+        return self._map(Tensor.detach, GramState.detach)
+
+    def _map(self, function, gram_function) -> AttentionState:
+        tensors = (None if t is None else function(t) for t in (self.key, self.value, self.modality))
+        return AttentionState(*tensors, None if self.gram is None else gram_function(self.gram))
+
+
+torch.export.register_dataclass(AttentionState, serialized_type_name="moda_ext.layer.AttentionState")
+
+
+class ModularDuplexAttention(nn.Module):
+    r"""A complete attention layer with duplex alignment and the modular mask.
+
+    .. math::
+        q, k, v = x W_q, x W_k, x W_v \quad \text{with RoPE on } q, k; \qquad
+        \text{out} = \text{modular\_attention}\big(q^{(1..M)}, k, v;\ b, c\big)\, W_o
+
+    where :class:`moda_ext.alignment.DuplexAligner` makes the views :math:`q^{(m)}` and
+    :class:`moda_ext.mask.ModularMask` the bias b and the sink c. The projections are named ``q_proj``, ``k_proj``,
+    ``v_proj`` and ``o_proj``, as in LLaMA's state dict. Source: MODA (arXiv 2507.04635), section 3.3.
+
+    Args:
+        embed_dim: E.
+        num_heads: Hq.
+        num_kv_heads: Hkv, a divisor of Hq; None is Hq.
+        num_modalities: M, 1 to 16.
+        head_dim: D, by default E // Hq.
+        bias: biases of the four projections.
+        is_causal: a causal layer. One that is not needs all tokens in one call.
+        rope_base: base of the rotary position embedding (halves rotated, as in LLaMA); None is no RoPE.
+        aligner: True, the defaults of ``DuplexAligner`` (with ``scope="full"`` if the layer is not causal); a dict of
+            its keyword arguments; or False, no aligner.
+        mask: True, the defaults of ``ModularMask``; a dict of its keyword arguments; or False, no mask.
+
+    A new layer with ``mask={"base": -math.inf}`` computes what it computes without aligner and mask. With the default
+    ``base=0`` the pseudo scores have an effect from the start.
+
+    Raises:
+        ValueError: a size that does not fit, or options that exclude each other.
+
+    Example:
+        >>> layer = ModularDuplexAttention(64, num_heads=4, num_kv_heads=2)
+        >>> x, modality = torch.randn(1, 6, 64), torch.tensor([[0, 1, 1, 1, 0, 0]])
+        >>> layer(x, modality).shape
+        torch.Size([1, 6, 64])
+        >>> state = AttentionState()  # the same in two pieces
+        >>> _ = layer(x[:, :5], modality[:, :5], state=state)
+        >>> layer(x[:, 5:], modality[:, 5:], state=state).shape
+        torch.Size([1, 1, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        num_modalities: int = 2,
+        *,
+        head_dim: int | None = None,
+        bias: bool = False,
+        is_causal: bool = True,
+        rope_base: float | None = 10_000.0,
+        aligner: bool | dict = True,
+        mask: bool | dict = True,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"ModularDuplexAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and "
+                f"{num_kv_heads}"
+            )
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"ModularDuplexAttention: embed_dim must be a multiple of num_heads, or head_dim be given, got "
+                    f"{embed_dim} and {num_heads}"
+                )
+            head_dim = embed_dim // num_heads
+        if rope_base is not None and head_dim % 2:
+            raise ValueError(f"ModularDuplexAttention: head_dim must be even for RoPE, got {head_dim}")
+        self.num_modalities, self.head_dim = num_modalities, head_dim
+        self.is_causal, self.rope_base = is_causal, rope_base
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.aligner = self.mask = None
+        if aligner is not False:
+            options = {"scope": "causal" if is_causal else "full", **({} if aligner is True else aligner)}
+            self.aligner = DuplexAligner(head_dim, num_modalities, **options)
+            if is_causal and self.aligner.scope == "full":
+                raise ValueError(
+                    "ModularDuplexAttention: aligner scope 'full' in a causal layer would show every token the later "
+                    "ones; use 'causal', or 'context' with the prompt as context"
+                )
+        if mask is not False:
+            self.mask = ModularMask(num_heads, num_modalities, **({} if mask is True else mask))
+            if self.mask.conditional and self.aligner is None:
+                raise ValueError(
+                    f"ModularDuplexAttention: mask variant {self.mask.variant!r} is conditioned on the aligner's Gram; "
+                    "give the layer an aligner, or the mask variant 'fix'"
+                )
+
+    def forward(
+        self,
+        x: Tensor,
+        modality: Tensor,
+        *,
+        positions: Tensor | None = None,
+        state: AttentionState | None = None,
+        context: Tensor | None = None,
+        return_mass: bool = False,
+    ):
+        """Attention over ``x``, after the tokens in ``state`` if there is one.
+
+        Args:
+            x: (B, N, E), in the dtype of the weights: float32, float64, bfloat16 or float16.
+            modality: (B, N), integer, in [0, M), -1 for padding, wherever it is.
+            positions: (B, N) or (N,), for RoPE. By default tokens are counted from 0, after those of ``state``, without
+                padding. The pseudo scores always count like this.
+            state: the tokens before (B, ...); **updated in place** by the new ones. Only in a causal layer. Chunked
+                prefill and decoding token by token agree with one call over all tokens, within rounding.
+            context: (B, N), boolean: the context, for ``scope="context"``; in the first call of a state only.
+            return_mass: also return the attention mass.
+
+        Returns:
+            (B, N, E), 0 in rows of padding, or the tuple ``(out, mass)`` with mass (B, Hq, N, M), see
+            :func:`moda_ext.attention.modular_attention`.
+
+        Raises:
+            ValueError: a shape that does not fit, or a state in a layer that is not causal.
+            TypeError, NotImplementedError: as ``modular_attention``.
+        """
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            raise ValueError(
+                f"ModularDuplexAttention: x must have shape (B, N, {self.q_proj.in_features}), got {tuple(x.shape)}"
+            )
+        if modality.shape != x.shape[:2]:
+            raise ValueError(
+                f"ModularDuplexAttention: modality must have shape {tuple(x.shape[:2])}, got {tuple(modality.shape)}"
+            )
+        if positions is not None and positions.shape not in (modality.shape, modality.shape[1:]):
+            raise ValueError(
+                f"ModularDuplexAttention: positions must have shape {tuple(modality.shape)} or "
+                f"{tuple(modality.shape[1:])}, got {tuple(positions.shape)}"
+            )
+        if state is not None and not self.is_causal:
+            raise ValueError("ModularDuplexAttention: a layer that is not causal cannot decode, state must be None")
+        if state is not None and state.length and state.key.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {state.key.shape[0]}"
+            )
+
+        modality = modality.to(torch.int32)
+        seen = 0 if state is None or state.length == 0 else (state.modality >= 0).sum(dim=1)  # (B,)
+        query, key, value = (  # (B, H, N, D), in memory (B, N, H, D)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.rope_base is not None:
+            if positions is None:
+                before = seen[:, None] if isinstance(seen, Tensor) else seen
+                positions = before + (modality >= 0).cumsum(dim=1) - 1
+            cos, sin = self._rotation(positions)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+        views, indicator, gram = query, None, None
+        if self.aligner is not None:
+            conditional = self.mask is not None and self.mask.conditional
+            results = self.aligner(
+                query,
+                key,
+                modality,
+                modality,
+                None if state is None else state.gram,
+                include=context,
+                return_indicator=conditional,
+                return_state=state is not None,
+            )
+            views, *rest = results if isinstance(results, tuple) else (results,)
+            indicator = rest[0] if conditional else None
+            gram = rest[-1] if state is not None else None
+        elif context is not None:
+            raise ValueError("ModularDuplexAttention: context is for the aligner, and this layer has none")
+        if state is not None:
+            if state.length:
+                key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
+            key_modality = torch.cat([state.modality, modality], dim=1) if state.length else modality
+            state.key, state.value, state.modality, state.gram = key, value, key_modality, gram
+        else:
+            key_modality = modality
+
+        keywords = {"is_causal": self.is_causal, "return_mass": True}
+        if self.mask is None:
+            out, mass = modular_attention(
+                views, key, value, key_modality, num_modalities=self.num_modalities, **keywords
+            )
+        else:
+            bias, sink = self.mask(query, modality, start=seen, indicator=indicator)
+            out, mass = self.mask.attend(views, key, value, modality, key_modality, bias, sink, **keywords)
+        padding = modality < 0
+        out = self.o_proj(out.transpose(1, 2).flatten(2)).masked_fill(padding[..., None], 0.0)
+        return (out, mass.masked_fill(padding[:, None, :, None], 0.0)) if return_mass else out
+
+    def extra_repr(self) -> str:
+        return f"num_modalities={self.num_modalities}, is_causal={self.is_causal}, rope_base={self.rope_base}"
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, 1, N, D / 2) or (N, D / 2), at least in float32: a low precision cannot hold a position."""
+        dtype = torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
+        half = self.head_dim // 2
+        frequency = self.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+        angle = positions.to(dtype)[..., None] * frequency
+        angle = angle.unsqueeze(1) if positions.dim() == 2 else angle
+        return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (B, H, N, D)."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
