@@ -33,6 +33,15 @@ def test_fuzzed_problems_longer_than_a_tile(device, two_threads, data):
     )
 
 
+@settings(max_examples=100)
+@given(data=st.data())
+def test_fuzzed_problems_of_many_rows(device, data):
+    """Kernels that work on tiles of queries run from 256 rows for each key head on."""
+    heads = data.draw(st.sampled_from((8, 16)))
+    queries = data.draw(st.integers(256 // heads, 80))
+    check(data.draw(problems(device, max_tokens=80, batch=1, kv_heads=1, heads=heads, queries=queries)), fuzzed=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", range(8, 257, 8))
 def test_every_head_size(device, head_size, dtype):
@@ -41,7 +50,7 @@ def test_every_head_size(device, head_size, dtype):
             head_size=head_size,
             dtype=dtype,
             batch=1,
-            heads=4,
+            heads=16,
             kv_heads=2,
             queries=37,
             keys=53,

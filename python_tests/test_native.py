@@ -128,7 +128,7 @@ import torch, moda_ext
 from problems import compare, cotangents_for, make_problem
 torch.set_num_threads(1)
 shapes = [
-    dict(queries=150, keys=220, head_size=64, is_causal=True, heads=4, runs="long runs"),
+    dict(queries=150, keys=220, head_size=64, is_causal=True, heads=8, runs="long runs"),
     dict(queries=37, keys=41, head_size=200, views=True, num_modalities=3, padding="left"),
     dict(queries=3, keys=333, head_size=128, is_causal=True, runs="runs of one"),
     dict(queries=70, keys=70, head_size=8, bias="hidden rows", sink="partly off"),

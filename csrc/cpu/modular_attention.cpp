@@ -36,13 +36,21 @@ constexpr int64_t kBackwardItems = 8;
 // Large forward blocks are halved, down to this many rows, until there are four for each thread.
 constexpr int64_t kFewestBlockRows = 64;
 
-// Tile instructions work on 32 queries at a time: for fewer rows per key head (decoding) most of that would be padding.
-constexpr int64_t kTileRowsWanted = 64;
+enum class Direction { kForward, kBackward };
 
-const AttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] int64_t rows_per_key_head) {
+// The query rows that share a key head from which on tile instructions pay: they take 32 at a time, and packing keys
+// costs as much for few as for many, most in the backward pass. In float32 both directions must decide alike, or the
+// scores of the backward pass are not those that went into lse.
+constexpr int64_t tile_rows_wanted(Storage storage, Direction direction) {
+  return direction == Direction::kForward && storage != Storage::kFloat32 ? 64 : 256;
+}
+
+const AttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] Direction direction,
+                                       [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = storage_of(dtype);
 #if defined(MODA_EXT_AMX_TIER)
-  if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64 &&
+      rows_per_key_head >= tile_rows_wanted(storage, direction))
     return attention_kernels_amx(storage);
 #endif
 #if defined(MODA_EXT_X86_TIERS)
@@ -282,7 +290,8 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
 
 std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const AttentionKernels& kernels = select_kernels(in.query.scalar_type(), rows_per_key_head(in, shape));
+  const AttentionKernels& kernels =
+      select_kernels(in.query.scalar_type(), Direction::kForward, rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs outputs = empty_outputs(in, shape);
   ForwardArgs args;
@@ -436,7 +445,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
                                                             const Needs& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const AttentionKernels& kernels = select_kernels(in.query.scalar_type(), rows_per_key_head(in, shape));
+  const AttentionKernels& kernels =
+      select_kernels(in.query.scalar_type(), Direction::kBackward, rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.backward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
   const bool packed = in.packed();
   const ScalarType compute = compute_dtype(in.query.scalar_type());
