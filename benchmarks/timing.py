@@ -45,7 +45,7 @@ def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> C
 
 
 def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int]) -> dict[str, Samples]:
-    """Time the calls A B C A B C ...; returns the seconds per call of each, one number per round.
+    """Time the calls A B C C B A A B C ...; returns the seconds per call of each, one number per round.
 
     Every call runs twice before anything counts (once if it takes more than a second), and a short one once more
     before each sample, so that nobody pays for the caches its predecessor left. Rounds: what fits into ``seconds``, at
@@ -65,7 +65,7 @@ def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int]) 
     total = min(rounds[1], max(rounds[0], total))
     samples: dict[str, Samples] = {name: [] for name in calls}
     for index in range(total):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: 1 if index % 2 == 0 else -1]:
             if index % min(period[name], total // rounds[0]):
                 samples[name].append(None)
                 continue
