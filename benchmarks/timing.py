@@ -24,8 +24,8 @@ Samples = list[float | None]  # seconds per call by round
 def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> Call:
     """What is timed: the forward without gradients, or forward and backward with respect to everything.
 
-    ``train`` returns the outputs and then the gradients of query, key, value and, where the contender has them, bias
-    and sink. Incoming gradients of all outputs are dense and random.
+    ``train`` returns the outputs and then the gradients of the contender's leaves. Incoming gradients of all outputs
+    are dense and random.
     """
     if mode == "forward":
 
@@ -34,7 +34,7 @@ def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> C
                 return forward()
 
         return call
-    leaves = x.leaves(contender.terms)
+    leaves = x.leaves(contender.leaves)
     upstream = [x.grad[name] for name in contender.outputs]
 
     def call():
