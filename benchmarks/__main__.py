@@ -15,7 +15,7 @@ from .aligner import ALIGNER, CONTENDERS
 from .gate import WRONG_FACTOR, Gate
 from .memory import measure_in_subprocess
 from .peers import OURS, Contender
-from .timing import available_memory, callable_for, interleave, machine, ratio, taken
+from .timing import available_memory, callable_for, interleave, keep_memory, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,7 +173,9 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def run_growth(kinds: list[str], quick: bool) -> dict[str, dict[int, float]]:
-    """Time per useful FLOP at each length over that at the first one."""
+    """Time per useful FLOP at each length over that at the first one, in memory that is there already."""
+    if kinds:
+        keep_memory()
     table = {}
     contenders = {"attention": OURS[0], "aligner": ALIGNER}
     for kind, mode in ((k, m) for k in kinds for m in goals.GROWTH_LENGTHS[k]):
