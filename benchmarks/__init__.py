@@ -1,7 +1,8 @@
 """Benchmarks of modular attention against what PyTorch offers: ``python -m benchmarks --help``.
 
 workloads.py  the shapes, their inputs and their useful work
-peers.py      ours and every peer behind one interface
+peers.py      attention: ours and every peer behind one interface
+aligner.py    aligner, Gram and layer: the same
 gate.py       correctness against the float64 reference, before anything is timed
 timing.py     interleaved timing, machine description
 memory.py     peak memory beyond inputs and outputs

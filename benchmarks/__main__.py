@@ -11,14 +11,16 @@ from dataclasses import replace
 import torch
 
 from . import goals
+from .aligner import ALIGNER, CONTENDERS
 from .gate import WRONG_FACTOR, Gate
 from .memory import measure_in_subprocess
-from .peers import OURS, PEERS, Contender
-from .timing import available_memory, callable_for, interleave, machine, ratio, taken
+from .peers import OURS, Contender
+from .timing import available_memory, callable_for, interleave, keep_memory, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_GATE, EXIT_GOALS = 1, 2
+GOAL_WORKLOADS = ["small-cpu", "decode", "aligned", "aligner-batch", "gram"]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,14 +34,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
         return parse
 
-    peers, modes = [p.name for p in PEERS], ["forward", "train"]
+    peers = [c.name for kind in CONTENDERS.values() for c in kind if not c.ours]
+    modes = ["forward", "train"]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Modular attention with bias, sink, lse and mass, beside what PyTorch offers for the same.",
+        description="Modular attention with bias, sink, lse and mass, aligner and layer, beside what PyTorch offers.",
         epilog="Exit status: 1 if ours disagrees with the float64 reference, 2 if --check-goals finds a goal missed.",
     )
-    default = ["small-cpu", "llava-1.5"]
-    parser.add_argument("--workload", type=listed(WORKLOADS), default=default, help=f"{', '.join(WORKLOADS)}, or all")
+    parser.add_argument("--workload", type=listed(WORKLOADS), help=f"{', '.join(WORKLOADS)}, or all")
     parser.add_argument("--peers", type=listed(peers), default=peers, help=", ".join(peers))
     parser.add_argument("--mode", type=listed(modes), default=modes, help="forward, train")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -48,14 +50,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-gflop", type=float, default=1500, help="skip calls with more useful work than this")
     parser.add_argument("--quick", action="store_true", help="three rounds each, shorter lengths: is everything alive?")
     parser.add_argument("--memory", action="store_true", help=f"also measure peak memory at N={goals.MEMORY_LENGTH}")
-    parser.add_argument("--growth", action="store_true", help="also measure time per useful FLOP against length")
-    parser.add_argument("--check-goals", action="store_true", help="run what the goals need and say which are met")
+    growth = {"type": listed(goals.GROWTH_LENGTHS), "nargs": "?", "const": "all", "default": []}
+    parser.add_argument(
+        "--growth", **growth, help="also time per useful FLOP against length: attention, aligner, or all"
+    )
+    parser.add_argument(
+        "--check-goals", action="store_true", help="run what the goals need (or --workload) and say which are met"
+    )
     parser.add_argument("--json", metavar="FILE", help="write machine, options, all samples and verdicts")
     args = parser.parse_args(argv)
     if args.check_goals:
-        args.workload, args.mode, args.dtype = ["small-cpu", "decode"], modes, "float32"
+        args.mode, args.dtype = modes, "float32"
         args.peers = [p for p in peers if p not in ("onehot-v", "eager")]
-        args.memory = args.growth = True
+        if args.workload is None:
+            args.workload, args.memory, args.growth = GOAL_WORKLOADS, True, list(goals.GROWTH_LENGTHS)
+    args.workload = args.workload or ["small-cpu", "llava-1.5"]
     return args
 
 
@@ -66,10 +75,11 @@ def say(text: str) -> None:
 
 
 def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
-    """Check, then time, every contender of one case; one result row each, ours first."""
+    """Check, then time, every contender of one case; one result row each, the one that others are measured by first."""
     dtype = str(case.dtype).removeprefix("torch.")
     label = {"workload": case.workload, "case": case.label, "mode": mode, "dtype": dtype}
-    gflop = case.useful_flops(mode) / 1e9
+    wanted = [c for c in CONTENDERS[case.kind] if c.ours or c.name in args.peers]
+    gflop = wanted[0].useful_flops(case, mode) / 1e9
     if gflop > args.max_gflop:
         print(f"\n{case.label}, {mode}: skipped: {gflop:.0f} GFLOP a call, limit --max-gflop {args.max_gflop:g}")
         return []
@@ -81,14 +91,15 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
         print(f"\n{case.label}, {mode}: skipped: decoding has no backward")
         return []
     torch.compiler.reset()  # compiled FlexAttention of earlier shapes
-    contenders = [(c, case) for c in OURS + [p for p in PEERS if p.name in args.peers]]
-    if case.dtype == torch.float32:
+    contenders = [(c, case) for c in wanted]
+    if case.kind == "attention" and case.dtype == torch.float32:
         bf16 = replace(OURS[0], name="ours-bf16", what="ours on bfloat16 inputs")
         contenders.insert(len(OURS), (bf16, replace(case, dtype=torch.bfloat16)))
 
     rows, calls = [], {}
     for contender, own_case in contenders:
-        row = {**label, "contender": contender.name, "what": contender.what}
+        row = {**label, "contender": contender.name, "what": contender.what, "ours": contender.ours}
+        row["gflop"] = contender.useful_flops(case, mode) / 1e9
         rows.append(row)
         row["reason"] = contender.obstacle(own_case, mode, 0.6 * available_memory())
         if row["reason"]:
@@ -99,10 +110,9 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
             del calls[contender.name]
     say(f"{case.label}, {mode}: timing {', '.join(calls)}")
     rounds = (3, 3) if args.quick else (5, 200)
-    samples = interleave(calls, args.seconds, rounds) if "ours" in calls else {}
+    samples = interleave(calls, args.seconds, rounds) if wanted[0].name in calls else {}
     for row in rows:
         row["samples"] = samples.get(row["contender"], [])
-        row["gflop"] = gflop
     return rows
 
 
@@ -146,9 +156,9 @@ def print_rows(rows: list[dict]) -> None:
     say("")
     if not rows:
         return
-    ours = next(r for r in rows if r["contender"] == "ours")
-    print(f"\n{ours['case']}, {ours['mode']}, {ours['dtype']}: {ours['gflop']:.1f} useful GFLOP")
-    print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} {'ours/it':>8}  error/bound")
+    first = rows[0]
+    print(f"\n{first['case']}, {first['mode']}, {first['dtype']}: {first['gflop']:.1f} useful GFLOP")
+    print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} {first['contender'] + '/it':>10}  error/bound")
     for row in rows:
         t = taken(row["samples"])
         if not t:
@@ -156,32 +166,36 @@ def print_rows(rows: list[dict]) -> None:
             continue
         middle = statistics.median(t)
         times = f"{middle * 1e3:9.2f} {min(t) * 1e3:8.2f} {max(t) * 1e3:8.2f} {row['gflop'] / middle:8.0f}"
-        relative = f"{ratio(ours['samples'], row['samples']):8.2f}"
+        relative = f"{ratio(first['samples'], row['samples']):10.2f}"
         accuracy = f"{row['error']:.0e}/{row['bound']:.0e}" + ("" if row["ok"] else f" {row['worst']} OVER ITS BOUND")
         print(f"  {row['contender']:16}{times} {relative}  {accuracy}  {row['what']}")
     sys.stdout.flush()
 
 
-def run_growth(quick: bool) -> dict[str, dict[int, float]]:
-    """Time per useful FLOP at each length over that at the first one."""
+def run_growth(kinds: list[str], quick: bool) -> dict[str, dict[int, float]]:
+    """Time per useful FLOP at each length over that at the first one, in memory that is there already."""
+    if kinds:
+        keep_memory()
     table = {}
-    for mode, lengths in goals.GROWTH_LENGTHS.items():
-        lengths = lengths[:3] if quick else lengths
-        say(f"growth, {mode}: N = {lengths}")
+    contenders = {"attention": OURS[0], "aligner": ALIGNER}
+    for kind, mode in ((k, m) for k in kinds for m in goals.GROWTH_LENGTHS[k]):
+        contender, title = contenders[kind], f"{kind}, {mode}"
+        lengths = goals.GROWTH_LENGTHS[kind][mode][: 3 if quick else None]
+        say(f"growth, {title}: N = {lengths}")
         calls, flops = {}, {}
         for n in lengths:
-            case = growth_case(n)
+            case = growth_case(n, kind)
             inputs = make_inputs(case)
             inputs.require_grad(mode == "train")
-            calls[n] = callable_for(OURS[0], OURS[0].build(case, inputs), inputs, mode)
-            flops[n] = case.useful_flops(mode)
+            calls[n] = callable_for(contender, contender.build(case, inputs), inputs, mode)
+            flops[n] = contender.useful_flops(case, mode)
         samples = interleave(calls, seconds=20.0, rounds=(3, 30))
         first = lengths[0]
-        table[mode] = {n: ratio(samples[n], samples[first]) * flops[first] / flops[n] for n in lengths}
+        table[title] = {n: ratio(samples[n], samples[first]) * flops[first] / flops[n] for n in lengths}
         rate = flops[first] / statistics.median(taken(samples[first])) / 1e9
         say("")
-        print(f"\ngrowth, {mode}: {rate:.0f} GFLOP/s at N={first}; time per useful FLOP against it:")
-        print("  " + "  ".join(f"N={n} {value:.2f}" for n, value in table[mode].items()))
+        print(f"\ngrowth, {title}: {rate:.0f} GFLOP/s at N={first}; time per useful FLOP against it:")
+        print("  " + "  ".join(f"N={n} {value:.2f}" for n, value in table[title].items()))
     return table
 
 
@@ -198,11 +212,13 @@ def run_memory() -> dict[str, float | None]:
 
 
 def print_goals(verdicts: list[dict]) -> None:
+    """With the number of those that a run of some workloads only says nothing about."""
     print("\ngoals")
-    for v in verdicts:
-        word = {True: "met", False: "MISSED", None: "no figure"}[v["met"]]
+    for v in (v for v in verdicts if v["figures"]):
+        word = "met" if v["met"] else "MISSED"
         figures = ", ".join(f"{case.removeprefix('small-cpu ')}: {value:.2f}" for case, value in v["figures"].items())
-        print(f"  {word:9} <= {v['limit']:<5g} {v['goal']}: {figures}")
+        print(f"  {word:6} <= {v['limit']:<5.3g} {v['goal']}: {figures}")
+    print(f"  no figure for {sum(v['met'] is None for v in verdicts)} of {len(verdicts)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
                 results += rows
     _gates.clear()
     memory = run_memory() if args.memory else {}
-    growth = run_growth(args.quick) if args.growth else {}
+    growth = run_growth(args.growth, args.quick)
     verdicts = goals.judge(results, memory, growth) if args.check_goals else []
     if verdicts:
         print_goals(verdicts)
@@ -235,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         record = {"machine": about, "command": command, "results": results, "memory_mb": memory, "growth": growth}
         with open(args.json, "w") as file:
             json.dump({**record, "goals": verdicts}, file, indent=1)
-    wrong = [r for r in results if r["contender"].startswith("ours") and r.get("ok") is False]
+    wrong = [r for r in results if r["ours"] and r.get("ok") is False]
     for row in wrong:
         print(f"{row['case']}, {row['mode']}: {row['contender']} is off: {row['worst']}", file=sys.stderr)
     if wrong:

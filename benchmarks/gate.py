@@ -1,8 +1,10 @@
 """The correctness gate: the float64 reference on the same inputs, on a sample of rows, before anything is timed.
 
-Rows of attention do not depend on one another, so a block of rows [s, e) with the keys it can see is a whole problem
-for the dense reference, and small. For gradients the incoming gradient is zero outside the sampled rows; then the
-gradients of key and value, which sum over rows, are those of the sampled rows alone. The contender runs at full size.
+Rows of attention and of the causal aligner do not depend on one another, so a block of rows [s, e) with the keys it can
+see is a whole problem for the dense reference, and small. For gradients the incoming gradient is zero outside the
+sampled rows; then the gradients of key, value and weights, which sum over rows, are those of the sampled rows alone.
+The contender runs at full size. Of a batch, the first sample and the last are compared. Contenders that are not
+``by_rows`` are compared at full size.
 
 Bound: |x - ref| <= 2 |low - ref| + 2 |(ref + 0.3 - 0.3) - ref| in max norm, ``low`` being dense PyTorch in the
 contender's own dtype; for lse and mass of ours in float32, which they are for low-precision inputs too. Ours has to
@@ -15,8 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moda_ext import reference
-
 from .peers import Call, Contender
 from .workloads import Case, Inputs
 
@@ -24,6 +24,8 @@ BLOCK_ROWS = 64
 WRONG_FACTOR = 10.0
 FEW = 4096  # so few numbers may be exact by luck in the dense way: they get 8 more roundings of their largest
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+WIDE = ("lse", "mass", "indicator", "gram")  # float32 in ours, whatever the inputs are
+WIDE_GRADS = ("grad of bias", "grad of sink")
 
 
 def sampled_blocks(case: Case) -> list[tuple[int, int]]:
@@ -41,52 +43,54 @@ def sampled_blocks(case: Case) -> list[tuple[int, int]]:
     return blocks
 
 
-def row_mask(case: Case) -> torch.Tensor:
-    mask = torch.zeros(case.rows, dtype=torch.bool)
-    for start, stop in sampled_blocks(case):
-        mask[start:stop] = True
-    return mask
+def sampled_batch(case: Case) -> list[int]:
+    """The first sample and the last."""
+    return sorted({0, case.batch - 1})
 
 
-def incoming(x: Inputs, name: str, rows: torch.Tensor) -> torch.Tensor:
-    """The incoming gradient of one output, zero outside the sampled rows."""
-    grad = x.grad[name]
-    keep = rows.view(1, 1, -1, *[1] * (grad.dim() - 3))
-    return torch.where(keep, grad, torch.zeros((), dtype=grad.dtype))
+ALL = slice(None)
+
+
+def tokens_of(tensor: torch.Tensor, batch: slice, tokens: slice) -> tuple:
+    """Index of some tokens in (B, H, N), (B, H, N, .) or (M, B, H, N, D)."""
+    return (*[ALL] * (tensor.dim() == 5), batch, ALL, tokens)
+
+
+def pieces(case: Case, contender: Contender) -> list[tuple]:
+    """(samples, rows, keys) of every problem that the reference solves."""
+    if not contender.by_rows:
+        return [(ALL, ALL, ALL)]
+    batch, blocks, offset = sampled_batch(case), sampled_blocks(case), case.num_keys - case.rows
+    return [(slice(b, b + 1), slice(*rows), slice(0, rows[1] + offset)) for b in batch for rows in blocks]
+
+
+def sampled(case: Case, contender: Contender, output: torch.Tensor) -> list[torch.Tensor]:
+    """Of an output, or its gradient, what each piece holds: views."""
+    places = [tokens_of(output, *p[:2]) if contender.by_rows else ... for p in pieces(case, contender)]
+    return [output[place] for place in places]
 
 
 def dense_reference(case: Case, x: Inputs, contender: Contender, mode: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Outputs on the sampled rows, then gradients, each step of the mathematics in ``dtype``; blocks add in float64."""
-    blocks, offset = sampled_blocks(case), case.num_keys - case.rows
-    leaves = x.leaves(contender.terms)
+    """Outputs on the sampled rows, then gradients, each step of the mathematics in ``dtype``; pieces add in float64."""
+    names, leaves = contender.leaves, x.leaves(contender.leaves)
     outputs: list[list[torch.Tensor]] = []
     grads = [torch.zeros(t.shape, dtype=torch.float64) for t in leaves]
-    for b in range(case.batch):
-        per_block = []
-        for start, stop in blocks:
-            end = stop + offset
-            views = [(slice(b, b + 1), slice(None), slice(start, stop))]
-            views += [(slice(b, b + 1), slice(None), slice(0, end))] * 2
-            views += [views[0]] * (len(leaves) - 3)
-            parts = [t.detach()[v].to(dtype) for t, v in zip(leaves, views, strict=True)]
-            for part in parts:
-                part.requires_grad_(mode == "train")
-            terms = {"modality_bias": parts[3], "sink": parts[4]} if contender.terms else {}
-            modality = x.key_modality[b : b + 1, :end]
-            options = {"num_modalities": case.num_modalities, "is_causal": True, **terms}
-            result = reference.dense_attention(*parts[:3], modality, **options)
-            picked = [r for name, r in zip(("out", "lse", "mass"), result, strict=True) if name in contender.outputs]
-            if mode == "train":
-                upstream = [
-                    x.grad[name][b : b + 1, :, start:stop].to(r.dtype)
-                    for name, r in zip(contender.outputs, picked, strict=True)
-                ]
-                for total, view, grad in zip(grads, views, torch.autograd.grad(picked, parts, upstream), strict=True):
-                    total[view] += grad
-            per_block.append([r.detach().double() for r in picked])
-        outputs.append([torch.cat(column, dim=2) for column in zip(*per_block, strict=True)])
-    stacked = [torch.cat(column) for column in zip(*outputs, strict=True)]
-    return stacked + (grads if mode == "train" else [])
+    incoming = zip(*(sampled(case, contender, x.grad[name]) for name in contender.outputs), strict=True)
+    for (batch, rows, keys), given in zip(pieces(case, contender), incoming, strict=True):
+        where = {"key": keys, "value": keys} | dict.fromkeys(("query", "views", "bias", "sink"), rows)
+        views = [tokens_of(t, batch, where[n]) if n in where else ... for n, t in zip(names, leaves, strict=True)]
+        parts = [t.detach()[v].to(dtype) for t, v in zip(leaves, views, strict=True)]
+        for part in parts:
+            part.requires_grad_(mode == "train")
+        result = contender.dense(case, dict(zip(names, parts, strict=True)), x.key_modality[batch, keys])
+        picked = [result[name] for name in contender.outputs]
+        if mode == "train":
+            upstream = [g.to(r.dtype) for g, r in zip(given, picked, strict=True)]
+            for total, view, grad in zip(grads, views, torch.autograd.grad(picked, parts, upstream), strict=True):
+                total[view] += grad
+        outputs.append([r.detach().double() for r in picked])
+    joined = [torch.cat([r.flatten() for r in column]) for column in zip(*outputs, strict=True)]
+    return joined + (grads if mode == "train" else [])
 
 
 @dataclass
@@ -114,31 +118,37 @@ class Gate:
         self._cache: dict = {}
 
     def _references(self, contender: Contender, names: list[str]):
-        key = (contender.terms, contender.outputs, contender.ours)
+        key = (contender.dense, contender.leaves, contender.outputs, contender.ours)
         if key not in self._cache:
             args = (self.case, self.inputs, contender, self.mode)
             low = dense_reference(*args, self.case.dtype)
             if self.case.dtype in LOW_PRECISION and contender.ours:
                 single = dense_reference(*args, torch.float32)
-                low = [s if n in ("lse", "mass") else t for n, s, t in zip(names, single, low, strict=True)]
+                low = [s if n in WIDE else t for n, s, t in zip(names, single, low, strict=True)]
             self._cache[key] = dense_reference(*args, torch.float64), low
         return self._cache[key]
 
     def check(self, contender: Contender, call: Call) -> Verdict:
         case, x = self.case, self.inputs
-        rows = row_mask(case)
+
+        def incoming(name: str) -> torch.Tensor:
+            """The incoming gradient of one output, zero outside the sampled rows."""
+            kept = torch.zeros_like(x.grad[name])
+            for part, grad in zip(*(sampled(case, contender, t) for t in (kept, x.grad[name])), strict=True):
+                part.copy_(grad)
+            return kept
+
         outputs = call()
-        found = [o.detach()[:, :, rows].double() for o in outputs]
+        found = [torch.cat([part.flatten() for part in sampled(case, contender, o.detach())]).double() for o in outputs]
         names = list(contender.outputs)
         if self.mode == "train":
-            leaves = x.leaves(contender.terms)
-            upstream = [incoming(x, name, rows).to(o.dtype) for name, o in zip(names, outputs, strict=True)]
+            leaves = x.leaves(contender.leaves)
+            upstream = [incoming(name).to(o.dtype) for name, o in zip(names, outputs, strict=True)]
             found += [g.double() for g in torch.autograd.grad(outputs, leaves, upstream)]
-            names += ["grad of " + n for n in ("query", "key", "value", "bias", "sink")[: len(leaves)]]
+            names += ["grad of " + name for name in contender.leaves]
         verdicts = []
         for name, got, ref, low in zip(names, found, *self._references(contender, names), strict=True):
-            # lse, mass and the gradients of bias and sink are float32 in ours, whatever the dtype of query.
-            wide = contender.ours and name in ("lse", "mass", "grad of bias", "grad of sink")
+            wide = contender.ours and name in WIDE + WIDE_GRADS
             low_precision = case.dtype in LOW_PRECISION
             rounding = rounding_unit(ref, torch.float32 if wide and low_precision else case.dtype)
             bound = 2 * distance(low, ref) + 2 * rounding

@@ -2,7 +2,7 @@
 
 Every peer is written the way that is fastest for it on a CPU; what depends on the token layout alone (causal masks,
 block masks, index lists) is made once, outside the timed call. What depends on bias and sink is made inside it, because
-they are inputs of the operator. ``outputs`` names what the call returns, ``terms`` says whether it has bias and sink.
+they are inputs of the operator. ``outputs`` names what the call returns, ``leaves`` the inputs it is differentiated by.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from moda_ext import reference
 from moda_ext.attention import modular_attention
 
 from .workloads import VISION, Case, Inputs
 
 Call = Callable[[], tuple[torch.Tensor, ...]]
+TOKENS, TERMS = ("query", "key", "value"), ("bias", "sink")
+
+
+def dense_attention(case: Case, t: dict[str, torch.Tensor], modality: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Plain PyTorch, for the gate: the last rows of the keys, whose modalities are given."""
+    terms = {"modality_bias": t["bias"], "sink": t["sink"]} if "bias" in t else {}
+    options = {"num_modalities": case.num_modalities, "is_causal": True, **terms}
+    query = t["views"] if "views" in t else t["query"]
+    out, lse, mass = reference.dense_attention(query, t["key"], t["value"], modality, **options)
+    return {"out": out, "lse": lse, "mass": mass}
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,20 @@ class Contender:
     what: str
     build: Callable[[Case, Inputs], Call]
     outputs: tuple[str, ...] = ("out",)
-    terms: bool = True
+    leaves: tuple[str, ...] = TOKENS + TERMS
+    dense: Callable[..., dict[str, torch.Tensor]] = dense_attention  # the same in plain PyTorch
+    by_rows: bool = True  # rows do not depend on one another: the gate may take a sample of them
+    work: Callable[[Case], float] | None = None  # useful FLOPs forward; None: those of attention
+    backward: float = 2.0  # FLOPs of the backward pass for one forward
     matrices: tuple[int, int] = (0, 0)  # dense score matrices alive at the peak: forward, train
     copies: int = 0  # copies it makes of key and value
     no_train: str | None = None  # why it cannot train on a CPU
     ours: bool = False
+
+    def useful_flops(self, case: Case, mode: str) -> float:
+        if self.work is None:
+            return case.useful_flops(mode)
+        return self.work(case) * (1 + self.backward * (mode == "train"))
 
     def obstacle(self, case: Case, mode: str, memory: float) -> str | None:
         """Why this contender cannot run the case, or None."""
@@ -256,7 +276,7 @@ OURS = [
     Contender("ours-plain", "bias and sink, only out returned", build_ours_plain, ours=True),
 ]
 PEERS = [
-    Contender("sdpa", "torch SDPA, causal, nothing else: less work", build_sdpa, terms=False),
+    Contender("sdpa", "torch SDPA, causal, nothing else: less work", build_sdpa, leaves=TOKENS),
     Contender("sdpa-mask", "SDPA, dense mask made from bias and sink", build_sdpa_mask, matrices=(4, 8), copies=1),
     Contender(
         "sdpa-mask-given",

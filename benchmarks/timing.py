@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import statistics
+import sys
 import time
 from datetime import datetime, timezone
 
@@ -24,8 +26,8 @@ Samples = list[float | None]  # seconds per call by round
 def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> Call:
     """What is timed: the forward without gradients, or forward and backward with respect to everything.
 
-    ``train`` returns the outputs and then the gradients of query, key, value and, where the contender has them, bias
-    and sink. Incoming gradients of all outputs are dense and random.
+    ``train`` returns the outputs and then the gradients of the contender's leaves. Incoming gradients of all outputs
+    are dense and random.
     """
     if mode == "forward":
 
@@ -34,7 +36,7 @@ def callable_for(contender: Contender, forward: Call, x: Inputs, mode: str) -> C
                 return forward()
 
         return call
-    leaves = x.leaves(contender.terms)
+    leaves = x.leaves(contender.leaves)
     upstream = [x.grad[name] for name in contender.outputs]
 
     def call():
@@ -90,6 +92,19 @@ def taken(samples: Samples) -> list[float]:
 def ratio(ours: Samples, peer: Samples) -> float:
     """Median over the rounds of ours / peer: a disturbance that lasts longer than a round cancels."""
     return statistics.median(a / b for a, b in zip(ours, peer, strict=True) if a is not None and b is not None)
+
+
+def keep_memory() -> None:
+    """From now on freed memory stays with this process and is used again, whatever the size of a block (glibc).
+
+    By default glibc maps blocks above 32 MB anew in every call. Their page faults start somewhere on the way to long
+    sequences, and would look as if the operator's time grew there.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def available_memory() -> float:

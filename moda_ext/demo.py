@@ -9,8 +9,9 @@ colour:
 - a word that names a CSS colour ("steelblue") is embedded as a patch of that colour, any other word at random;
 - projections are random; the query projection is mostly the key projection, so a token looks at its like.
 
-What is printed and drawn therefore shows what the operator computes and what prior and pseudo scores do to it. It is no
-statement about a trained model.
+What is printed and drawn therefore shows what the operators compute and what prior, pseudo scores and aligner do to it.
+The aligner is trained here for a few steps, on this one sequence, to move attention. None of it is a statement about a
+trained model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import moda_ext
 from moda_ext import reference
+from moda_ext.alignment import DuplexAligner, modality_gram
 from moda_ext.attention import modular_attention, pseudo_score_sink
 
 TEXT, VISION = 0, 1
@@ -45,6 +47,8 @@ UNIFORM = "uniform attention"
 PRIOR = 1.5  # added to the scores between modalities: exp(1.5) = 4.5 times the weight
 TOLERANCE = 1e-5  # of the largest value; float32 rounds at 6e-8, and a backward pass adds large numbers that cancel
 DECAY, BASE, MAX_LENGTH = 0.5, 5.0, 8192  # pseudo scores; the paper's base for training from scratch is 0
+ALIGNER, TARGET, STEPS, LEARNING_RATE = "aligner, trained here", 0.5, 24, 0.01  # text rows shall give the picture half
+CROPS = 2  # LLaVA-NeXT sees the picture once whole and once in 2 x 2 crops: 5 x 576 patches
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
@@ -53,7 +57,7 @@ class Tokens:
     """One sequence [text][image][text]."""
 
     photo: Tensor  # (S, S, 3) in [0, 1]
-    colours: Tensor  # (GRID * GRID, 3): mean colour of each patch
+    colours: Tensor  # (patches, 3): mean colour of each patch
     before: list[str]
     after: list[str]
     embedding: Tensor  # (1, N, EMBEDDING)
@@ -61,14 +65,14 @@ class Tokens:
 
     @property
     def after_start(self) -> int:
-        return len(self.before) + GRID * GRID
+        return len(self.before) + len(self.colours)
 
     def row_of(self, word: str) -> int:
         return self.after_start + self.after.index(word)
 
 
-def load_photo() -> Tensor:
-    """The square around the face of matplotlib's sample photograph, resized to 336 x 336."""
+def load_photo(size: int = 14 * GRID) -> Tensor:
+    """The square around the face of matplotlib's sample photograph, resized to ``size`` x ``size``."""
     import numpy as np
     from matplotlib import cbook, image
 
@@ -76,14 +80,21 @@ def load_photo() -> Tensor:
         pixels = torch.from_numpy(np.array(image.imread(file, format="jpg"))).float() / 255
     width = pixels.shape[1]
     square = pixels[20 : 20 + width].permute(2, 0, 1)[None]
-    return F.interpolate(square, size=(14 * GRID, 14 * GRID), mode="area")[0].permute(1, 2, 0)
+    return F.interpolate(square, size=(size, size), mode="area")[0].permute(1, 2, 0)
 
 
-def make_tokens() -> Tokens:
+def crop_colours() -> Tensor:
+    """(CROPS^2 * 576, 3): mean colours of the patches of the crops, one crop after the other."""
+    fine = F.adaptive_avg_pool2d(load_photo(14 * GRID * CROPS).permute(2, 0, 1), GRID * CROPS)
+    return fine.unflatten(1, (CROPS, GRID)).unflatten(3, (CROPS, GRID)).permute(1, 3, 2, 4, 0).reshape(-1, 3)
+
+
+def make_tokens(with_crops: bool = False) -> Tokens:
     from matplotlib.colors import CSS4_COLORS, to_rgb
 
     photo = load_photo()
     colours = F.adaptive_avg_pool2d(photo.permute(2, 0, 1), GRID).flatten(1).T  # (576, 3)
+    colours = torch.cat([colours, crop_colours()]) if with_crops else colours
     generator = torch.Generator().manual_seed(0)
     frequency = torch.randn(3, EMBEDDING, generator=generator) / COLOUR_WIDTH
     phase = 2 * torch.pi * torch.rand(EMBEDDING, generator=generator)
@@ -135,6 +146,7 @@ class Setting:
     name: str
     bias: Tensor | None = None  # broadcastable to (B, Hq, N, M)
     sink: Tensor | None = None  # broadcastable to (B, Hq, N)
+    views: Tensor | None = None  # (M, B, Hq, N, D): in place of the query
 
 
 def make_settings(modality: Tensor) -> list[Setting]:
@@ -152,10 +164,13 @@ class Layer:
         self.modality = tokens.modality
         self.query, self.key, self.value = project(tokens.embedding)
 
+    def query_of(self, setting: Setting) -> Tensor:
+        return self.query if setting.views is None else setting.views
+
     def attend(self, setting: Setting, function=modular_attention, dtype=torch.float32, leaves=None):
         """(out, lse, mass) of ``function`` in ``dtype``; ``leaves`` replaces query, key, value, bias, sink."""
         if leaves is None:
-            leaves = [self.query, self.key, self.value, setting.bias, setting.sink]
+            leaves = [self.query_of(setting), self.key, self.value, setting.bias, setting.sink]
         query, key, value, bias, sink = (None if t is None else t.to(dtype) for t in leaves)
         return function(
             query,
@@ -176,12 +191,66 @@ class Layer:
         elsewhere, leaves p_rj, summed over the query heads of a group, in channel c of the gradient of value j.
         """
         value = self.value.detach().requires_grad_()
-        out, _, _ = self.attend(setting, leaves=[self.query, self.key, value, setting.bias, setting.sink])
+        out, _, _ = self.attend(setting, leaves=[self.query_of(setting), self.key, value, setting.bias, setting.sink])
         upstream = torch.zeros_like(out)
         for channel, row in enumerate(rows):
             upstream[:, :, row, channel] = 1.0
         (grad,) = torch.autograd.grad(out, value, upstream)  # (1, Hkv, N, D)
         return grad[0, :, :, : len(rows)].sum(dim=0).T / QUERY_HEADS
+
+
+def train_aligner(layer: Layer, rows: slice, progress) -> tuple[list[Setting], list[float]]:
+    """A new aligner, and the same after a few steps: its loss asks that ``rows`` give the picture TARGET on average.
+
+    Returns both as settings, and the share of the picture before each step and after the last.
+    """
+    torch.manual_seed(3)
+    aligner = DuplexAligner(HEAD_DIM)
+    optimizer = torch.optim.Adam(aligner.parameters(), lr=LEARNING_RATE)
+
+    def views() -> Tensor:
+        return aligner(layer.query, layer.key, layer.modality, layer.modality)
+
+    def share() -> Tensor:
+        return layer.attend(Setting("", views=views()))[2][0, :, rows, VISION].mean()
+
+    with torch.no_grad():
+        new = views()
+    shares = []
+    for _ in progress(range(STEPS), "training the aligner"):
+        now = share()
+        optimizer.zero_grad()
+        (now - TARGET).square().backward()
+        optimizer.step()
+        shares.append(now.item())
+    with torch.no_grad():
+        shares.append(share().item())
+        return [Setting("new aligner", views=new), Setting(ALIGNER, views=views())], shares
+
+
+@dataclass
+class Spectrum:
+    """Of one modality's trace-normalised Gram: eigenvalues, and those of as many keys without any structure."""
+
+    name: str
+    keys: int
+    eigenvalues: Tensor  # (D,), falling, mean over the key heads; they add up to 1
+    null: Tensor  # (D,): the same for random keys
+
+    @staticmethod
+    def dimensions(eigenvalues: Tensor) -> float:
+        """How many dimensions of equal weight would be as spread out: 1 / sum of squares."""
+        return 1 / eigenvalues.square().sum().item()
+
+
+def make_spectra(layer: Layer) -> list[Spectrum]:
+    generator = torch.Generator().manual_seed(4)
+    random = torch.randn(layer.key.shape, generator=generator)
+    grams = [modality_gram(key, layer.modality).double() for key in (layer.key, random)]  # (1, Hkv, M, D, D)
+    found, null = (torch.linalg.eigvalsh(gram)[0].mean(dim=0).flip(-1) for gram in grams)  # (M, D)
+    counts = [int((layer.modality == m).sum()) for m in (TEXT, VISION)]
+    names = ("text", "vision")
+    return [Spectrum(name, *rest) for name, *rest in zip(names, counts, found, null, strict=True)]
 
 
 def uniform_mass(modality: Tensor) -> Tensor:
@@ -248,6 +317,24 @@ def print_words(tokens: Tokens, maps: dict[str, Tensor]) -> None:
         print(f"  {name:26}" + "".join(f"{share:12.1f}" for share in shares))
 
 
+def print_aligner(start: Setting, layer: Layer, shares: list[float], spectra: list[Spectrum]) -> None:
+    same = all(torch.equal(view, layer.query) for view in start.views)
+    identity = "the identity, bit for bit" if same else "NOT THE IDENTITY"
+    print(
+        f"\nAligner (causal scope, trace-normalised Grams, rank 16): a new one is {identity}. {STEPS} Adam\n"
+        f"steps on this one sequence, with a loss that asks that the question give the picture {100 * TARGET:.0f} %,\n"
+        f"take that from {100 * shares[0]:.1f} to {100 * shares[-1]:.1f} %."
+    )
+    print(
+        "\nThe Gram matrices of the keys at LLaVA-NeXT's size (the picture whole and in 4 crops), mean over key heads"
+    )
+    print(f"  {'':10}{'keys':>6}{'largest eigenvalue':>22}{'dimensions':>12}{'of random keys':>18}")
+    for s in spectra:
+        sizes = (s.dimensions(s.eigenvalues), s.dimensions(s.null))
+        print(f"  {s.name:10}{s.keys:6}{s.eigenvalues[0]:22.3f}{sizes[0]:12.1f}{sizes[1]:18.1f}")
+    print("  Eigenvalues add up to 1; dimensions = 1 / sum of squares; the head size is the most.")
+
+
 def print_times(layer: Layer, setting: Setting, progress) -> None:
     """Ours with everything on, beside SDPA without any of it and beside the dense way to get the same."""
     n = layer.query.shape[2]
@@ -304,6 +391,8 @@ def print_times(layer: Layer, setting: Setting, progress) -> None:
 
 # The picture ----------------------------------------------------------------------------------------------------------
 LINE_COLOURS = {UNIFORM: "0.55", "plain": "#0072b2", "prior": "#d55e00", "prior + pseudo scores": "#009e73"}
+LINE_COLOURS[ALIGNER] = "#cc79a7"
+SPECTRUM_COLOURS = ("#0072b2", "#d55e00")
 
 
 CAPTION = f"""\
@@ -312,7 +401,8 @@ word at random; a token looks at its like. The prior adds {PRIOR} to every score
 attention crosses over, and inside the picture its pattern stays (in each head). Pseudo scores take a part of each
 row's attention and give it to no token. Uniform attention is the null: every visible token weighs the same. Mean
 over {QUERY_HEADS} heads; the weight of each patch is read from the operator's gradient, without an N x N matrix. The
-stripes come from rotary positions."""
+stripes come from rotary positions. The aligner starts as the identity and is trained for {STEPS} steps on this one
+sequence; its loss asks that the words of the question give, on average, half of their attention to the picture."""
 
 
 def draw_maps(figure, tokens: Tokens, maps: dict[str, Tensor]) -> None:
@@ -366,10 +456,36 @@ def draw_curves(figure, tokens: Tokens, masses: dict[str, Tensor]) -> None:
     right.set_title("What each word of the question gives to the picture")
     right.set_xticks(range(len(tokens.after)), tokens.after, rotation=60, ha="right", rotation_mode="anchor")
     right.set(ylabel="% of attention on the picture", ylim=(0, 100))
-    figure.legend(loc="outside upper center", ncol=4, frameon=False)
+    figure.legend(loc="outside upper center", ncol=5, frameon=False)
 
 
-def save_picture(tokens: Tokens, maps: dict[str, Tensor], masses: dict[str, Tensor], path: str) -> None:
+def draw_aligner(figure, spectra: list[Spectrum], shares: list[float]) -> None:
+    """Eigenvalues of the Gram of each modality, and what training the aligner does to the mass."""
+    left, right = figure.subplots(1, 2)
+    index = range(1, HEAD_DIM + 1)
+    for s, colour in zip(spectra, SPECTRUM_COLOURS, strict=True):
+        left.plot(index, s.eigenvalues, color=colour, lw=1.8, label=f"{s.keys} {s.name} keys")
+        left.plot(index, s.null, color=colour, lw=1.4, ls=":", label=f"{s.keys} random keys")
+    left.set(yscale="log", ylim=(1e-5, 1), xlim=(0, HEAD_DIM + 1), ylabel="eigenvalue (they add up to 1)")
+    left.set_xlabel("eigenvalues of the Gram of the keys, mean over key heads")
+    left.set_title("The space of each modality: spectrum of its Gram,\npicture whole and in 4 crops, as in LLaVA-NeXT")
+    left.legend(frameon=False)
+    right.axhline(100 * TARGET, color="0.55", ls="--", lw=1.4)
+    right.text(STEPS, 100 * TARGET + 6, "what the loss asks for", color="0.35", ha="right")
+    right.plot([100 * share for share in shares], color=LINE_COLOURS[ALIGNER], marker="o", ms=5, lw=1.8)
+    right.text(0, 100 * shares[0] - 4, "a new aligner\nchanges nothing", color="0.35", va="top")
+    right.set_title("Training the aligner moves attention\nbetween the modalities")
+    right.set(ylim=(0, 100), ylabel="% of attention on the picture", xlabel="step; mean over words of the question")
+
+
+def save_picture(
+    tokens: Tokens,
+    maps: dict[str, Tensor],
+    masses: dict[str, Tensor],
+    spectra: list[Spectrum],
+    shares: list[float],
+    path: str,
+) -> None:
     """``maps``: setting -> (words, patches) attention in %; ``masses``: name -> (N, M)."""
     import matplotlib
 
@@ -377,12 +493,13 @@ def save_picture(tokens: Tokens, maps: dict[str, Tensor], masses: dict[str, Tens
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 13.5), layout="constrained")
+    figure = plt.figure(figsize=(14, 18.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.05)
     figure.suptitle("One attention layer reads a photograph and a question about it", fontsize=18, weight="bold")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2, 1.15])
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=[2, 1.15, 1.05])
     draw_maps(upper, tokens, maps)
-    draw_curves(lower, tokens, masses)
+    draw_curves(middle, tokens, masses)
+    draw_aligner(lower, spectra, shares)
     figure.supxlabel(CAPTION, fontsize=11, color="0.25")
     figure.savefig(path, dpi=100)
 
@@ -422,17 +539,22 @@ def main(argv: list[str] | None = None) -> None:
         "help(moda_ext.demo)."
     )
     print_check(layer, settings[-1], progress)
+    (new, trained), shares = train_aligner(layer, slice(tokens.after_start, None), progress)
     masses = {UNIFORM: uniform_mass(tokens.modality)}
-    for setting in settings:
+    for setting in [*settings, new, trained]:
         masses[setting.name] = layer.attend(setting)[2][0].mean(dim=0)
     print_mass(tokens, masses)
+    spectra = make_spectra(Layer(make_tokens(with_crops=True)))
+    print_aligner(new, layer, shares, spectra)
+    del masses[new.name]  # the line of "plain"
 
     rows = [tokens.row_of(word) for word in SHOWN]
     vision = tokens.modality[0] == VISION
-    maps = {s.name: 100 * layer.attention_of_rows(s, rows)[:, vision] for s in settings[:2]}
+    maps = {s.name: 100 * layer.attention_of_rows(s, rows)[:, vision] for s in [*settings[:2], trained]}
     print_words(tokens, maps)
+    del maps[trained.name]
     print_times(layer, settings[-1], progress)
-    save_picture(tokens, maps, masses, args.out)
+    save_picture(tokens, maps, masses, spectra, shares, args.out)
     print(f"\nPicture: {args.out}")
 
 
