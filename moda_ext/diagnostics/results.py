@@ -27,7 +27,7 @@ class LayerSums:
     all of them, 1 without those whose key is the first token).
 
     Attributes:
-        flow: (2, 2, H, M, M).
+        flow: (2, 2, H, M, M). NaN without the first token, where a layer's softmax is split.
         null: (2, 2, M, M), the flow of uniform attention over the same pairs.
         pairs: (2, 2, M, M).
         rows: (2, 2, M), rows with at least one pair.
@@ -142,8 +142,8 @@ class Diagnosis:
     ) -> dict[str, dict[str, float]]:
         """One number for the whole model: measure -> modality -> value. Options as in :meth:`figure`.
 
-        ``avg_diff`` is AvgDiff (with the normaliser max; ``avg_diff_sum``, ``avg_diff_self`` with the others), ``decay``
-        the slope of log c_m against depth, the rest the mean over layers.
+        ``avg_diff`` is AvgDiff (with the normaliser max; ``avg_diff_sum`` and ``avg_diff_self`` with the others),
+        ``decay`` the slope of log c_m against depth, the rest the mean over layers.
         """
         options = {"rows": rows, "first_token": first_token, "null": null}
         numbers = {}
