@@ -1,0 +1,39 @@
+"""MODA for vision-language models of Hugging Face Transformers 5: see :func:`apply_moda`.
+
+Needs the extra ``moda_ext[transformers]``. Importing this module makes the attention "moda" known to Transformers and
+the ``..._moda`` model types to its Auto classes.
+"""
+
+try:
+    import transformers as _transformers
+except ImportError as error:
+    raise ImportError(
+        "moda_ext.integrations.transformers needs transformers 5: pip install 'moda_ext[transformers]'"
+    ) from error
+if int(_transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"moda_ext.integrations.transformers needs transformers 5, found {_transformers.__version__}")
+
+from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
+from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402
+from moda_ext.integrations.transformers.config import MODAConfig  # noqa: E402
+from moda_ext.integrations.transformers.models import (  # noqa: E402
+    FAMILIES,
+    apply_moda,
+    attention_modules,
+    check_identity,
+    recording,
+    text_stack,
+)
+
+__all__ = [
+    "FAMILIES",
+    "AttentionRecord",
+    "MODAConfig",
+    "Recorder",
+    "apply_moda",
+    "attention_modules",
+    "check_identity",
+    "prepare_cache",
+    "recording",
+    "text_stack",
+]
