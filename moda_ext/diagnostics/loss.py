@@ -114,7 +114,7 @@ class AttentionBalanceLoss(nn.Module):
         Raises:
             RuntimeError: in a call, where gradients are off although the model is in training mode: reentrant gradient
                 checkpointing. Use ``gradient_checkpointing_kwargs={"use_reentrant": False}``.
-            NotImplementedError: a model that is neither of a known family nor has layers of this package.
+            ValueError: a model of an unknown family.
         """
         penalties: list[Tensor] = []
 

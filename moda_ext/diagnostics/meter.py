@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,9 @@ class AttentionMeter:
     Args:
         model: the model, on any device.
         name: what the results call it, by default its class name.
-        modalities: names of the modalities, text first; by default those of the model's family, or numbers.
+        modalities: the modality of each kind of token, from 0, as in
+            :class:`moda_ext.integrations.transformers.MODAConfig`: ``{"text": 0, "image": 1, "video": 1}`` by default.
+            A model with MODA has its own; for layers of this package it names their modalities.
         token_scores: for how many sequences to keep the weight that each token gets from the text
             (:class:`moda_ext.diagnostics.TokenScores`). Only whole prompts in one call count. This computes the scores
             of text rows once more, block by block.
@@ -49,8 +50,7 @@ class AttentionMeter:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a negative number of sequences, or names that do not fit the model.
-        NotImplementedError: on entering, a model that is neither of a known family nor has layers of this package.
+        ValueError: a negative number of sequences; on entering, a model of an unknown family.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AttentionMeter:
         model: nn.Module,
         *,
         name: str | None = None,
-        modalities: Sequence[str] | None = None,
+        modalities: dict[str, int] | None = None,
         token_scores: int = 0,
         similarity: bool = False,
     ):
@@ -68,7 +68,8 @@ class AttentionMeter:
             raise ValueError(f"AttentionMeter: token_scores must be at least 0, got {token_scores}")
         self.model = model
         self.name = type(model).__name__ if name is None else name
-        self.modalities = None if modalities is None else tuple(modalities)
+        self.modalities = modalities
+        self._names: dict[str, int] | None = modalities
         self.token_scores, self.similarity = token_scores, similarity
         self._context: contextlib.ExitStack | None = None
         self.reset()
@@ -91,8 +92,7 @@ class AttentionMeter:
         if self._context is not None:
             raise RuntimeError("AttentionMeter: entered already")
         with contextlib.ExitStack() as stack:
-            blocks, names = stack.enter_context(recorded(self.model, self))
-            self.modalities = self.modalities or names
+            blocks, self._names = stack.enter_context(recorded(self.model, self, self.modalities))
             if self.similarity:
                 for index, block in blocks.items():
                     stack.callback(block.register_forward_hook(self._hidden_hook(index)).remove)
@@ -140,15 +140,7 @@ class AttentionMeter:
             LayerSums(*(getattr(self._sums[i], field.name).cpu().clone() for field in dataclasses.fields(LayerSums)))
             for i in layers
         ]
-        count = sums[0].rows.shape[-1]
-        names = self.modalities
-        if names is None:
-            names = tuple(["text", *(["vision"] if count == 2 else [f"modality {m}" for m in range(1, count)])][:count])
-        if len(names) != count:
-            raise ValueError(
-                f"AttentionMeter: modalities must have one name for each of the model's {count} modalities, got "
-                f"{', '.join(names)}"
-            )
+        names = _modality_names(self._names, sums[0].rows.shape[-1])
         similarity = None
         if self.similarity:
             values = [torch.cat(self._similarity[i]).double() for i in layers]
@@ -276,6 +268,16 @@ class _Call:
             index = self.first.long()[:, None, None].expand(-1, rows, 1)
             seen = self.visible[:, 0].expand(len(self.first), -1, -1).gather(2, index)[..., 0]
         return seen & (self.first_modality >= 0)
+
+
+def _modality_names(numbers: dict[str, int] | None, count: int) -> tuple[str, ...]:
+    """A name for each modality: its kinds of token, or its number."""
+    if numbers is None:
+        return ("text", *("vision" if count == 2 else f"modality {m}" for m in range(1, count)))
+    kinds = [[kind for kind, number in numbers.items() if number == m] for m in range(count)]
+    if max(numbers.values()) >= count or not all(kinds):
+        raise ValueError(f"AttentionMeter: modalities must number the model's {count} modalities from 0, got {numbers}")
+    return tuple("vision" if kind == ["image", "video"] else "/".join(kind) for kind in kinds)
 
 
 def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
