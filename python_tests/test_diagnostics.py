@@ -1,11 +1,16 @@
 """The diagnosis: every formula beside numbers worked out by hand, the meter beside dense attention weights."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from moda_ext.diagnostics import measures
+from moda_ext.attention import AttentionState, ModularDuplexAttention
+from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter, Diagnosis, measures
+from moda_ext.diagnostics import meter as meter_module
+from moda_ext.diagnostics.attach import recorded
 
 # One head over [text][image][image][text], causal. Weights p_ij, row by row:
 WEIGHTS = torch.tensor(
@@ -159,3 +164,405 @@ class TestFormulas:
         chosen = torch.tensor([[True, True, True, False]])
         close(measures.token_similarity(hidden, chosen), [1.4 / 3])
         close(measures.token_similarity(hidden, torch.tensor([[True, False, False, False]])), [math.nan])
+
+
+# The meter beside dense weights ---------------------------------------------------------------------------------------
+TOKENS = torch.tensor(  # text, image, text; with padding on the left; an image first; text alone
+    [
+        [0, 0, 0, 1, 1, 1, 1, 0, 0, 0],
+        [-1, -1, 0, 1, 1, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, -1, -1],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+)
+
+
+def dense_figures(weights, modality, visible, rows, first_token):
+    """s_m, c_m and r_m from dense weights (B, H, N, N), one pair after the other in float64: head means."""
+    weights = weights.double().mean(dim=1)
+    both = {m: (modality == m).any(dim=1) for m in (0, 1)}
+    of = {"self": {0: [], 1: []}, "cross": {0: [], 1: []}, "score": {0: [], 1: []}}
+    for b in range(len(modality)):
+        first = next(j for j, m in enumerate(modality[b].tolist()) if m >= 0)
+        for i, a in enumerate(modality[b].tolist()):
+            seen = [j for j, m in enumerate(modality[b].tolist()) if visible[b, i, j] and m >= 0]
+            if a < 0:
+                continue
+            kinds = {modality[b, j].item() for j in seen}
+            if rows == "both" and not (both[0][b] and both[1][b] and kinds == {0, 1}):
+                continue
+            for j in seen:
+                if j == first and not first_token:
+                    continue
+                m = modality[b, j].item()
+                of["self" if m == a else "cross"][a].append(weights[b, i, j].item())
+                of["score"][m].append(weights[b, i, j].item())
+    return {
+        name: torch.tensor([sum(v) / len(v) if v else math.nan for v in values.values()], dtype=torch.float64)
+        for name, values in of.items()
+    }
+
+
+def assert_equals_dense(diagnosis, weights, modality, visible, tolerance=1e-5):
+    """``weights``: one (B, H, N, N) for each layer."""
+    for rows in ("all", "both"):
+        for first_token in (True, False):
+            for name in ("self", "cross", "score"):
+                found = diagnosis.figure(name, rows=rows, first_token=first_token)
+                by_head = diagnosis.figure(name, rows=rows, first_token=first_token, per_head=True)
+                for layer, dense in enumerate(weights):
+                    expected = dense_figures(dense, modality, visible, rows, first_token)[name]
+                    torch.testing.assert_close(found[layer], expected, rtol=0, atol=tolerance, equal_nan=True)
+                    head = dense_figures(dense[:, 1:2], modality, visible, rows, first_token)[name]
+                    torch.testing.assert_close(by_head[layer, 1], head, rtol=0, atol=tolerance, equal_nan=True)
+            uniform = visible / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+            if not first_token:  # uniform over the pairs that are left
+                first = (modality >= 0).int().argmax(dim=1)
+                others = visible.clone()
+                others[torch.arange(len(first)), :, first] = False
+                uniform = others / others.sum(dim=-1, keepdim=True).clamp(min=1)
+            for name in ("self", "cross", "score"):
+                expected = dense_figures(uniform[:, None], modality, visible, rows, first_token)[name]
+                found = diagnosis.figure(name, rows=rows, first_token=first_token, null=True)
+                torch.testing.assert_close(found[0], expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def visible_pairs(modality, is_causal=True):
+    """(B, N, N), bool."""
+    n = modality.shape[1]
+    visible = (modality >= 0)[:, None].expand(-1, n, -1)
+    return visible & torch.ones(n, n, dtype=torch.bool).tril() if is_causal else visible.clone()
+
+
+class Stack(nn.Module):
+    """A model of layers of this package."""
+
+    def __init__(self, layers=2, **options):
+        super().__init__()
+        self.layers = nn.ModuleList(ModularDuplexAttention(32, 4, 2, **options) for _ in range(layers))
+
+    def forward(self, x, modality):
+        for layer in self.layers:
+            x = x + layer(x, modality)
+        return x
+
+
+def make_stack(trained=True, **options):
+    torch.manual_seed(0)
+    stack = Stack(**options)
+    for name, parameter in stack.named_parameters():
+        if trained and "_proj" not in name:
+            nn.init.normal_(parameter, std=0.5)
+    for layer in stack.layers:
+        nn.init.normal_(layer.q_proj.weight, std=0.5)
+    return stack
+
+
+class Dense:
+    """A recorder that keeps the weights of each layer, (B, H, N, N)."""
+
+    def __init__(self):
+        self.weights = []
+
+    def __call__(self, record):
+        self.weights.append(record.weights().detach())
+
+
+def measured(model, *inputs, **options):
+    with torch.no_grad(), AttentionMeter(model, **options) as meter:
+        model(*inputs)
+    return meter.result()
+
+
+def dense_weights(model, *inputs):
+    dense = Dense()
+    with torch.no_grad(), recorded(model, dense):
+        model(*inputs)
+    return dense.weights
+
+
+class TestMeterOnOwnLayers:
+    X = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(1))
+
+    @pytest.mark.parametrize("is_causal", [True, False])
+    def test_equals_dense_weights(self, is_causal):
+        stack = make_stack(is_causal=is_causal)
+        diagnosis = measured(stack, self.X, TOKENS)
+        weights = dense_weights(stack, self.X, TOKENS)
+        assert_equals_dense(diagnosis, weights, TOKENS, visible_pairs(TOKENS, is_causal))
+        assert diagnosis.sequences == 4
+        assert diagnosis.tokens == {"text": 24, "vision": 12}
+
+    def test_recorded_weights_are_those_of_the_output(self):
+        """The oracle above, held against a layer whose attention is plain: torch's own softmax."""
+        stack = make_stack(layers=1, aligner=False, mask=False, rope_base=None)
+        layer = stack.layers[0]
+        query, key = (
+            project(self.X).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (layer.q_proj, layer.k_proj)
+        )
+        scores = query @ key.repeat_interleave(2, dim=1).mT * 8**-0.5
+        visible = visible_pairs(TOKENS)[:, None]
+        expected = scores.masked_fill(~visible, -1e30).softmax(dim=-1).masked_fill(~visible, 0.0)
+        (found,) = dense_weights(stack, self.X, TOKENS)
+        rows = (TOKENS >= 0)[:, None, :, None]
+        torch.testing.assert_close(found * rows, expected * rows)
+
+    def test_a_split_softmax_has_no_figures_without_the_first_token(self):
+        diagnosis = measured(make_stack(mask={"softmax": "split"}), self.X, TOKENS)
+        assert diagnosis.figure("self").isfinite().all()
+        assert diagnosis.figure("self", first_token=False).isnan().all()
+        with pytest.raises(NotImplementedError, match="split"):
+            measured(make_stack(mask={"softmax": "split"}), self.X, TOKENS, token_scores=1)
+
+    def test_batches_add_up(self):
+        stack = make_stack()
+        whole = measured(stack, self.X, TOKENS)
+        with torch.no_grad(), AttentionMeter(stack) as meter:
+            for b in (2, 0, 3, 1):
+                kept = TOKENS[b : b + 1] >= 0  # without padding
+                stack(self.X[b][kept[0]][None], TOKENS[b][kept[0]][None])
+        assert meter.result().sequences == 4
+        for name in ("self", "cross", "score", "sink"):
+            for null in (False, True):
+                torch.testing.assert_close(
+                    meter.result().figure(name, null=null), whole.figure(name, null=null), rtol=1e-5, atol=1e-6
+                )
+
+    def test_decoding_steps_add_up_to_one_call(self):
+        stack = make_stack()
+        layer = stack.layers[0]
+        x, modality = self.X[:1], TOKENS[:1]
+        with torch.no_grad(), AttentionMeter(layer) as whole:
+            layer(x, modality)
+        state = AttentionState()
+        with torch.no_grad(), AttentionMeter(layer) as steps:
+            layer(x[:, :8], modality[:, :8], state=state)
+            for i in (8, 9):
+                layer(x[:, i : i + 1], modality[:, i : i + 1], state=state)
+        assert steps.result().sequences == 1
+        for name in ("self", "cross", "score", "sink"):
+            for first_token in (True, False):
+                a, b = (meter.result().figure(name, first_token=first_token) for meter in (whole, steps))
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_token_scores_are_the_columns_of_the_text_rows(self):
+        stack = make_stack()
+        scores = measured(stack, self.X, TOKENS, token_scores=9).token_scores
+        weights = dense_weights(stack, self.X, TOKENS)
+        chosen = {0: [7, 8, 9], 1: [5, 8, 9], 2: [4, 5, 6, 7]}  # text rows that see both; the fourth has none
+        assert len(scores) == 3
+        visible = visible_pairs(TOKENS)
+        for (b, rows), found in zip(chosen.items(), scores, strict=True):
+            torch.testing.assert_close(found.modality.long(), TOKENS[b])
+            for layer, dense in enumerate(weights):
+                torch.testing.assert_close(found.scores[layer], dense[b, :, rows].mean(dim=(0, 1)))
+            uniform = (visible[b] / visible[b].sum(dim=-1, keepdim=True).clamp(min=1))[rows].mean(dim=0)
+            torch.testing.assert_close(found.uniform, uniform)
+
+    def test_token_scores_in_small_blocks(self, monkeypatch):
+        stack = make_stack(is_causal=False)
+        whole = measured(stack, self.X, TOKENS, token_scores=9).token_scores
+        monkeypatch.setattr(meter_module, "BLOCK_ELEMENTS", 4 * 4 * 10 * 3)  # three rows
+        for a, b in zip(whole, measured(stack, self.X, TOKENS, token_scores=9).token_scores, strict=True):
+            torch.testing.assert_close(a.scores, b.scores)
+
+    def test_token_scores_of_the_first_sequences_only(self):
+        stack = make_stack()
+        with torch.no_grad(), AttentionMeter(stack, token_scores=4) as meter:
+            stack(self.X, TOKENS)
+            stack(self.X, TOKENS)
+        scores = meter.result().token_scores
+        assert len(scores) == 4
+        torch.testing.assert_close(scores[3].scores, scores[0].scores)
+
+    def test_similarity_of_the_outputs(self):
+        stack = make_stack(layers=1)
+        with torch.no_grad():
+            hidden = stack.layers[0](self.X, TOKENS)
+        expected = []
+        for b in range(4):
+            unit = nn.functional.normalize(hidden[b][TOKENS[b] >= 0], dim=-1)
+            product = unit @ unit.T
+            n = len(unit)
+            expected.append((product.sum() - product.diagonal().sum()) / (n * (n - 1)))
+        found = measured(stack, self.X, TOKENS, similarity=True).similarity
+        torch.testing.assert_close(found, torch.stack(expected).mean()[None].double(), rtol=1e-5, atol=1e-6)
+
+    def test_sink_share(self):
+        (weights,) = dense_weights(make_stack(layers=1), self.X, TOKENS)
+        expected = 1 - weights[:3].sum(dim=-1).mean(dim=1)[TOKENS[:3] == 1].mean()  # vision rows
+        found = measured(make_stack(layers=1), self.X, TOKENS).figure("sink", rows="all")[0, 1]
+        torch.testing.assert_close(found.float(), expected)
+        assert found > 0.01
+
+    def test_under_autocast_sums_stay_in_float32(self):
+        stack, masses = make_stack(layers=1), []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with recorded(stack, lambda record: masses.append(record.mass)):
+                stack(self.X, TOKENS)
+            with AttentionMeter(stack) as meter:
+                stack(self.X, TOKENS)
+        text = (TOKENS == 0)[:, None, :, None]
+        expected = (masses[0].double() * text).sum(dim=(0, 2)).mean(dim=0) / text.sum()
+        torch.testing.assert_close(meter.result().mass(rows="all")[0, 0], expected, rtol=1e-5, atol=0)
+
+    def test_the_model_is_left_as_it_was(self):
+        stack = make_stack()
+        expected = stack(self.X, TOKENS)
+        with AttentionMeter(stack, similarity=True) as meter:
+            torch.testing.assert_close(stack(self.X, TOKENS), expected, rtol=0, atol=0)
+            with pytest.raises(RuntimeError, match="has a recorder already"), AttentionMeter(stack):
+                pass
+            with pytest.raises(RuntimeError, match="entered already"), meter:
+                pass
+        assert all(layer.recorder is None and not layer._forward_hooks for layer in stack.layers)
+
+    def test_image_first_is_said_instead_of_printed(self):
+        diagnosis = measured(make_stack(), self.X[2:3], TOKENS[2:3])
+        assert diagnosis.figure("cross", rows="all")[:, 1].isnan().all()
+        assert math.isnan(diagnosis.summary()["avg_diff"]["vision"])
+        assert diagnosis.to_dict()["summary"]["both rows, with first token"]["avg_diff"]["vision"] is None
+        (sentence,) = diagnosis.undefined()
+        assert sentence.startswith("No vision row sees a key of another modality")
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+            AttentionMeter("llava")
+        with pytest.raises(ValueError, match="token_scores must be at least 0, got -1"):
+            AttentionMeter(make_stack(), token_scores=-1)
+        with pytest.raises(RuntimeError, match="nothing was measured"):
+            AttentionMeter(make_stack()).result()
+        with pytest.raises(ValueError, match="must number the model's 2 modalities from 0, got"):
+            measured(make_stack(), self.X, TOKENS, modalities={"text": 0, "image": 1, "audio": 2})
+
+
+class TestResults:
+    @pytest.fixture
+    def diagnosis(self):
+        x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(1))
+        return measured(make_stack(), x, TOKENS, token_scores=2, similarity=True, name="before")
+
+    def test_json_round_trip(self, diagnosis, tmp_path):
+        text = diagnosis.to_json(tmp_path / "d.json")
+        assert (tmp_path / "d.json").read_text() == text
+        again = Diagnosis.from_json(text)
+        assert again.to_json() == text
+        torch.testing.assert_close(again.token_scores[0].scores, diagnosis.token_scores[0].scores)
+
+    def test_dataframe(self, diagnosis):
+        pytest.importorskip("pandas", reason="pandas is not installed")
+        frame = diagnosis.to_dataframe()
+        line = frame.query("measure == 'cross' and layer == 1 and modality == 'vision' and rows == 'both'")
+        assert line[line.first_token].value.item() == diagnosis.figure("cross")[1, 1].item()
+        assert line[line.first_token].uniform.item() == diagnosis.figure("cross", null=True)[1, 1].item()
+        heads = diagnosis.to_dataframe(per_head=True)
+        assert len(heads) == 4 * len(frame)
+        chosen = heads.query("measure == 'self' and layer == 0 and modality == 'text' and rows == 'all' and head == 3")
+        expected = diagnosis.figure("self", rows="all", per_head=True)[0, 3, 0].item()
+        assert chosen[chosen.first_token].value.item() == expected
+
+    def test_compare(self, diagnosis):
+        x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(2))
+        after = measured(make_stack(), x, TOKENS, name="after")
+        comparison = diagnosis.compare(after)
+        line = next(x for x in comparison.lines() if (x["measure"], x["modality"]) == ("avg_diff", "vision"))
+        before, now = (d.figure("disparity").mean(dim=0)[1].item() for d in (diagnosis, after))
+        assert line["change"] == pytest.approx(now - before)
+        assert line["uniform_before"] == pytest.approx(diagnosis.figure("disparity", null=True).mean(dim=0)[1].item())
+        assert Diagnosis.from_dict(comparison.to_dict()["after"]).name == "after"
+        assert len(comparison.to_json()) > 1000
+        with pytest.raises(ValueError, match="must have the modalities text, vision, got text, audio"):
+            diagnosis.compare(dataclasses.replace(after, modalities=("text", "audio")))
+        with pytest.raises(TypeError, match="other must be a Diagnosis, got dict"):
+            diagnosis.compare({})
+
+    def test_errors(self, diagnosis):
+        with pytest.raises(ValueError, match="measure must be one of self, cross, .*, got 'avg'"):
+            diagnosis.figure("avg")
+        with pytest.raises(ValueError, match="rows must be one of all, both, got 'text'"):
+            diagnosis.figure("self", rows="text")
+        two = dataclasses.replace(diagnosis.layers[0], flow=diagnosis.layers[0].flow[:, :, :2])
+        uneven = dataclasses.replace(diagnosis, layers=[diagnosis.layers[0], two])
+        with pytest.raises(ValueError, match=r"equal numbers of heads, got \[2, 4\]"):
+            uneven.figure("self", per_head=True)
+        assert uneven.figure("self").shape == (2, 2)
+
+
+class TestBalanceLoss:
+    """MODALITY, causal: the rows 1, 2 and 3 see both; visible keys (1, 1), (1, 2), (2, 2)."""
+
+    def test_uniform_target_by_hand(self):
+        # shares of the rows: (0.5, 0.5), (0.2, 0.8), (0.5, 0.5); targets (1/2, 1/2), (1/3, 2/3), (1/2, 1/2)
+        expected = (1 / 3 * math.log((1 / 3) / 0.2) + 2 / 3 * math.log((2 / 3) / 0.8)) / 3
+        close(AttentionBalanceLoss()(MASS[:, None], MODALITY), expected)
+
+    def test_equal_target_by_hand(self):
+        expected = (0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)) / 3
+        close(AttentionBalanceLoss("equal")(MASS[:, None], MODALITY), expected)
+
+    def test_shares_of_each_row_modality_by_hand(self):
+        loss = AttentionBalanceLoss(torch.tensor([[1.0, 3.0], [1.0, 1.0]]))  # text rows: 1/4 text, 3/4 image
+        image = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
+        text = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+        close(loss(MASS[:, None], MODALITY), (image + text) / 3)
+
+    def test_a_sink_changes_nothing(self):
+        loss = AttentionBalanceLoss()
+        torch.testing.assert_close(loss(0.3 * MASS[:, None], MODALITY), loss(MASS[:, None], MODALITY))
+
+    def test_uniform_attention_has_no_loss_and_text_alone_neither(self):
+        counts = measures.key_counts(TOKENS, TOKENS)
+        mass = measures.uniform_mass(counts.double())[:, None].requires_grad_()
+        loss = AttentionBalanceLoss()(mass, TOKENS)
+        assert abs(loss.item()) < 1e-7
+        text = AttentionBalanceLoss()(mass[3:], TOKENS[3:])
+        assert text.item() == 0
+        text.backward()
+        assert mass.grad.abs().max() == 0
+
+    def test_gradient(self):
+        mass = MASS[:, None].clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda m: AttentionBalanceLoss("equal")(m, MODALITY), mass)
+
+    def test_a_hidden_modality_gives_a_bounded_loss(self):
+        mass = torch.tensor([[[[1.0, 0.0]] * 4]], requires_grad=True)
+        loss = AttentionBalanceLoss(eps=1e-4)(mass, MODALITY)
+        loss.backward()
+        assert loss.isfinite() and mass.grad.isfinite().all()
+
+    def test_training_on_it_balances(self):
+        stack, x = make_stack(trained=False), torch.randn(4, 10, 32)
+        balance = AttentionBalanceLoss("equal")
+        optimizer = torch.optim.Adam(stack.parameters(), lr=0.02)
+        losses = []
+        for _ in range(30):
+            with balance.collect(stack) as penalties:
+                stack(x, TOKENS)
+            assert len(penalties) == 2
+            loss = torch.stack(penalties).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+
+    def test_without_gradients_in_training_is_an_error(self):
+        stack = make_stack().train()
+        message = "no gradient reaches the attention mass"
+        with AttentionBalanceLoss().collect(stack), torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            stack(torch.randn(4, 10, 32), TOKENS)
+        with AttentionBalanceLoss().collect(stack.eval()) as penalties, torch.no_grad():
+            stack(torch.randn(4, 10, 32), TOKENS)
+        assert len(penalties) == 2
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="target must be uniform, equal or a tensor, got 'fair'"):
+            AttentionBalanceLoss("fair")
+        with pytest.raises(ValueError, match=r"shape \(M,\) or \(M, M\) and no negative entry, got shape \(2, 3\)"):
+            AttentionBalanceLoss(torch.ones(2, 3))
+        with pytest.raises(ValueError, match="eps must lie between 0 and 1, got 0"):
+            AttentionBalanceLoss(eps=0)
+        with pytest.raises(ValueError, match=r"got \(1, 4, 2\) and \(1, 4\)"):
+            AttentionBalanceLoss()(MASS, MODALITY)
+        with pytest.raises(ValueError, match="target is for 3 modalities, and mass has 2"):
+            AttentionBalanceLoss(torch.ones(3))(MASS[:, None], MODALITY)
