@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from moda_ext.alignment import GramState
 
@@ -134,7 +140,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
         cache.layer_class_to_replicate = None
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, MODALayerMixin):
+        if isinstance(layer, MODALayerMixin | StaticSlidingWindowLayer):  # the latter's attention is plain
             continue
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
@@ -149,7 +155,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
                 cache.layers[index].activate_past_recording()
         elif type(layer) is StaticLayer:
             cache.layers[index] = MODAStaticLayer(layer.max_cache_len)
-        elif not getattr(layer, "is_sliding", False):
+        else:
             _refuse(type(layer))
 
 
