@@ -1,6 +1,6 @@
 """Forward pre-hooks that find the modality of every token and hand it to the attention layers.
 
-Two modules get the same hook: the base model, which sees token ids, and its text stack, which sees embeddings. Hooks are
+Two modules get a hook: the base model, which sees token ids, and its text stack, which sees embeddings. Hooks are
 picklable objects, so a model with them can be copied and saved.
 """
 
@@ -71,8 +71,8 @@ class TextStackHook(BaseModelHook):
             return args, kwargs
         if modality is None:
             raise ValueError(
-                "MODA derives the modality of each token from input_ids, and got inputs_embeds only. Pass input_ids, or "
-                "modality_ids (B, N) to the model's forward; generate() has no other way than input_ids"
+                "MODA derives the modality of each token from input_ids, and got inputs_embeds only. Pass input_ids, "
+                "or modality_ids (B, N) to the model's forward; generate() has no other way than input_ids"
             )
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else modality
         if modality.shape != tokens.shape[:2]:
