@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from moda_ext.alignment import GramState
 
-__all__ = ["append_modality", "prepare_cache"]
+__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache"]
 
 
 class MODALayerMixin:
@@ -159,12 +159,16 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
             _refuse(type(layer))
 
 
-def append_modality(cache: Cache, modality: Tensor) -> Tensor:
-    """The modality of every key of this call: of the cache (prepared) and of the new tokens, (B, N) int32."""
-    holder = next((layer for layer in cache.layers if isinstance(layer, MODALayerMixin)), None)
-    if holder is None:
-        raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
-    return holder.append(modality)
+def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
+    """The layer of a prepared cache that holds the modalities of all tokens.
+
+    Raises:
+        NotImplementedError: no layer can, all are static sliding windows.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, MODALayerMixin):
+            return layer
+    raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
 
 
 def _refuse(layer_class: type) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
-from moda_ext.integrations.transformers.cache import append_modality, prepare_cache
+from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache
 
 __all__ = ["BaseModelHook", "TextStackHook", "token_modalities"]
 
@@ -82,15 +82,16 @@ class TextStackHook(BaseModelHook):
         cache = kwargs.get("past_key_values")
         if cache is None and self._makes_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-        start = 0
+        layer, start = None, 0
         if cache is not None:
             if not isinstance(cache, Cache):
                 raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
             prepare_cache(cache, module.config.num_hidden_layers)
-            start = cache.get_seq_length()
+            layer = modality_layer(cache)
+            start = layer.get_seq_length()
             start = start.clone() if isinstance(start, Tensor) else start  # a static cache counts on in place
         modality = _without_padding(modality, kwargs.get("attention_mask"), start)
-        key_modality = modality if cache is None else append_modality(cache, modality)
+        key_modality = modality if layer is None else layer.append(modality)
         kwargs["modality_context"] = ModalityContext(modality, key_modality, start, self.num_modalities, cache)
         return args, kwargs
 
