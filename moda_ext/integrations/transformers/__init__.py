@@ -24,6 +24,16 @@ from moda_ext.integrations.transformers.models import (  # noqa: E402
     recording,
     text_stack,
 )
+from moda_ext.integrations.transformers.weights import (  # noqa: E402
+    load_moda,
+    load_moda_state_dict,
+    load_release,
+    moda_parameters,
+    moda_state_dict,
+    optimizer_groups,
+    save_moda,
+    train_only_moda,
+)
 
 __all__ = [
     "FAMILIES",
@@ -33,7 +43,15 @@ __all__ = [
     "apply_moda",
     "attention_modules",
     "check_identity",
+    "load_moda",
+    "load_moda_state_dict",
+    "load_release",
+    "moda_parameters",
+    "moda_state_dict",
+    "optimizer_groups",
     "prepare_cache",
     "recording",
+    "save_moda",
     "text_stack",
+    "train_only_moda",
 ]

@@ -219,8 +219,8 @@ def moda_attention(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         raise RuntimeError(
-            "attention 'moda' does not know the modalities of the tokens: prepare the model with "
-            "moda_ext.integrations.transformers.apply_moda(model, MODAConfig...), or measure it with recording(model, ...)"
+            "attention 'moda' does not know the modalities of the tokens: prepare the model with apply_moda(model, "
+            "MODAConfig(...)) of moda_ext.integrations.transformers, or measure it with recording(model, ...)"
         )
     own_mask = attention_mask is not None and attention_mask.dim() == 4
     if moda is None and recorder is None and (sliding_window is not None or own_mask):

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from moda_ext.alignment import GramState
 
-__all__ = ["append_modality", "prepare_cache"]
+__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache"]
 
 
 class MODALayerMixin:
@@ -134,7 +140,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
         cache.layer_class_to_replicate = None
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, MODALayerMixin):
+        if isinstance(layer, MODALayerMixin | StaticSlidingWindowLayer):  # the latter's attention is plain
             continue
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
@@ -149,16 +155,20 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
                 cache.layers[index].activate_past_recording()
         elif type(layer) is StaticLayer:
             cache.layers[index] = MODAStaticLayer(layer.max_cache_len)
-        elif not getattr(layer, "is_sliding", False):
+        else:
             _refuse(type(layer))
 
 
-def append_modality(cache: Cache, modality: Tensor) -> Tensor:
-    """The modality of every key of this call: of the cache (prepared) and of the new tokens, (B, N) int32."""
-    holder = next((layer for layer in cache.layers if isinstance(layer, MODALayerMixin)), None)
-    if holder is None:
-        raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
-    return holder.append(modality)
+def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
+    """The layer of a prepared cache that holds the modalities of all tokens.
+
+    Raises:
+        NotImplementedError: no layer can, all are static sliding windows.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, MODALayerMixin):
+            return layer
+    raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
 
 
 def _refuse(layer_class: type) -> None:

@@ -1,6 +1,6 @@
 """Forward pre-hooks that find the modality of every token and hand it to the attention layers.
 
-Two modules get the same hook: the base model, which sees token ids, and its text stack, which sees embeddings. Hooks are
+Two modules get a hook: the base model, which sees token ids, and its text stack, which sees embeddings. Hooks are
 picklable objects, so a model with them can be copied and saved.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
-from moda_ext.integrations.transformers.cache import append_modality, prepare_cache
+from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache
 
 __all__ = ["BaseModelHook", "TextStackHook", "token_modalities"]
 
@@ -71,8 +71,8 @@ class TextStackHook(BaseModelHook):
             return args, kwargs
         if modality is None:
             raise ValueError(
-                "MODA derives the modality of each token from input_ids, and got inputs_embeds only. Pass input_ids, or "
-                "modality_ids (B, N) to the model's forward; generate() has no other way than input_ids"
+                "MODA derives the modality of each token from input_ids, and got inputs_embeds only. Pass input_ids, "
+                "or modality_ids (B, N) to the model's forward; generate() has no other way than input_ids"
             )
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else modality
         if modality.shape != tokens.shape[:2]:
@@ -82,15 +82,16 @@ class TextStackHook(BaseModelHook):
         cache = kwargs.get("past_key_values")
         if cache is None and self._makes_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-        start = 0
+        layer, start = None, 0
         if cache is not None:
             if not isinstance(cache, Cache):
                 raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
             prepare_cache(cache, module.config.num_hidden_layers)
-            start = cache.get_seq_length()
+            layer = modality_layer(cache)
+            start = layer.get_seq_length()
             start = start.clone() if isinstance(start, Tensor) else start  # a static cache counts on in place
         modality = _without_padding(modality, kwargs.get("attention_mask"), start)
-        key_modality = modality if cache is None else append_modality(cache, modality)
+        key_modality = modality if layer is None else layer.append(modality)
         kwargs["modality_context"] = ModalityContext(modality, key_modality, start, self.num_modalities, cache)
         return args, kwargs
 

@@ -62,7 +62,7 @@ class MODAModelMixin:
 def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
     """The config and model class of one family with MODA, known to the Auto classes."""
     base_config = getattr(transformers, f"{prefix}Config")
-    base_model = getattr(transformers, f"{prefix}ForConditionalGeneration")
+    base_model = _MODELS[model_type]
     config_class = type(
         f"{prefix}MODAConfig",
         (base_config,),
@@ -86,6 +86,9 @@ def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
     return config_class, model_class
 
 
+_MODELS = {
+    model_type: getattr(transformers, f"{prefix}ForConditionalGeneration") for model_type, prefix in FAMILIES.items()
+}
 _CLASSES = {model_type: _make_classes(model_type, prefix) for model_type, prefix in FAMILIES.items()}
 globals().update({c.__name__: c for classes in _CLASSES.values() for c in classes})
 
@@ -118,9 +121,9 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
         raise ValueError("apply_moda: this model has MODA already")
     family = _family(model, "apply_moda")
     config_class, model_class = _CLASSES[family]
-    if type(model) is not model_class.__mro__[2]:
+    if type(model) is not _MODELS[family]:
         raise ValueError(
-            f"apply_moda: model must be a {model_class.__mro__[2].__name__}, got {type(model).__name__}"
+            f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
             + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
         )
     config = MODAConfig() if config is None else config
@@ -258,8 +261,8 @@ def _check_layers(model: PreTrainedModel, config: MODAConfig) -> list[int]:
     if wrong or not layers:
         raise ValueError(
             f"apply_moda: layers {wrong if wrong else 'of this model'} cannot have MODA: they are not full-attention "
-            f"layers of a text stack with {count} (those are {full}). The Gram of a sliding window would have to forget "
-            "keys; if your sequences are shorter than the window, set text_config.sliding_window=None"
+            f"layers of a text stack with {count} (those are {full}). The Gram of a sliding window would have to "
+            "forget keys; if your sequences are shorter than the window, set text_config.sliding_window=None"
         )
     return layers
 
