@@ -125,6 +125,11 @@ class AttentionMeter:
                 received = call.text_looks_at(record)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
 
+    @property
+    def num_scored(self) -> int:
+        """Of how many sequences there are token scores."""
+        return len(self._scored)
+
     def result(self) -> Diagnosis:
         """What was measured until now.
 
