@@ -10,7 +10,12 @@ from torch import nn
 from moda_ext.integrations.recording import AttentionRecord, Recorder
 from moda_ext.layer import ModularDuplexAttention
 
-__all__ = ["recorded"]
+__all__ = ["in_backward", "recorded"]
+
+
+def in_backward() -> bool:
+    """Is this a backward pass, where gradient checkpointing computes layers once more? Asked as checkpointing asks."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -20,7 +25,7 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
     Args:
         model: has :class:`moda_ext.attention.ModularDuplexAttention` layers, or is a Transformers model (see
             :func:`moda_ext.integrations.transformers.recording`).
-        recorder: called with the records.
+        recorder: called with the records, but not where gradient checkpointing computes a layer once more.
         modalities: the number of each kind of token, for a Transformers model without MODA; for our own layers, the
             names of their modalities.
 
@@ -33,13 +38,18 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
         ValueError: a Transformers model of an unknown family, or one that is recorded already.
         ImportError: the model has no layers of ours, and Transformers is not installed.
     """
+
+    def once(record: AttentionRecord) -> None:
+        if not in_backward():
+            recorder(record)
+
     own = [module for module in model.modules() if isinstance(module, ModularDuplexAttention)]
     if own:
         if any(layer.recorder is not None for layer in own):
             raise RuntimeError("recorded: a layer of the model has a recorder already")
         try:
             for index, layer in enumerate(own):
-                layer.recorder = _layer_recorder(index, layer.is_causal, recorder)
+                layer.recorder = _layer_recorder(index, layer.is_causal, once)
             yield dict(enumerate(own)), modalities
         finally:
             for layer in own:
@@ -49,7 +59,7 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
     from moda_ext.integrations.transformers import recording, text_stack
     from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES
 
-    with recording(model, recorder, modalities):
+    with recording(model, once, modalities):
         stack = text_stack(model)
         own_names = getattr(stack.config, "moda", None)
         names = own_names["modalities"] if own_names else modalities or DEFAULT_MODALITIES

@@ -84,7 +84,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
         if difference == difference:
             axis.set_title(f"{name}: AvgDiff {100 * difference:.1f} %")
             axis.set_yscale("log")
-            axis.legend(frameon=False, fontsize=8)
+            _legend_below(axis)
         else:
             axis.set_title(f"{name}: not defined in this layout")
         axis.set_xlabel("layer")
@@ -119,7 +119,7 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
         axis.set_xlabel("layer")
         _integer_ticks(axis)
         if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
+            _legend_below(axis)
         else:
             axis.text(0.5, 0.5, "not defined in this layout", ha="center", transform=axis.transAxes)
     axes[0].set_ylabel("disparity |s - c| / max(s, c)")
@@ -201,7 +201,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel("mean cosine similarity of tokens")
     axes[0].set_title("Collapse: 1 means that all tokens are alike")
-    axes[0].legend(frameon=False, fontsize=8)
+    _legend_below(axes[0])
     _integer_ticks(axes[0])
     return figure
 
@@ -223,7 +223,7 @@ def _figure(rows: int, columns: int, width: float):
             "moda_ext.diagnostics.figures needs matplotlib, which is not installed; install it with: "
             "pip install 'moda_ext[diagnostics]'"
         ) from error
-    figure = Figure(figsize=(width, 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(width, 3.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -242,6 +242,10 @@ def _integer_locator():
 
 def _integer_ticks(axis) -> None:
     axis.xaxis.set_major_locator(_integer_locator())
+
+
+def _legend_below(axis) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=8)
 
 
 def _patch(colour: str, label: str, hatch: str):

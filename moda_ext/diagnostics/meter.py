@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_ext.diagnostics import measures
-from moda_ext.diagnostics.attach import recorded
+from moda_ext.diagnostics.attach import in_backward, recorded
 from moda_ext.diagnostics.results import Diagnosis, LayerSums, TokenScores
 from moda_ext.integrations.recording import AttentionRecord
 
@@ -125,6 +125,43 @@ class AttentionMeter:
                 received = call.text_looks_at(record)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
 
+    def callback(self, every: int = 100):
+        """A ``transformers.TrainerCallback`` that measures one training step of every ``every``, the first included.
+
+        Its attribute ``history`` is a list of (global step, :class:`moda_ext.diagnostics.Diagnosis`). What this meter
+        measured before is forgotten at each of these steps.
+
+        Raises:
+            ValueError: ``every`` is not positive.
+            ImportError: transformers is not installed.
+
+        Example:
+            >>> watch = AttentionMeter(model).callback(every=50)
+            >>> Trainer(model, arguments, train_dataset=data, callbacks=[watch]).train()
+            >>> [(step, diagnosis.summary()["avg_diff"]) for step, diagnosis in watch.history]
+        """
+        if every < 1:
+            raise ValueError(f"AttentionMeter.callback: every must be at least 1, got {every}")
+        from transformers import TrainerCallback
+
+        meter = self
+
+        class MeterCallback(TrainerCallback):
+            def __init__(self):
+                self.history: list[tuple[int, Diagnosis]] = []
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step % every == 0:
+                    meter.reset()
+                    meter.__enter__()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if meter._context is not None:
+                    meter.__exit__()
+                    self.history.append((state.global_step, meter.result()))
+
+        return MeterCallback()
+
     @property
     def num_scored(self) -> int:
         """Of how many sequences there are token scores."""
@@ -162,7 +199,7 @@ class AttentionMeter:
         @torch.no_grad()
         def hook(module, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.shape[1] > 1:  # not a decoding step
+            if hidden.shape[1] > 1 and not in_backward():  # no decoding step
                 similarity = measures.token_similarity(hidden, self._call.query_modality >= 0)
                 self._similarity.setdefault(index, []).append(similarity)
 

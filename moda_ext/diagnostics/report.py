@@ -39,15 +39,16 @@ LABELS = {
     "sink": ("share that goes to no key", "%"),
 }
 HOW_TO_READ = (
-    "Read every figure beside <em>uniform attention</em>: what it would be if each row spread its attention evenly over "
-    "the keys it sees. What uniform attention shows too is a matter of layout, not of the model. Unless it says "
+    "Read every figure beside <em>uniform attention</em>: what it would be if each row spread its attention evenly "
+    "over the keys it sees. What uniform attention shows too is a matter of layout, not of the model. Unless it says "
     "otherwise, a figure is about rows that see every modality of their sequence."
 )
 MEANING = (
     "s and c are the mean attention weights of a pair (row, key) within a modality and across, averaged over heads and "
     "pooled over everything measured; AvgDiff is the mean over layers of their difference, divided as stated. MDI "
-    "compares tokens as text rows see them. MODA (arXiv 2507.04635) prints AvgDiff of 57 % (text) and 62 % (vision) for "
-    "its baseline and 50 % and 41 % with MODA, without a formula: these are our reading of it. MDI: arXiv 2508.10552."
+    "compares tokens as text rows see them. MODA (arXiv 2507.04635) prints AvgDiff of 57 % (text) and 62 % (vision) "
+    "for its baseline and 50 % and 41 % with MODA, without a formula: these are our reading of it. MDI: arXiv "
+    "2508.10552."
 )
 ROWS = {"both": "rows that see every modality", "all": "all rows"}
 
