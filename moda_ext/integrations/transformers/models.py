@@ -79,10 +79,12 @@ def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
     )
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForImageTextToText.register(config_class, model_class)
-    for name, new in ((model_type, config_class.model_type), (base_model.__name__, model_class.__name__)):
-        mapping = get_checkpoint_conversion_mapping(name)
-        if mapping is not None:  # without it weights under old names, such as lm_head, would come out random
-            register_checkpoint_conversion_mapping(new, mapping)
+    # Without it weights under the names of older checkpoints, such as lm_head, would come out random. By class too: a
+    # config that is read from a checkpoint without MODA keeps that one's model type.
+    mapping = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(config_class.model_type, mapping)
+        register_checkpoint_conversion_mapping(model_class.__name__, mapping)
     return config_class, model_class
 
 
