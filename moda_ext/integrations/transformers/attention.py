@@ -91,7 +91,8 @@ class MODAAttention(nn.Module):
             record: also return what a recorder gets.
 
         Returns:
-            ``(out (B, Hq, Nq, D), state or None, (mass, lse or None, views, bias or None) or None)``.
+            ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
+            :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
         views, indicator = tokens.query, None
         if isinstance(self.aligner, ReleaseAligner):
@@ -135,9 +136,11 @@ class MODAAttention(nn.Module):
                 scale=tokens.scale,
                 return_mass=True,
             )
-            return out, state, (mass, None, views, bias) if record else None
-        out, lse, mass = attend(tokens, views, bias, sink, self.config.num_modalities)
-        return out, state, (mass, lse, views, bias) if record else None
+            lse = None
+        else:
+            out, lse, mass = attend(tokens, views, bias, sink, self.config.num_modalities)
+        recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias} if record else None
+        return out, state, recorded
 
     def extra_repr(self) -> str:
         return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
@@ -238,7 +241,7 @@ def moda_attention(
     cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
     if moda is None:
         out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
-        recorded = mass, lse, tokens.query, None
+        recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
         keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
         state = cached.gram if keep_state else None
@@ -259,19 +262,14 @@ def moda_attention(
             else:
                 cached.gram = state
     if recorder is not None:
-        mass, lse, views, bias = recorded
         recorder(
             AttentionRecord(
                 layer=module.layer_idx,
-                mass=mass,
-                lse=lse,
                 query_modality=tokens.query_modality,
                 key_modality=tokens.key_modality,
-                query=views,
-                key=tokens.key,
                 scale=tokens.scale,
-                bias=bias,
                 visible=tokens.visible,
+                **recorded,
             )
         )
     return out.transpose(1, 2).contiguous(), None

@@ -80,7 +80,9 @@ class TextStackHook(BaseModelHook):
         modality = modality.to(tokens.device, torch.int32)
 
         cache = kwargs.get("past_key_values")
-        if cache is None and self._makes_cache(module, kwargs):
+        if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
+            cache = None  # Transformers drops it in every layer, and recomputing must not find a Gram
+        elif cache is None and self._uses_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
         layer, start = None, 0
         if cache is not None:
@@ -96,11 +98,9 @@ class TextStackHook(BaseModelHook):
         return args, kwargs
 
     @staticmethod
-    def _makes_cache(module: nn.Module, kwargs: dict) -> bool:
-        """As the text stack itself decides."""
+    def _uses_cache(module: nn.Module, kwargs: dict) -> bool:
         use_cache = kwargs.get("use_cache")
-        use_cache = module.config.use_cache if use_cache is None else use_cache
-        return use_cache and not (module.training and getattr(module, "gradient_checkpointing", False))
+        return module.config.use_cache if use_cache is None else use_cache
 
 
 def _without_padding(modality: Tensor, mask: Tensor | dict | None, start: int | Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import warnings
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from moda_ext.integrations.recording import Recorder
@@ -39,7 +39,7 @@ class MODAModelMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        _install(self, MODAConfig.from_dict(getattr(config.text_config, "moda", None) or {}))
+        _attach(self, *_prepare(self, MODAConfig.from_dict(getattr(config.text_config, "moda", None) or {})))
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -79,10 +79,13 @@ def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
     )
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForImageTextToText.register(config_class, model_class)
-    for name, new in ((model_type, config_class.model_type), (base_model.__name__, model_class.__name__)):
-        mapping = get_checkpoint_conversion_mapping(name)
-        if mapping is not None:  # without it weights under old names, such as lm_head, would come out random
-            register_checkpoint_conversion_mapping(new, mapping)
+    AutoModelForMultimodalLM.register(config_class, model_class)
+    # Without it weights under the names of older checkpoints, such as lm_head, would come out random. By class too: a
+    # config that is read from a checkpoint without MODA keeps that one's model type.
+    mapping = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(config_class.model_type, mapping)
+        register_checkpoint_conversion_mapping(model_class.__name__, mapping)
     return config_class, model_class
 
 
@@ -127,10 +130,10 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
             + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
         )
     config = MODAConfig() if config is None else config
-    _check_layers(model, config)
+    modules, hooks = _prepare(model, config)  # raises before anything changes
     model.config.text_config.moda = config.to_dict()
     model.config.__class__, model.__class__ = config_class, model_class
-    _install(model, config)
+    _attach(model, modules, hooks)
     return model
 
 
@@ -171,10 +174,10 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
             raise ValueError(f"recording: MODA is off, the text stack runs {before!r} attention")
     try:
         if not isinstance(inner, MODAModelMixin):
-            handles = _add_hooks(inner, DEFAULT_MODALITIES if modalities is None else modalities)
+            handles = _register(_hooks(inner, DEFAULT_MODALITIES if modalities is None else modalities))
             inner.set_attn_implementation({"text_config": NAME})
         for module in modules:
-            module.moda_recorder = recorder
+            module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
         yield
     finally:
         for module in modules:
@@ -228,22 +231,34 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> f
     return difference
 
 
-def _install(model: PreTrainedModel, config: MODAConfig) -> None:
-    """Modules, hooks and the attention function."""
-    layers = _check_layers(model, config)
-    for module in attention_modules(model):
-        if module.layer_idx in layers and (config.mode == "release" or config.aligner is not None or config.mask):
-            weight = module.q_proj.weight
-            moda = MODAAttention(config, module.config.num_attention_heads, module.head_dim)
-            module.moda = moda.to(weight.device, weight.dtype)
-    _add_hooks(model, config.modalities, config.num_modalities)
+def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODAAttention], list]:
+    """The module of each layer that gets one, and the hooks of :func:`_hooks`."""
+    layers, modules = _check_layers(model, config), {}
+    if config.mode == "release" or config.aligner is not None or config.mask is not None:
+        for attention in attention_modules(model):
+            if attention.layer_idx in layers:
+                weight = attention.q_proj.weight
+                dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised
+                moda = MODAAttention(config, attention.config.num_attention_heads, attention.head_dim)
+                modules[attention.layer_idx] = moda.to(weight.device, dtype)
+    return modules, _hooks(model, config.modalities)
+
+
+def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: list) -> None:
+    for attention in attention_modules(model):
+        if attention.layer_idx in modules:
+            attention.moda = modules[attention.layer_idx]
+    _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
 
-def _add_hooks(model: PreTrainedModel, modalities: dict[str, int], num_modalities: int | None = None) -> list:
-    num_modalities = len(set(modalities.values())) if num_modalities is None else num_modalities
-    tokens = token_modalities(model.config, modalities)
-    hooks = (model.base_model, BaseModelHook(tokens)), (text_stack(model), TextStackHook(tokens, num_modalities))
+def _hooks(model: PreTrainedModel, modalities: dict[str, int]) -> list:
+    """Pairs of a module and its forward pre-hook."""
+    tokens, num_modalities = token_modalities(model.config, modalities), len(set(modalities.values()))
+    return [(model.base_model, BaseModelHook(tokens)), (text_stack(model), TextStackHook(tokens, num_modalities))]
+
+
+def _register(hooks: list) -> list:
     return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
 
 
