@@ -1,14 +1,17 @@
 """The diagnosis: every formula beside numbers worked out by hand, the meter beside dense attention weights."""
 
+import contextlib
 import dataclasses
 import math
+import os
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from moda_ext.attention import AttentionState, ModularDuplexAttention
-from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter, Diagnosis, measures
+from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter, Diagnosis, figures, measures
 from moda_ext.diagnostics import meter as meter_module
 from moda_ext.diagnostics.attach import recorded
 
@@ -566,3 +569,275 @@ class TestBalanceLoss:
             AttentionBalanceLoss()(MASS, MODALITY)
         with pytest.raises(ValueError, match="target is for 3 modalities, and mass has 2"):
             AttentionBalanceLoss(torch.ones(3))(MASS[:, None], MODALITY)
+
+
+class TestFigures:
+    @pytest.fixture
+    def diagnosis(self):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(1))
+        return measured(make_stack(), x, TOKENS, token_scores=1, similarity=True, name="ours")
+
+    def test_disparity_lines_are_the_figures(self, diagnosis):
+        other = dataclasses.replace(diagnosis, name="theirs")
+        text, vision = figures.disparity_by_layer([diagnosis, other]).axes
+        lines = {line.get_label().split(",")[0]: line for line in vision.lines}
+        assert set(lines) == {"ours", "theirs", "uniform attention"}
+        assert lines["ours"].get_ydata() == pytest.approx(diagnosis.figure("disparity")[:, 1].tolist())
+        expected = diagnosis.figure("disparity", null=True)[:, 1].tolist()
+        assert lines["uniform attention"].get_ydata() == pytest.approx(expected)
+        assert f"AvgDiff {100 * diagnosis.figure('disparity')[:, 1].mean():.1f} %" in lines["ours"].get_label()
+
+    def test_attention_lines_are_the_figures(self, diagnosis):
+        text, vision = figures.attention_by_layer(diagnosis, rows="all").axes
+        lines = {line.get_label(): line.get_ydata() for line in text.lines}
+        assert lines["text to others"] == pytest.approx(diagnosis.figure("cross", rows="all")[:, 0].tolist())
+        expected = diagnosis.figure("self", rows="all", null=True)[:, 0].tolist()
+        assert lines["text to text, uniform"] == pytest.approx(expected)
+
+    def test_score_bars_are_the_figures(self, diagnosis):
+        (axis,) = figures.token_scores(diagnosis).axes
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights == pytest.approx(diagnosis.figure("score").mean(dim=0).tolist())
+
+    def test_heads_and_similarity(self, diagnosis):
+        shown = figures.heads(diagnosis, "self").axes[1].images[0].get_array()
+        assert shown.shape == (2, 4)
+        assert shown[1, 3] == pytest.approx(diagnosis.figure("self", per_head=True)[1, 3, 1].item())
+        (axis,) = figures.similarity(diagnosis).axes
+        assert axis.lines[0].get_ydata() == pytest.approx(diagnosis.similarity.tolist())
+
+    def test_image_attention_is_relative_to_chance(self, diagnosis):
+        scores, uniform = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.full((6,), 0.1)
+        figure = figures.image_attention(torch.zeros(40, 60, 3), scores, (2, 3), uniform=uniform)
+        shown = figure.axes[1].images[1]
+        assert shown.get_array().tolist() == [pytest.approx([1, 2, 3]), pytest.approx([4, 5, 6])]
+        assert shown.get_extent() == figure.axes[1].images[0].get_extent()
+        with pytest.raises(ValueError, match=r"shape \(4,\) for a 2 x 2 grid, got \(6,\)"):
+            figures.image_attention(torch.zeros(40, 60, 3), scores, (2, 2))
+
+    def test_a_layout_without_cross_pairs_is_said(self, diagnosis):
+        image_first = measured(make_stack(), torch.randn(1, 10, 32), TOKENS[2:3])
+        for draw in (figures.disparity_by_layer, figures.attention_by_layer):
+            figure = draw(image_first, rows="all")
+            words = [figure.axes[1].get_title(), *(text.get_text() for text in figure.axes[1].texts)]
+            assert any("not defined in this layout" in word for word in words)
+
+    def test_errors(self, diagnosis):
+        with pytest.raises(ValueError, match="at least one Diagnosis"):
+            figures.token_scores([])
+        with pytest.raises(ValueError, match="the modalities differ"):
+            figures.token_scores([diagnosis, dataclasses.replace(diagnosis, modalities=("text", "audio"))])
+        with pytest.raises(ValueError, match="ours was not measured with"):
+            figures.similarity(dataclasses.replace(diagnosis, similarity=None))
+
+
+# Transformers ---------------------------------------------------------------------------------------------------------
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
+FAMILIES += ("idefics3", "smolvlm")
+
+
+class TestMeterOnTransformers:
+    @pytest.fixture(autouse=True)
+    def transformers_is_installed(self):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_equals_dense_weights_of_eager_attention(self, family):
+        """Also that token scores are columns of the eager weights, and that the model is as it was afterwards."""
+        from vision_language import IMAGE, make_inputs, make_model
+
+        model, inputs = make_model(family), make_inputs(family)
+        before = model.config.text_config._attn_implementation
+        with torch.no_grad(), AttentionMeter(model, token_scores=2) as meter:
+            model(**inputs)
+        assert model.config.text_config._attn_implementation == before
+        model.set_attn_implementation({"text_config": "eager"})
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True).attentions
+        mask = inputs["attention_mask"].bool()
+        modality = (inputs["input_ids"] == IMAGE).long().masked_fill(~mask, -1)
+        diagnosis = meter.result()
+        assert diagnosis.modalities == ("text", "vision")
+        assert diagnosis.sequences == 2
+        for layer, dense in enumerate(weights):
+            visible = (dense > 0).any(dim=1) & mask[:, None]
+            one = dataclasses.replace(diagnosis, layers=diagnosis.layers[layer : layer + 1])
+            assert_equals_dense(one, [dense], modality, visible)
+            for b, scores in enumerate(diagnosis.token_scores):
+                kinds = [visible[b] & (modality[b] == m) for m in (0, 1)]
+                rows = kinds[0].any(dim=-1) & kinds[1].any(dim=-1) & (modality[b] == 0)
+                expected = dense[b][:, rows].mean(dim=(0, 1)) * mask[b]
+                torch.testing.assert_close(scores.scores[layer], expected, rtol=0, atol=1e-5)
+
+    def test_generated_tokens_are_measured(self):
+        from vision_language import make_inputs, make_model
+
+        model, inputs = make_model("llava"), make_inputs("llava")
+        with AttentionMeter(model) as meter:
+            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        diagnosis = meter.result()
+        padding = (inputs["attention_mask"] == 0).sum().item()
+        assert diagnosis.sequences == 2
+        assert sum(diagnosis.tokens.values()) == tokens.numel() - padding - 2  # the last one is not fed back
+        with torch.no_grad(), AttentionMeter(model) as whole:
+            mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+            model(input_ids=tokens[:, :-1], attention_mask=mask, pixel_values=inputs["pixel_values"])
+        torch.testing.assert_close(diagnosis.figure("self"), whole.result().figure("self"), rtol=0, atol=1e-5)
+
+    def test_a_static_cache_is_measured_as_a_dynamic_one(self):
+        from vision_language import make_inputs, make_model
+
+        model, inputs = make_model("llava"), make_inputs("llava", padding=None)
+        found = []
+        for cache in ("dynamic", "static"):
+            with AttentionMeter(model) as meter:
+                model.generate(**inputs, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+            found.append(meter.result())
+        assert found[0].tokens == found[1].tokens
+        assert found[0].sequences == found[1].sequences == 2
+        for name in ("self", "cross"):
+            torch.testing.assert_close(found[0].figure(name), found[1].figure(name), rtol=0, atol=1e-5)
+
+    def test_a_model_with_moda_and_its_modalities(self):
+        from vision_language import IMAGE, make_inputs, make_model
+
+        from moda_ext.integrations.transformers import MODAConfig, apply_moda
+
+        model, inputs = make_model("llava"), make_inputs("llava")
+        with torch.no_grad(), AttentionMeter(model) as plain:
+            model(**inputs)
+        apply_moda(model, MODAConfig.fixed_prior([[0.0, 2.0], [0.0, 0.0]], modalities={"text": 0, "image": 1}))
+        with torch.no_grad(), AttentionMeter(model) as meter:
+            model(**inputs)
+        diagnosis = meter.result()
+        assert diagnosis.modalities == ("text", "image")
+        assert diagnosis.figure("mdi")[0, 1] < 0.3 * plain.result().figure("mdi")[0, 1]  # e^-2 before the softmax
+        assert diagnosis.tokens["image"] == (inputs["input_ids"] == IMAGE).sum()
+
+    def test_similarity_is_that_of_the_hidden_states(self):
+        from vision_language import make_inputs, make_model
+
+        model, inputs = make_model("llava"), make_inputs("llava", padding=None)
+        with torch.no_grad(), AttentionMeter(model, similarity=True) as meter:
+            hidden = model(**inputs, output_hidden_states=True).hidden_states
+        mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        expected = measures.token_similarity(hidden[1], mask).mean()  # after the first layer
+        torch.testing.assert_close(meter.result().similarity[0].float(), expected)
+
+    def test_balance_loss_trains_through_gradient_checkpointing(self):
+        from vision_language import make_inputs, make_model
+
+        gradients = []
+        for checkpointing in (False, True):
+            model, inputs = make_model("llava").train(), make_inputs("llava")
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            balance = AttentionBalanceLoss("equal")
+            with balance.collect(model) as penalties:
+                model(**inputs)
+                torch.stack(penalties).mean().backward()
+            assert len(penalties) == 2
+            gradients.append(model.get_decoder().layers[0].self_attn.q_proj.weight.grad)
+        assert gradients[0].abs().max() > 0
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+    def test_trainer_callback(self, tmp_path):
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+        from transformers import Trainer, TrainingArguments
+        from vision_language import make_inputs, make_model
+
+        model = make_model("llava")
+        rows = make_inputs("llava", rows=4, padding=None)
+        rows["labels"] = rows["input_ids"]
+        data = [{name: tensor[i] for name, tensor in rows.items()} for i in range(4)]
+        watch = AttentionMeter(model).callback(every=2)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=data, callbacks=[watch]).train()
+        assert [step for step, _ in watch.history] == [1, 3]
+        assert all(diagnosis.sequences == 2 for _, diagnosis in watch.history)
+        with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+            AttentionMeter(model).callback(every=0)
+
+    def test_a_model_of_an_unknown_family_is_refused(self):
+        with (
+            pytest.raises(ValueError, match="unknown model family 'Linear'; known are llava"),
+            AttentionMeter(nn.Linear(2, 2)),
+        ):
+            pass
+
+
+class TestCost:
+    """A Llava whose text stack is 512 wide."""
+
+    @pytest.fixture
+    def model(self):
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        torch.manual_seed(0)
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=8,
+        )
+        text = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=512,
+            intermediate_size=1024,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=8192,
+        )
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+        return transformers.LlavaForConditionalGeneration(config).eval()
+
+    @staticmethod
+    def inputs(length):
+        ids = torch.randint(1, 60, (1, length), generator=torch.Generator().manual_seed(1))
+        ids[:, 10:74] = 60
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 64, 64), "use_cache": False, "logits_to_keep": 1}
+
+    def test_measuring_costs_at_most_5_percent_of_a_forward(self, model):
+        """Of the forward pass with sdpa; one thread and processor time, as other processes share the machine."""
+        inputs, threads = self.inputs(1024), torch.get_num_threads()
+        seconds = {"plain": [], "measured": [], "sdpa": []}
+        torch.set_num_threads(1)
+        try:
+            for _ in range(7):
+                contexts = {
+                    "plain": recorded(model, lambda record: None),
+                    "measured": AttentionMeter(model),
+                    "sdpa": contextlib.nullcontext(),
+                }
+                for name, context in contexts.items():
+                    with torch.no_grad(), context:
+                        start = time.process_time()
+                        model(**inputs)
+                        seconds[name].append(time.process_time() - start)
+        finally:
+            torch.set_num_threads(threads)
+        best = {name: min(values) for name, values in seconds.items()}
+        assert best["measured"] - best["plain"] <= 0.05 * best["sdpa"], best
+
+    @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak memory counter to reset")
+    def test_4096_tokens_need_no_matrix_of_all_pairs(self, model):
+        """Peak memory over the same forward pass unmeasured; one boolean matrix of all pairs would take 16 MB."""
+
+        def peak(context):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+            with torch.no_grad(), context:
+                model(**inputs)
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+        inputs, meter = self.inputs(4096), AttentionMeter(model)
+        peak(meter)
+        plain = peak(recorded(model, lambda record: None))
+        assert peak(meter) - plain < 12
+        assert meter.result().tokens == {"text": 2 * 4032, "vision": 2 * 64}

@@ -25,7 +25,7 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
     Args:
         model: has :class:`moda_ext.attention.ModularDuplexAttention` layers, or is a Transformers model (see
             :func:`moda_ext.integrations.transformers.recording`).
-        recorder: called with the records, but not where gradient checkpointing computes a layer once more.
+        recorder: called with the records, once more where gradient checkpointing computes a layer once more.
         modalities: the number of each kind of token, for a Transformers model without MODA; for our own layers, the
             names of their modalities.
 
@@ -38,18 +38,13 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
         ValueError: a Transformers model of an unknown family, or one that is recorded already.
         ImportError: the model has no layers of ours, and Transformers is not installed.
     """
-
-    def once(record: AttentionRecord) -> None:
-        if not in_backward():
-            recorder(record)
-
     own = [module for module in model.modules() if isinstance(module, ModularDuplexAttention)]
     if own:
         if any(layer.recorder is not None for layer in own):
             raise RuntimeError("recorded: a layer of the model has a recorder already")
         try:
             for index, layer in enumerate(own):
-                layer.recorder = _layer_recorder(index, layer.is_causal, once)
+                layer.recorder = _layer_recorder(index, layer.is_causal, recorder)
             yield dict(enumerate(own)), modalities
         finally:
             for layer in own:
@@ -59,7 +54,7 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
     from moda_ext.integrations.transformers import recording, text_stack
     from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES
 
-    with recording(model, once, modalities):
+    with recording(model, recorder, modalities):
         stack = text_stack(model)
         own_names = getattr(stack.config, "moda", None)
         names = own_names["modalities"] if own_names else modalities or DEFAULT_MODALITIES

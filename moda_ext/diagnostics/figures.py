@@ -49,7 +49,14 @@ def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "bot
         )
         place = torch.arange(len(names)) + (k - (len(diagnoses) - 1) / 2) * width
         colours = [_colour(m) for m in range(len(names))]
-        axis.bar(place, score, 0.92 * width, color=colours, hatch=HATCHES[k % len(HATCHES)], edgecolor="white")
+        axis.bar(
+            place.tolist(),
+            score.tolist(),
+            0.92 * width,
+            color=colours,
+            hatch=HATCHES[k % len(HATCHES)],
+            edgecolor="white",
+        )
         for x, y in zip(place.tolist(), null.tolist(), strict=True):
             axis.plot([x - width / 2, x + width / 2], [y, y], color="0.2", linestyle=":", linewidth=1.6)
     handles = [_patch("0.6", d.name, HATCHES[k % len(HATCHES)]) for k, d in enumerate(diagnoses)]
@@ -79,7 +86,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
                 kwargs = {"color": "0.5", "linestyle": ":"} if null else {"color": _colour(m), "linestyle": style}
                 marker = ("o" if measure == "self" else "s") if not null else ("^" if measure == "self" else "v")
                 text = f"{label}, uniform" if null else label
-                axis.plot(diagnosis.layer_ids, values, marker=marker, markersize=3.5, label=text, **kwargs)
+                axis.plot(diagnosis.layer_ids, values.tolist(), marker=marker, markersize=3.5, label=text, **kwargs)
         difference = diagnosis.summary(**options)["avg_diff"][name]
         if difference == difference:
             axis.set_title(f"{name}: AvgDiff {100 * difference:.1f} %")
@@ -113,7 +120,7 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
                 style = {"color": "0.5", "linestyle": ":"}
                 if not null:
                     style = {"color": _colour(m), "linestyle": STYLES[k % len(STYLES)], "marker": "o"}
-                axis.plot(diagnosis.layer_ids, values, markersize=3.5, label=label, **style)
+                axis.plot(diagnosis.layer_ids, values.tolist(), markersize=3.5, label=label, **style)
         axis.set_title(name)
         axis.set_ylim(-0.02, 1.02)
         axis.set_xlabel("layer")
@@ -137,7 +144,9 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
     figure, axes = _figure(1, len(names), width=4.2 * len(names))
     top = 1.0 if measure == "disparity" else None
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        image = axis.imshow(values[:, :, m], aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        image = axis.imshow(
+            values[:, :, m].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest"
+        )
         axis.set_title(f"{name}: {measure} by head")
         axis.set_xlabel("head")
         axis.set_yticks(range(len(diagnosis.layer_ids)), diagnosis.layer_ids)
@@ -152,7 +161,7 @@ def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: 
     """Where text looks in an image: the picture, and the picture under the scores of its tokens.
 
     Args:
-        picture: (height, width, 3) as matplotlib takes it, or a PIL image.
+        picture: (height, width, 3), a tensor, or a PIL image.
         scores: (h * w,), the scores of the image's tokens, row by row.
         grid: (h, w).
         uniform: (h * w,), what uniform attention gives: the map then is the ratio, 1 where text looks as often as by
@@ -171,12 +180,12 @@ def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: 
     ratio = (scores / (scores.mean() if uniform is None else uniform)).reshape(height, width)
     figure, axes = _figure(1, 2, width=8.0)
     for axis in axes:
-        axis.imshow(picture)
+        axis.imshow(picture.numpy() if isinstance(picture, Tensor) else picture)
         axis.set_axis_off()
     extent = (*axes[1].get_xlim(), *axes[1].get_ylim())
     top = max(2.0, ratio.max().item())
     style = {"cmap": "magma", "alpha": 0.65, "interpolation": "nearest", "vmin": 0, "vmax": top}
-    shown = axes[1].imshow(ratio, extent=extent, **style)
+    shown = axes[1].imshow(ratio.numpy(), extent=extent, **style)
     axes[0].set_title(title, fontsize=9)
     axes[1].set_title("attention from text, 1 = by chance", fontsize=9)
     figure.colorbar(shown, ax=axes[1], fraction=0.046)
@@ -196,7 +205,12 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
             raise ValueError(f"similarity: {diagnosis.name} was not measured with AttentionMeter(similarity=True)")
         style = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
         axes[0].plot(
-            diagnosis.layer_ids, diagnosis.similarity, marker="o", markersize=3.5, label=diagnosis.name, **style
+            diagnosis.layer_ids,
+            diagnosis.similarity.tolist(),
+            marker="o",
+            markersize=3.5,
+            label=diagnosis.name,
+            **style,
         )
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel("mean cosine similarity of tokens")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_ext.diagnostics import measures
-from moda_ext.diagnostics.attach import recorded
+from moda_ext.diagnostics.attach import in_backward, recorded
 from moda_ext.integrations.recording import AttentionRecord
 
 __all__ = ["AttentionBalanceLoss"]
@@ -44,7 +44,7 @@ class AttentionBalanceLoss(nn.Module):
 
         >>> with balance.collect(model) as penalties:
         ...     loss = model(**batch).loss
-        >>> (loss + 0.1 * torch.stack(penalties).mean()).backward()
+        ...     (loss + 0.1 * torch.stack(penalties).mean()).backward()
     """
 
     def __init__(self, target: str | Tensor = "uniform", *, eps: float = 1e-6):
@@ -111,6 +111,8 @@ class AttentionBalanceLoss(nn.Module):
     def collect(self, model: nn.Module):
         """Yields a list that gets the loss of every attention call while the block runs, first layer first.
 
+        With gradient checkpointing the backward pass belongs into the block: it computes the layers once more.
+
         Raises:
             RuntimeError: in a call, where gradients are off although the model is in training mode: reentrant gradient
                 checkpointing. Use ``gradient_checkpointing_kwargs={"use_reentrant": False}``.
@@ -125,9 +127,10 @@ class AttentionBalanceLoss(nn.Module):
                     "gradient checkpointing with use_reentrant=False."
                 )
             with torch.autocast(record.mass.device.type, enabled=False):
-                penalties.append(
-                    self(record.mass, record.query_modality, record.key_modality, counts=record.key_counts())
-                )
+                counts = record.key_counts()
+                penalty = self(record.mass, record.query_modality, record.key_modality, counts=counts)
+            if not in_backward():  # there checkpointing wants its tensors again, and nothing else
+                penalties.append(penalty)
 
         with recorded(model, recorder):
             yield penalties

@@ -107,6 +107,8 @@ class AttentionMeter:
     @torch.no_grad()
     def __call__(self, record: AttentionRecord) -> None:
         """Adds one attention call. The recorder of a layer; there is no need to call it by hand."""
+        if in_backward():
+            return
         with torch.autocast(record.mass.device.type, enabled=False):
             begins = self._layer is None or record.layer <= self._layer
             if begins or not self._call.is_over_the_tokens_of(record):
