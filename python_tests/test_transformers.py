@@ -45,7 +45,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 SPECIAL = [60, 61, 62, 63]
-NEW = 6
+NEW = 6  # tokens that are generated
+SPLIT = 9  # where a prompt is cut in two
 TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "base": -1.0, "learn_base": True}}
 CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
 both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
@@ -194,15 +195,15 @@ def test_a_cache_is_used_again_in_the_next_turn(family):
 
 
 def two_passes(name, model, inputs, cache, between=lambda cache: None, order=(0, 1)):
-    """Logits of the tokens from ``at`` on, after the ones before went into ``cache`` in a pass of their own.
+    """Logits of the tokens from ``SPLIT`` on, after the ones before went into ``cache`` in a pass of their own.
 
     The second pass has the rows in another order.
     """
     positions = positions_of(name, inputs["attention_mask"])
-    first = {"input_ids": inputs["input_ids"][:, :at], "attention_mask": inputs["attention_mask"][:, :at]}
-    second = {"input_ids": inputs["input_ids"][:, at:], "attention_mask": inputs["attention_mask"]}
+    first = {"input_ids": inputs["input_ids"][:, :SPLIT], "attention_mask": inputs["attention_mask"][:, :SPLIT]}
+    second = {"input_ids": inputs["input_ids"][:, SPLIT:], "attention_mask": inputs["attention_mask"]}
     if positions:
-        first["position_ids"], second["position_ids"] = positions["position_ids"].tensor_split([at], dim=1)
+        first["position_ids"], second["position_ids"] = positions["position_ids"].tensor_split([SPLIT], dim=1)
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     with torch.no_grad():
         model(**first, **rest, past_key_values=cache)
@@ -213,7 +214,7 @@ def two_passes(name, model, inputs, cache, between=lambda cache: None, order=(0,
 @both_caches
 def test_chunked_prefill_equals_one_pass(make_cache):
     model, inputs = make_trained("llava"), make_inputs("llava")
-    assert_close(two_passes("llava", model, inputs, make_cache()), logits_of("llava", model, inputs)[:, 9:])
+    assert_close(two_passes("llava", model, inputs, make_cache()), logits_of("llava", model, inputs)[:, SPLIT:])
 
 
 @pytest.mark.parametrize("drafts", (3, 80), ids=("within the window", "beyond the window"))
@@ -222,14 +223,14 @@ def test_cropped_tokens_are_forgotten(drafts):
 
     def draft_and_crop(cache):
         ids = torch.full((2, drafts), 7)
-        mask = torch.cat([inputs["attention_mask"][:, :9], torch.ones_like(ids)], dim=1)
+        mask = torch.cat([inputs["attention_mask"][:, :SPLIT], torch.ones_like(ids)], dim=1)
         model(input_ids=ids, attention_mask=mask, past_key_values=cache)
         cache.crop(-drafts)
         assert (cache.layers[0].gram is None) == (drafts == 80)
 
     assert_close(
         two_passes("llava", model, inputs, DynamicCache(), between=draft_and_crop),
-        logits_of("llava", model, inputs)[:, 9:],
+        logits_of("llava", model, inputs)[:, SPLIT:],
     )
 
 
@@ -242,7 +243,7 @@ def test_rows_of_a_cache_are_repeated_selected_and_reordered():
         cache.reorder_cache(torch.tensor([1, 0]))
 
     swapped = two_passes("llava", model, inputs, DynamicCache(), between=swap, order=(1, 0))
-    assert_close(swapped, logits_of("llava", model, inputs)[[1, 0], 9:])
+    assert_close(swapped, logits_of("llava", model, inputs)[[1, 0], SPLIT:])
 
 
 @both_caches
