@@ -192,19 +192,8 @@ class TestDiagnose:
 
     def test_a_model_of_random_weights_says_so(self, photographs, tmp_path):
         out = tmp_path / "r.html"
-        code, output = call(
-            "diagnose",
-            "--model",
-            "random",
-            "--images",
-            photographs,
-            "--prompts",
-            "Hello",
-            "--new-tokens",
-            "2",
-            "--out",
-            out,
-        )
+        options = {"--images": photographs, "--prompts": "Hello", "--new-tokens": 2, "--out": out}
+        code, output = call("diagnose", "--model", "random", *(x for pair in options.items() for x in pair))
         assert code == 0, output
         assert "say nothing about any real model" in words(output)
         assert "say nothing about any real model" in out.read_text()
@@ -244,23 +233,12 @@ class TestDiagnose:
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium installed (Debian package: chromium)")
 class TestInABrowser:
     @staticmethod
-    def open(path, *options):
+    def open(path):
         """(the page's HTML after loading, what the browser logged)."""
-        arguments = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-        result = subprocess.run(
-            [
-                *arguments,
-                f"--user-data-dir={path.parent / 'profile'}",
-                "--virtual-time-budget=5000",
-                "--dump-dom",
-                *options,
-            ]
-            + [path.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "HOME": str(path.parent)},
-        )
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+        arguments += ["--virtual-time-budget=5000", f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
+        environment = {**os.environ, "HOME": str(path.parent)}
+        result = subprocess.run([BROWSER, *arguments], capture_output=True, text=True, timeout=120, env=environment)
         assert result.returncode == 0, result.stderr
         return result.stdout, result.stderr
 

@@ -6,6 +6,7 @@ base, so that a cache that forgets anything gives other logits.
 
 import contextlib
 import copy
+import pathlib
 import pickle
 import warnings
 
@@ -44,7 +45,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 SPECIAL = [60, 61, 62, 63]
-NEW = 6
+NEW = 6  # tokens that are generated
+SPLIT = 9  # where a prompt is cut in two
 TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "base": -1.0, "learn_base": True}}
 CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
 both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
@@ -192,26 +194,27 @@ def test_a_cache_is_used_again_in_the_next_turn(family):
     assert torch.equal(again, model.generate(**copy.deepcopy(turn), use_cache=False, **options))
 
 
-def two_passes(name, model, inputs, cache, at=10, between=lambda cache: None):
-    """Logits of the tokens from ``at`` on, after the ones before went into ``cache`` in a pass of their own."""
+def two_passes(name, model, inputs, cache, between=lambda cache: None, order=(0, 1)):
+    """Logits of the tokens from ``SPLIT`` on, after the ones before went into ``cache`` in a pass of their own.
+
+    The second pass has the rows in another order.
+    """
     positions = positions_of(name, inputs["attention_mask"])
-    first = {"input_ids": inputs["input_ids"][:, :at], "attention_mask": inputs["attention_mask"][:, :at]}
-    second = {"input_ids": inputs["input_ids"][:, at:], "attention_mask": inputs["attention_mask"]}
+    first = {"input_ids": inputs["input_ids"][:, :SPLIT], "attention_mask": inputs["attention_mask"][:, :SPLIT]}
+    second = {"input_ids": inputs["input_ids"][:, SPLIT:], "attention_mask": inputs["attention_mask"]}
     if positions:
-        first["position_ids"], second["position_ids"] = positions["position_ids"].tensor_split([at], dim=1)
+        first["position_ids"], second["position_ids"] = positions["position_ids"].tensor_split([SPLIT], dim=1)
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     with torch.no_grad():
         model(**first, **rest, past_key_values=cache)
         between(cache)
-        return model(**second, past_key_values=cache).logits
+        return model(**{key: value[list(order)] for key, value in second.items()}, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize(
-    "make_cache", (DynamicCache, lambda: StaticCache(make_config("llava"), 32)), ids=("dynamic", "static")
-)
+@both_caches
 def test_chunked_prefill_equals_one_pass(make_cache):
     model, inputs = make_trained("llava"), make_inputs("llava")
-    assert_close(two_passes("llava", model, inputs, make_cache(), at=9), logits_of("llava", model, inputs)[:, 9:])
+    assert_close(two_passes("llava", model, inputs, make_cache()), logits_of("llava", model, inputs)[:, SPLIT:])
 
 
 @pytest.mark.parametrize("drafts", (3, 80), ids=("within the window", "beyond the window"))
@@ -220,40 +223,35 @@ def test_cropped_tokens_are_forgotten(drafts):
 
     def draft_and_crop(cache):
         ids = torch.full((2, drafts), 7)
-        mask = torch.cat([inputs["attention_mask"][:, :9], torch.ones_like(ids)], dim=1)
+        mask = torch.cat([inputs["attention_mask"][:, :SPLIT], torch.ones_like(ids)], dim=1)
         model(input_ids=ids, attention_mask=mask, past_key_values=cache)
         cache.crop(-drafts)
         assert (cache.layers[0].gram is None) == (drafts == 80)
 
     assert_close(
-        two_passes("llava", model, inputs, DynamicCache(), at=9, between=draft_and_crop),
-        logits_of("llava", model, inputs)[:, 9:],
+        two_passes("llava", model, inputs, DynamicCache(), between=draft_and_crop),
+        logits_of("llava", model, inputs)[:, SPLIT:],
     )
 
 
-def test_rows_of_a_cache_are_repeated_and_selected():
+def test_rows_of_a_cache_are_repeated_selected_and_reordered():
     model, inputs = make_trained("llava"), make_inputs("llava")
 
-    def shuffle(cache):
+    def swap(cache):
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([True, False, True, False]))
+        cache.batch_select_indices(torch.tensor([False, True, True, False]))  # the rows 0 and 1
         cache.reorder_cache(torch.tensor([1, 0]))
-        cache.reorder_cache(torch.tensor([1, 0]))
 
-    assert_close(
-        two_passes("llava", model, inputs, DynamicCache(), at=9, between=shuffle),
-        logits_of("llava", model, inputs)[:, 9:],
-    )
+    swapped = two_passes("llava", model, inputs, DynamicCache(), between=swap, order=(1, 0))
+    assert_close(swapped, logits_of("llava", model, inputs)[[1, 0], SPLIT:])
 
 
-@pytest.mark.parametrize(
-    "make_cache", (DynamicCache, lambda: StaticCache(make_config("llava"), 32)), ids=("dynamic", "static")
-)
+@both_caches
 def test_a_cache_that_is_reset_is_empty(make_cache):
     model, inputs, cache = make_trained("llava"), make_inputs("llava"), make_cache()
-    once = two_passes("llava", model, inputs, cache, at=9)
+    once = two_passes("llava", model, inputs, cache)
     cache.reset()
-    assert_close(two_passes("llava", model, inputs, cache, at=9), once)
+    assert_close(two_passes("llava", model, inputs, cache), once)
 
 
 # Saving and loading
@@ -427,6 +425,48 @@ def test_text_stacks(stack, monkeypatch):
 
 
 # Training
+
+
+def save_llava_with_processor(path):
+    """A checkpoint directory as a user has it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["What", "is", "on", "the", "table", "?"]
+    vocabulary = {"<pad>": 0, **{word: i for i, word in enumerate(words, 1)}, "<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    processor = transformers.LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", additional_special_tokens=["<image>"]
+        ),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+    make_model("llava").save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def test_readme_example(tmp_path, monkeypatch):
+    """Word for word, where the names it downloads are directories with a tiny model."""
+    image = pytest.importorskip("PIL.Image")
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## Replace the attention of your model")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    save_llava_with_processor(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
+    image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    exec(compile(code, "README.md", "exec"), variables)
+    inputs, model = variables["inputs"], variables["model"]
+    assert (inputs["input_ids"] == IMAGE).sum() == 4
+    with pytest.raises(ValueError, match="MODA moves this model's logits"):
+        check_identity(model, inputs, tolerance=1e-6)
+    loaded = AutoModelForImageTextToText.from_pretrained("llava-moda").eval()
+    assert torch.equal(logits_of("llava", loaded, inputs), logits_of("llava", model.eval(), inputs))
 
 
 @family

@@ -60,12 +60,8 @@ class MODADynamicLayer(MODALayerMixin, DynamicLayer):
         return self.modality
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if tokens_to_remove == 0:
-            return
-        if self.modality is not None:
-            self.modality = self.modality[:, :tokens_to_remove]
-        if self.gram is not None:
+        super().crop(tokens_to_remove)  # append() drops the ids
+        if self.gram is not None and tokens_to_remove != 0:
             removable = self.gram.key.shape[2] >= -tokens_to_remove
             self.gram = self.gram.crop(self.gram.length + tokens_to_remove) if removable else None
 
