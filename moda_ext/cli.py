@@ -118,8 +118,8 @@ def diagnose(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measures how a vision-language model shares its attention between text and images, and writes a report."""
-    from moda_ext.diagnostics.diagnose import diagnose, find_images, load_model
     from moda_ext.diagnostics.report import write_report
+    from moda_ext.diagnostics.runner import diagnose, find_images, load_model
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"must end in .html, got {out}", param_hint="--out")

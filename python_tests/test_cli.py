@@ -144,7 +144,7 @@ def report(checkpoints, photographs, tmp_path_factory):
 
 class TestDiagnose:
     def test_numbers_are_those_of_the_meter(self, report, checkpoints, photographs):
-        from moda_ext.diagnostics.diagnose import diagnose, load_model
+        from moda_ext.diagnostics.runner import diagnose, load_model
 
         data = json.loads(report[0].with_suffix(".json").read_text())
         before, after = Diagnosis.from_dict(data["before"]), Diagnosis.from_dict(data["after"])

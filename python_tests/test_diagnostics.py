@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
+import re
 import time
+import types
 
 import pytest
 import torch
@@ -841,3 +844,58 @@ class TestCost:
         plain = peak(recorded(model, lambda record: None))
         assert peak(meter) - plain < 12
         assert meter.result().tokens == {"text": 2 * 4032, "vision": 2 * 64}
+
+
+def test_the_readme_example(tmp_path, monkeypatch, capsys):
+    """Word for word, beside a photograph of that name."""
+    for module in ("transformers", "matplotlib", "PIL"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    from matplotlib import cbook
+
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        (tmp_path / "photo.jpg").write_bytes(file.read())
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AttentionMeter" in c)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "torch.Size([4, 4, 2])" in capsys.readouterr().out
+    assert (tmp_path / "disparity.png").stat().st_size > 10_000
+    assert Diagnosis.from_json((tmp_path / "diagnosis.json").read_text()).tokens["vision"] == 64
+
+
+class TestPictures:
+    """Where the tokens of an image are, and in which order."""
+
+    @staticmethod
+    def layout(family, processor=None):
+        from vision_language import make_inputs, make_model
+
+        from moda_ext.diagnostics.runner import _layout
+
+        image = pillow_image().new("RGB", (30, 20), "red")
+        return _layout(make_model(family), processor, make_inputs(family, rows=1), image)
+
+    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+    def test_qwen_merges_patches_of_the_whole_image(self, family):
+        picture, grid, start, reason = self.layout(family)
+        assert (grid, start, reason) == ((2, 2), 4, None)
+        assert picture.shape == (20, 30, 3)
+        assert picture[0, 0].tolist() == [1, 0, 0]
+
+    @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
+    def test_the_first_tile_is_the_whole_image(self, family):
+        of_image = types.SimpleNamespace(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
+        picture, grid, start, reason = self.layout(family, types.SimpleNamespace(image_processor=of_image))
+        assert (grid, start, reason) == ((2, 2), 3, None)
+        assert picture.shape == (8, 8, 3)
+        assert 0 <= picture.min() < 0.2 and 0.8 < picture.max() <= 1
+
+    @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+    def test_an_unknown_order_has_no_picture(self, family):
+        picture, grid, start, reason = self.layout(family)
+        assert picture is None
+        assert reason == f"how {family} orders the tokens of an image is not known here"
+
+
+def pillow_image():
+    return pytest.importorskip("PIL.Image", reason="pillow is not installed")

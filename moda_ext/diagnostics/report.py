@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moda_ext.diagnostics import figures
-from moda_ext.diagnostics.diagnose import Picture
 from moda_ext.diagnostics.results import Diagnosis
+from moda_ext.diagnostics.runner import Picture
 
 __all__ = ["write_report"]
 
