@@ -134,7 +134,7 @@ def diagnose(
     for name in names:
         try:
             loaded, processor = load_model(name, device=device, dtype=dtype)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise typer.BadParameter(f"cannot load the checkpoint {name}: {error}") from error
         short = Path(name).name or name
         if any(d.name == short for d in diagnoses):

@@ -65,8 +65,7 @@ def _layer_recorder(index: int, is_causal: bool, recorder: Recorder):
     def record(*, query_modality, key_modality, **tensors):
         visible = None
         if not is_causal:
-            visible = torch.ones((), dtype=torch.bool, device=key_modality.device)
-            visible = visible.expand(len(key_modality), 1, query_modality.shape[1], key_modality.shape[1])
+            visible = torch.ones(1, 1, 1, key_modality.shape[1], dtype=torch.bool, device=key_modality.device)
         modalities = {"query_modality": query_modality, "key_modality": key_modality}
         recorder(AttentionRecord(layer=index, visible=visible, **modalities, **tensors))
 

@@ -21,30 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moda_ext.integrations.recording import key_counts
+
+__all__ = [
+    "average_difference",
+    "cross_weight",
+    "decay_slope",
+    "disparity",
+    "dominance_index",
+    "key_counts",
+    "mean_mass",
+    "pair_weight",
+    "per_token_score",
+    "rows_that_see_all",
+    "self_weight",
+    "sum_rows",
+    "token_similarity",
+    "uniform_mass",
+]
+
 NORMALIZERS = ("max", "sum", "self")
-
-
-def key_counts(
-    query_modality: Tensor, key_modality: Tensor, num_modalities: int = 2, *, is_causal: bool = True
-) -> Tensor:
-    """How many keys of each modality every row sees.
-
-    Args:
-        query_modality: (B, Nq), integer; only its shape is read.
-        key_modality: (B, Nk), integer in [0, M), or -1 for padding, which nobody sees.
-        num_modalities: M.
-        is_causal: causal, aligned at the bottom right as in :func:`moda_ext.attention.modular_attention`.
-
-    Returns:
-        (B, Nq, M), int64.
-    """
-    present = _one_hot(key_modality, num_modalities, torch.int64)  # (B, Nk, M)
-    queries, keys = query_modality.shape[1], key_modality.shape[1]
-    if not is_causal:
-        return present.sum(dim=1, keepdim=True).expand(-1, queries, -1)
-    seen = F.pad(present.cumsum(dim=1), (0, 0, 1, 0))  # entry n: in the first n keys
-    last = torch.arange(1, queries + 1, device=seen.device) + (keys - queries)
-    return seen[:, last.clamp(min=0)]
 
 
 def uniform_mass(counts: Tensor) -> Tensor:

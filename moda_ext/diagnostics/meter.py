@@ -187,10 +187,10 @@ class AttentionMeter:
         names = _modality_names(self._names, sums[0].rows.shape[-1])
         similarity = None
         if self.similarity:
-            values = [torch.cat(self._similarity[i]).double() for i in layers]
-            similarity = torch.stack([v[~v.isnan()].mean() for v in values]).cpu()
+            values = [torch.cat(self._similarity[i]).double().cpu() for i in layers]
+            similarity = torch.stack([v[~v.isnan()].mean() for v in values])
         scores = [
-            TokenScores(modality.cpu(), torch.stack([self._scores[i][k] for i in layers]).float().cpu(), uniform.cpu())
+            TokenScores(modality.cpu(), torch.stack([self._scores[i][k].float().cpu() for i in layers]), uniform.cpu())
             for k, (modality, uniform) in enumerate(self._scored)
         ]
         return Diagnosis(self.name, names, tuple(layers), sums, int(self._sequences), similarity, scores)
@@ -292,7 +292,8 @@ class _Call:
         if self.visible is None:
             received = share.flip(1).cumsum(dim=1).flip(1)
         else:
-            received = (share[:, None] @ self.visible[:, 0].to(share.dtype))[:, 0]
+            visible = self.visible[:, 0].expand(-1, share.shape[1], -1)
+            received = (share[:, None] @ visible.to(share.dtype))[:, 0]
         return received * (self.key_modality >= 0)
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -310,7 +311,7 @@ class _Call:
             seen = last >= self.first[:, None]
         else:
             index = self.first.long()[:, None, None].expand(-1, rows, 1)
-            seen = self.visible[:, 0].expand(len(self.first), -1, -1).gather(2, index)[..., 0]
+            seen = self.visible[:, 0].expand(len(index), rows, -1).gather(2, index)[..., 0]
         return seen & (self.first_modality >= 0)
 
 

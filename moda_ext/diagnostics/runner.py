@@ -49,11 +49,11 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
     Raises:
         ImportError: transformers or pillow is not installed.
         OSError: there is no such checkpoint.
-        ValueError: a dtype that is none.
+        ValueError: a dtype that is none, or a model of a family not known here.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"load_model: dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    import moda_ext.integrations.transformers  # noqa: F401  makes the model types with MODA known
+    from moda_ext.integrations.transformers import text_stack
 
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -65,8 +65,9 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))).to(device), processor
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(name)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    text_stack(model)  # refuses a family that is not known
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

@@ -13,7 +13,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionRecord", "Recorder"]
+__all__ = ["AttentionRecord", "Recorder", "key_counts"]
+
+
+def key_counts(
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = 2,
+    *,
+    is_causal: bool = True,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """How many keys of each modality every row sees.
+
+    Args:
+        query_modality: (B, Nq), integer; only its shape is read.
+        key_modality: (B, Nk), integer in [0, M), or -1 for padding, which nobody sees.
+        num_modalities: M.
+        is_causal: causal, aligned at the bottom right as in :func:`moda_ext.attention.modular_attention`; O(Nk) memory.
+        visible: broadcastable to (B, 1, Nq, Nk), bool: what a row may see, instead of ``is_causal``.
+
+    Returns:
+        (B, Nq, M), int64.
+    """
+    modalities = torch.arange(num_modalities, device=key_modality.device)
+    members = (key_modality[..., None] == modalities).long()  # (B, Nk, M)
+    queries, keys = query_modality.shape[1], key_modality.shape[1]
+    if visible is not None:
+        return (visible[:, 0].float() @ members.float()).round().long().expand(-1, queries, -1)
+    if not is_causal:
+        return members.sum(dim=1, keepdim=True).expand(-1, queries, -1)
+    seen = torch.nn.functional.pad(members.cumsum(dim=1), (0, 0, 1, 0))  # entry n: in the first n keys
+    last = torch.arange(1, queries + 1, device=seen.device) + (keys - queries)
+    return seen[:, last.clamp(min=0)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +67,8 @@ class AttentionRecord:
         key: (B, Hkv, Nk, D).
         scale: factor of the scores.
         bias: broadcastable to (B, Hq, Nq, M), added to the scores, or None.
-        visible: (B, 1, Nq, Nk), bool: True where row i may see key j, padding included; None stands for causal
-            attention aligned at the bottom right (row i sees the keys j <= i + Nk - Nq), with padding in
+        visible: broadcastable to (B, 1, Nq, Nk), bool: True where row i may see key j, padding included; None stands
+            for causal attention aligned at the bottom right (row i sees the keys j <= i + Nk - Nq), with padding in
             ``key_modality``. A layer passes a mask only if the model made one (bidirectional images, sliding windows).
     """
 
@@ -58,11 +90,7 @@ class AttentionRecord:
 
     def key_counts(self) -> Tensor:
         """(B, Nq, M), int64: how many keys of each modality a row sees, itself included. O(Nk) memory if causal."""
-        modalities = torch.arange(self.num_modalities, device=self.key_modality.device)
-        members = (self.key_modality[..., None] == modalities).long()  # (B, Nk, M)
-        if self.visible is None:
-            return members.cumsum(dim=1)[:, members.shape[1] - self.query_modality.shape[1] :]
-        return (self.visible[:, 0].float() @ members.float()).round().long()
+        return key_counts(self.query_modality, self.key_modality, self.num_modalities, visible=self.visible)
 
     def weights(self, start: int = 0, stop: int | None = None) -> Tensor:
         r"""The attention weights :math:`p_{ij} = e^{S_{ij} - L_i}` of the rows start to stop.
@@ -102,7 +130,7 @@ class AttentionRecord:
         keys = self.key_modality.shape[1]
         visible = (self.key_modality >= 0)[:, None, None]
         if self.visible is not None:
-            return visible & self.visible[:, :, rows]
+            return visible & self.visible.expand(-1, -1, self.query_modality.shape[1], -1)[:, :, rows]
         i = torch.arange(rows.start, rows.stop, device=visible.device)[:, None] + keys - self.query_modality.shape[1]
         return visible & (torch.arange(keys, device=visible.device) <= i)
 
