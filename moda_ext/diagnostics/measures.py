@@ -25,6 +25,7 @@ from moda_ext.integrations.recording import key_counts
 
 __all__ = [
     "average_difference",
+    "choose_rows",
     "cross_weight",
     "decay_slope",
     "disparity",
@@ -72,24 +73,35 @@ def rows_that_see_all(counts: Tensor, key_modality: Tensor) -> Tensor:
     return ((counts > 0) | ~present).all(dim=-1) & (present.sum(dim=-1) > 1)
 
 
-def sum_rows(values: Tensor, query_modality: Tensor, num_modalities: int, rows: Tensor | None = None) -> Tensor:
-    """Sums over the batch and the rows of each modality.
+def choose_rows(query_modality: Tensor, num_modalities: int, rows: Tensor | None = None) -> Tensor:
+    """Which rows are of which modality, for :func:`sum_rows`.
 
     Args:
-        values: (B, ..., Nq, K), floating point: the mass (K = M), the counts, or a column.
         query_modality: (B, Nq), integer in [0, M), or -1 for rows to leave out.
         num_modalities: M.
         rows: (B, Nq), bool: the rows to count; None is all.
 
     Returns:
-        (..., M, K), in the dtype of ``values``: entry (a, k) is the sum over the rows of modality a.
+        (B, Nq, M), bool.
     """
-    chosen = _one_hot(query_modality, num_modalities, values.dtype)  # (B, Nq, M)
-    if rows is not None:
-        chosen = chosen * rows[..., None]
-    for _ in range(values.dim() - 3):
-        chosen = chosen.unsqueeze(1)
-    return (chosen.transpose(-1, -2) @ values).sum(dim=0)
+    chosen = _one_hot(query_modality, num_modalities, torch.bool)
+    return chosen if rows is None else chosen & rows[..., None]
+
+
+def sum_rows(values: Tensor, chosen: Tensor) -> Tensor:
+    """Sums over the batch and the chosen rows.
+
+    Args:
+        values: (B, ..., Nq, K), floating point: the mass (K = M), the counts, or a column.
+        chosen: (B, Nq, C), see :func:`choose_rows`: C choices of rows.
+
+    Returns:
+        (..., C, K), in the dtype of ``values``.
+    """
+    rest = values.shape[1:-2]
+    columns = values.movedim(-2, 1).flatten(2).flatten(0, 1)  # (B Nq, ... K): one product for all
+    sums = chosen.to(values.dtype).flatten(0, 1).T @ columns
+    return sums.reshape(chosen.shape[-1], *rest, values.shape[-1]).movedim(0, -2)
 
 
 def pair_weight(flow: Tensor, pairs: Tensor) -> Tensor:

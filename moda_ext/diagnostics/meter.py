@@ -231,8 +231,10 @@ class _Call:
         )
         self.num_modalities = record.num_modalities
         self.counts = record.key_counts()
-        self.row_choices = None, measures.rows_that_see_all(self.counts, self.key_modality)
-        self.text_rows = self.row_choices[1] & (self.query_modality == 0)
+        see_all = measures.rows_that_see_all(self.counts, self.key_modality)
+        self.text_rows = see_all & (self.query_modality == 0)
+        choices = [measures.choose_rows(self.query_modality, self.num_modalities, rows) for rows in (None, see_all)]
+        self.chosen = torch.cat(choices, dim=-1).to(record.mass.dtype)  # (B, N, 2 M)
 
         self.first = (self.key_modality >= 0).int().argmax(dim=1)  # the first token of each sequence
         self.first_modality = self.key_modality.gather(1, self.first[:, None].long())  # (B, 1)
@@ -298,10 +300,8 @@ class _Call:
 
     def _sum(self, values: Tensor) -> Tensor:
         """(B, 2, ..., N, K) -> (2, 2, ..., M, K): over the rows of each choice."""
-        choices = [
-            measures.sum_rows(values, self.query_modality, self.num_modalities, rows) for rows in self.row_choices
-        ]
-        return torch.stack(choices)
+        sums = measures.sum_rows(values, self.chosen)  # (2, ..., 2 M, K)
+        return sums.unflatten(-2, (2, self.num_modalities)).movedim(-3, 0)
 
     def _sees_first(self) -> Tensor:
         """(B, N), bool."""
