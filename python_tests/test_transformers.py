@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed: moda_ext[transformers]")
+pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 
 import transformers
 from tolerance import assert_close
@@ -249,9 +249,44 @@ def test_rows_of_a_cache_are_repeated_selected_and_reordered():
 @both_caches
 def test_a_cache_that_is_reset_is_empty(make_cache):
     model, inputs, cache = make_trained("llava"), make_inputs("llava"), make_cache()
-    once = two_passes("llava", model, inputs, cache)
+    check_generation("llava", model, inputs, past_key_values=cache)
     cache.reset()
-    assert_close(two_passes("llava", model, inputs, cache), once)
+    check_generation("llava", model, inputs, past_key_values=cache)
+
+
+SETTINGS = {
+    "added, frobenius": {"aligner": {"rank": 4, "fusion": "add", "normalize": "frobenius"}},
+    "raw keys": {"aligner": {"rank": 4, "key_norm": None}},
+    "split softmax": {"mask": {"softmax": "split", "base": -1.0}},
+    "learned sink": {"mask": {"variant": "learned", "base": 0.0}},
+    "learned decay": {"mask": {"learn_decay": True, "learn_base": True, "base": 0.0, "length": 40}},
+    "no mask": {"mask": None},
+    "no aligner": {"aligner": None, "mask": {"variant": "fix", "learn_prior": True, "base": -1.0}},
+    "one layer": {"layers": [1]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+def test_generation_with_other_settings(settings, cache):
+    model = make_trained("llava", **settings)
+    check_generation("llava", model, make_inputs("llava"), cache_implementation=cache)
+
+
+@pytest.mark.parametrize("layers", (None, [0]), ids=("all", "the first"))
+def test_dense_attention_equals_the_operator(layers):
+    """For masks of a model's own, here the causal one: the same logits and gradients as without it."""
+    model, inputs = make_trained("llava", layers=layers), make_inputs("llava", padding="right")
+    mask = inputs["attention_mask"].bool()
+    visible = torch.ones(12, 12, dtype=torch.bool).tril() & mask[:, None, None]
+    results = []
+    for attention_mask in (mask.long(), visible):
+        model.zero_grad()
+        output = model(**{**inputs, "attention_mask": attention_mask}, labels=labels_of(inputs), use_cache=False)
+        output.loss.backward()
+        results.append([output.logits[mask], *(p.grad for p in moda_parameters(model).values())])
+    for dense, operator in zip(*results, strict=True):
+        assert_close(dense, operator)
 
 
 # Saving and loading

@@ -253,7 +253,10 @@ def moda_attention(
                 key_norm=moda.aligner.key_norm,
                 window=0,
             )
-        start = _seen(modality_context) if moda.mask is not None and moda.mask.length is not None else 0
+        start = 0
+        if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
+            seen = modality_context.key_modality >= 0
+            start = seen.sum(dim=1).to(query.device) - (tokens.query_modality >= 0).sum(dim=1)
         out, state, recorded = moda(tokens, state, keep_state, start, recorder is not None)
         if keep_state:
             state = state.detach()
@@ -277,31 +280,27 @@ def moda_attention(
 
 def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> Tokens:
     """Static caches: the unused part has modality -1, and several new tokens are moved to the end."""
-    device, new = query.device, query.shape[2]
+    device, new, start = query.device, query.shape[2], context.start
+    start = start.to(device) if isinstance(start, Tensor) else start
     query_modality = context.query_modality.to(device)
     key_modality = context.key_modality.to(device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(context.start, Tensor) and key.shape[2] <= key_modality.shape[1] == context.start + new:
+    if not isinstance(start, Tensor) and key.shape[2] <= key_modality.shape[1] == start + new:
         key_modality = key_modality[:, -key.shape[2] :]  # a sliding window keeps the last ones
         new_key = key[:, :, -new:]
         return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
-    if not isinstance(context.start, Tensor) and context.start == 0:  # the first pass
+    if not isinstance(start, Tensor) and start == 0:  # the first pass
         key, value = key[:, :, :new], value[:, :, :new]
         visible = None if visible is None else visible[..., :new]
         return Tokens(query, key, value, query_modality, query_modality, key, visible, scale)
-    positions = torch.arange(new, device=device) + context.start
+    positions = torch.arange(new, device=device) + start
     new_key = key.index_select(2, positions)
     if visible is None and new > 1:
-        before = torch.arange(key.shape[2], device=device) < context.start
+        before = torch.arange(key.shape[2], device=device) < start
         key_modality = torch.cat([key_modality.masked_fill(~before, -1), query_modality], dim=1)
         key = torch.cat([key, new_key], dim=2)
         value = torch.cat([value, value.index_select(2, positions)], dim=2)
     return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
-
-
-def _seen(context: ModalityContext) -> Tensor:
-    """(B,): tokens before this call, without padding."""
-    return (context.key_modality >= 0).sum(dim=1) - (context.query_modality >= 0).sum(dim=1)
 
 
 def moda_mask(
