@@ -405,6 +405,20 @@ def test_recording_while_decoding_with_a_static_cache():
     assert int(records[-1].key_counts()[0].sum()) == inputs["input_ids"].shape[1] + 2
 
 
+def test_recording_sliding_windows_while_decoding():
+    model, inputs, records = make_model("gemma3"), make_inputs("gemma3"), []
+    options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": SPECIAL}
+    with recording(model, records.append):
+        measured = model.generate(**copy.deepcopy(inputs), **options)
+    assert torch.equal(measured, model.generate(**copy.deepcopy(inputs), **options))
+    for record in records:
+        assert_close(record.mass.sum(-1)[0], torch.ones_like(record.mass.sum(-1)[0]))
+    last = records[-3]  # the window of the last step: 8 of the tokens, none of them of the image
+    assert last.layer == 0 and last.key_counts()[0].tolist() == [[8, 0]]
+    with recording(model, records.append), pytest.raises(NotImplementedError, match="static sliding-window cache"):
+        model.generate(**inputs, **options, cache_implementation="static")
+
+
 def test_a_fixed_prior_moves_mass_without_parameters():
     plain, inputs, records = make_model("llava"), make_inputs("llava"), []
     with recording(plain, records.append):

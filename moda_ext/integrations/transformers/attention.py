@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
@@ -191,9 +191,11 @@ def dense_attention(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Te
     top = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing
     unnormalised = (scores - top).exp()
     total = unnormalised.sum(dim=-1, keepdim=True) + (sink - top).exp()
-    weights = unnormalised / total.clamp(min=torch.finfo(dtype).tiny)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = unnormalised / total
     mass = torch.stack([(weights * member).sum(dim=-1) for member in members], dim=-1)
-    lse = (total.log() + top).squeeze(-1)
+    lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
     return (weights @ value).to(tokens.value.dtype), lse, mass
 
 
@@ -237,8 +239,10 @@ def moda_attention(
     if softcap is not None:
         raise NotImplementedError(f"attention 'moda' has no softcap, got {softcap}")
 
-    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
     cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
+    if isinstance(cached, StaticSlidingWindowLayer):
+        raise NotImplementedError("a layer with a static sliding-window cache cannot be recorded; use a dynamic cache")
+    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
     if moda is None:
         out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
         recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
