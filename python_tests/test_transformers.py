@@ -443,6 +443,20 @@ def test_plain_settings_equal_sdpa(name):
     check_generation(name, model, inputs)
 
 
+def test_packed_sequences():
+    """Several sequences in one row: with a prior as if apart, and refused where a Gram would mix them."""
+    config = MODAConfig(aligner=None, mask={"variant": "fix", "prior": [[0.0, 1.5], [0.0, 0.0]], "base": -1.0})
+    model, inputs = apply_moda(make_model("llava"), config), make_inputs("llava", padding=None)
+    rows, length = inputs["input_ids"].shape
+    packed = {"input_ids": inputs["input_ids"].view(1, -1), "pixel_values": inputs["pixel_values"]}
+    packed["position_ids"] = torch.arange(length).repeat(rows)[None]
+    with torch.no_grad():
+        result = model(**packed, use_cache=False).logits.view(rows, length, -1)
+    assert_close(result, logits_of("llava", model, inputs))
+    with pytest.raises(NotImplementedError, match="packed sequences, where position_ids start again"):
+        make_trained("llava")(**packed, use_cache=False)
+
+
 def test_videos_are_a_modality_of_their_own():
     name = "llava_onevision"
     model = apply_moda(make_model(name), MODAConfig(modalities={"text": 0, "image": 1, "video": 2}))
@@ -779,6 +793,8 @@ def test_tokens_without_a_modality_are_refused():
     modality = (inputs["input_ids"] == IMAGE).int()
     result = model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], modality_ids=modality)
     assert result.logits.isfinite().all()
+    with pytest.raises(TypeError, match="call the text stack with keyword arguments"):
+        text_stack(model)(inputs["input_ids"], inputs["attention_mask"])
     with pytest.raises(ValueError, match=r"modality_ids must have shape \(2, 12\), got \(2, 11\)"):
         model(inputs_embeds=embeddings, modality_ids=modality[:, 1:])
     plain = make_model("qwen2_vl")

@@ -247,6 +247,8 @@ def moda_attention(
         out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
         recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
+        if tokens.visible is not None and isinstance(moda.aligner, DuplexAligner):
+            _check_past_is_visible(tokens, modality_context.start)
         keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
         state = cached.gram if keep_state else None
         if keep_state and isinstance(cached, MODAStaticLayer) and state is None:
@@ -305,6 +307,24 @@ def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> To
         key = torch.cat([key, new_key], dim=2)
         value = torch.cat([value, value.index_select(2, positions)], dim=2)
     return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
+
+
+def _check_past_is_visible(tokens: Tokens, start: int | Tensor) -> None:
+    """The Gram of a row is made of all tokens before it, so its mask may hide none of them.
+
+    Not checked while compiling: the answer depends on values.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys = torch.arange(tokens.key.shape[2], device=tokens.key.device)
+    rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
+    past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
+    past = past & (tokens.query_modality >= 0)[:, :, None]
+    if (past & ~tokens.visible[:, 0]).any():
+        raise NotImplementedError(
+            "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
+            "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
+        )
 
 
 def moda_mask(
