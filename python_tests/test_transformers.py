@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed: moda_ext[transformers]")
+pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 
 import transformers
 from tolerance import assert_close
@@ -249,9 +249,44 @@ def test_rows_of_a_cache_are_repeated_selected_and_reordered():
 @both_caches
 def test_a_cache_that_is_reset_is_empty(make_cache):
     model, inputs, cache = make_trained("llava"), make_inputs("llava"), make_cache()
-    once = two_passes("llava", model, inputs, cache)
+    check_generation("llava", model, inputs, past_key_values=cache)
     cache.reset()
-    assert_close(two_passes("llava", model, inputs, cache), once)
+    check_generation("llava", model, inputs, past_key_values=cache)
+
+
+SETTINGS = {
+    "added, frobenius": {"aligner": {"rank": 4, "fusion": "add", "normalize": "frobenius"}},
+    "raw keys": {"aligner": {"rank": 4, "key_norm": None}},
+    "split softmax": {"mask": {"softmax": "split", "base": -1.0}},
+    "learned sink": {"mask": {"variant": "learned", "base": 0.0}},
+    "learned decay": {"mask": {"learn_decay": True, "learn_base": True, "base": 0.0, "length": 40}},
+    "no mask": {"mask": None},
+    "no aligner": {"aligner": None, "mask": {"variant": "fix", "learn_prior": True, "base": -1.0}},
+    "one layer": {"layers": [1]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+def test_generation_with_other_settings(settings, cache):
+    model = make_trained("llava", **settings)
+    check_generation("llava", model, make_inputs("llava"), cache_implementation=cache)
+
+
+@pytest.mark.parametrize("layers", (None, [0]), ids=("all", "the first"))
+def test_dense_attention_equals_the_operator(layers):
+    """For masks of a model's own, here the causal one: the same logits and gradients as without it."""
+    model, inputs = make_trained("llava", layers=layers), make_inputs("llava", padding="right")
+    mask = inputs["attention_mask"].bool()
+    visible = torch.ones(12, 12, dtype=torch.bool).tril() & mask[:, None, None]
+    results = []
+    for attention_mask in (mask.long(), visible):
+        model.zero_grad()
+        output = model(**{**inputs, "attention_mask": attention_mask}, labels=labels_of(inputs), use_cache=False)
+        output.loss.backward()
+        results.append([output.logits[mask], *(p.grad for p in moda_parameters(model).values())])
+    for dense, operator in zip(*results, strict=True):
+        assert_close(dense, operator)
 
 
 # Saving and loading
@@ -370,6 +405,20 @@ def test_recording_while_decoding_with_a_static_cache():
     assert int(records[-1].key_counts()[0].sum()) == inputs["input_ids"].shape[1] + 2
 
 
+def test_recording_sliding_windows_while_decoding():
+    model, inputs, records = make_model("gemma3"), make_inputs("gemma3"), []
+    options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": SPECIAL}
+    with recording(model, records.append):
+        measured = model.generate(**copy.deepcopy(inputs), **options)
+    assert torch.equal(measured, model.generate(**copy.deepcopy(inputs), **options))
+    for record in records:
+        assert_close(record.mass.sum(-1)[0], torch.ones_like(record.mass.sum(-1)[0]))
+    last = records[-3]  # the window of the last step: 8 of the tokens, none of them of the image
+    assert last.layer == 0 and last.key_counts()[0].tolist() == [[8, 0]]
+    with recording(model, records.append), pytest.raises(NotImplementedError, match="static sliding-window cache"):
+        model.generate(**inputs, **options, cache_implementation="static")
+
+
 def test_a_fixed_prior_moves_mass_without_parameters():
     plain, inputs, records = make_model("llava"), make_inputs("llava"), []
     with recording(plain, records.append):
@@ -392,6 +441,20 @@ def test_plain_settings_equal_sdpa(name):
     assert not any(".moda." in key for key in model.state_dict())
     assert check_identity(model, inputs) < 1e-5
     check_generation(name, model, inputs)
+
+
+def test_packed_sequences():
+    """Several sequences in one row: with a prior as if apart, and refused where a Gram would mix them."""
+    config = MODAConfig(aligner=None, mask={"variant": "fix", "prior": [[0.0, 1.5], [0.0, 0.0]], "base": -1.0})
+    model, inputs = apply_moda(make_model("llava"), config), make_inputs("llava", padding=None)
+    rows, length = inputs["input_ids"].shape
+    packed = {"input_ids": inputs["input_ids"].view(1, -1), "pixel_values": inputs["pixel_values"]}
+    packed["position_ids"] = torch.arange(length).repeat(rows)[None]
+    with torch.no_grad():
+        result = model(**packed, use_cache=False).logits.view(rows, length, -1)
+    assert_close(result, logits_of("llava", model, inputs))
+    with pytest.raises(NotImplementedError, match="packed sequences, where position_ids start again"):
+        make_trained("llava")(**packed, use_cache=False)
 
 
 def test_videos_are_a_modality_of_their_own():
@@ -730,6 +793,8 @@ def test_tokens_without_a_modality_are_refused():
     modality = (inputs["input_ids"] == IMAGE).int()
     result = model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], modality_ids=modality)
     assert result.logits.isfinite().all()
+    with pytest.raises(TypeError, match="call the text stack with keyword arguments"):
+        text_stack(model)(inputs["input_ids"], inputs["attention_mask"])
     with pytest.raises(ValueError, match=r"modality_ids must have shape \(2, 12\), got \(2, 11\)"):
         model(inputs_embeds=embeddings, modality_ids=modality[:, 1:])
     plain = make_model("qwen2_vl")

@@ -1,6 +1,7 @@
 """Tiny random vision-language models of every family, and inputs for them. No downloads."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -44,10 +45,10 @@ class Family:
 
     config: dict
     image_tokens: int
-    images: "callable"  # number of images -> keyword arguments
+    images: Callable[[int], dict]  # number of images -> keyword arguments
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
-    extra: "callable" = lambda ids: {}  # token ids -> keyword arguments
+    extra: Callable[[torch.Tensor], dict] = lambda ids: {}  # token ids -> keyword arguments
 
 
 def _pixels(*shape):

@@ -4,14 +4,19 @@ Needs the extra ``moda_ext[transformers]``. Importing this module makes the atte
 the ``..._moda`` model types to its Auto classes.
 """
 
+from importlib import metadata
+
 try:
-    import transformers as _transformers
-except ImportError as error:
+    _version = metadata.version("transformers")
+except metadata.PackageNotFoundError:
     raise ImportError(
-        "moda_ext.integrations.transformers needs transformers 5: pip install 'moda_ext[transformers]'"
-    ) from error
-if int(_transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(f"moda_ext.integrations.transformers needs transformers 5, found {_transformers.__version__}")
+        "moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'"
+    ) from None
+if tuple(map(int, _version.split(".")[:2])) < (5, 23):
+    raise ImportError(
+        f"moda_ext.integrations.transformers needs transformers 5.23 or later, found {_version}: "
+        "pip install 'moda_ext[transformers]'"
+    )
 
 from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
 from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
@@ -191,9 +191,11 @@ def dense_attention(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Te
     top = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing
     unnormalised = (scores - top).exp()
     total = unnormalised.sum(dim=-1, keepdim=True) + (sink - top).exp()
-    weights = unnormalised / total.clamp(min=torch.finfo(dtype).tiny)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = unnormalised / total
     mass = torch.stack([(weights * member).sum(dim=-1) for member in members], dim=-1)
-    lse = (total.log() + top).squeeze(-1)
+    lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
     return (weights @ value).to(tokens.value.dtype), lse, mass
 
 
@@ -237,12 +239,16 @@ def moda_attention(
     if softcap is not None:
         raise NotImplementedError(f"attention 'moda' has no softcap, got {softcap}")
 
-    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
     cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
+    if isinstance(cached, StaticSlidingWindowLayer):
+        raise NotImplementedError("a layer with a static sliding-window cache cannot be recorded; use a dynamic cache")
+    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
     if moda is None:
         out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
         recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
+        if tokens.visible is not None and isinstance(moda.aligner, DuplexAligner):
+            _check_past_is_visible(tokens, modality_context.start)
         keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
         state = cached.gram if keep_state else None
         if keep_state and isinstance(cached, MODAStaticLayer) and state is None:
@@ -253,7 +259,10 @@ def moda_attention(
                 key_norm=moda.aligner.key_norm,
                 window=0,
             )
-        start = _seen(modality_context) if moda.mask is not None and moda.mask.length is not None else 0
+        start = 0
+        if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
+            seen = modality_context.key_modality >= 0
+            start = seen.sum(dim=1).to(query.device) - (tokens.query_modality >= 0).sum(dim=1)
         out, state, recorded = moda(tokens, state, keep_state, start, recorder is not None)
         if keep_state:
             state = state.detach()
@@ -277,31 +286,45 @@ def moda_attention(
 
 def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> Tokens:
     """Static caches: the unused part has modality -1, and several new tokens are moved to the end."""
-    device, new = query.device, query.shape[2]
+    device, new, start = query.device, query.shape[2], context.start
+    start = start.to(device) if isinstance(start, Tensor) else start
     query_modality = context.query_modality.to(device)
     key_modality = context.key_modality.to(device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(context.start, Tensor) and key.shape[2] <= key_modality.shape[1] == context.start + new:
+    if not isinstance(start, Tensor) and key.shape[2] <= key_modality.shape[1] == start + new:
         key_modality = key_modality[:, -key.shape[2] :]  # a sliding window keeps the last ones
         new_key = key[:, :, -new:]
         return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
-    if not isinstance(context.start, Tensor) and context.start == 0:  # the first pass
+    if not isinstance(start, Tensor) and start == 0:  # the first pass
         key, value = key[:, :, :new], value[:, :, :new]
         visible = None if visible is None else visible[..., :new]
         return Tokens(query, key, value, query_modality, query_modality, key, visible, scale)
-    positions = torch.arange(new, device=device) + context.start
+    positions = torch.arange(new, device=device) + start
     new_key = key.index_select(2, positions)
     if visible is None and new > 1:
-        before = torch.arange(key.shape[2], device=device) < context.start
+        before = torch.arange(key.shape[2], device=device) < start
         key_modality = torch.cat([key_modality.masked_fill(~before, -1), query_modality], dim=1)
         key = torch.cat([key, new_key], dim=2)
         value = torch.cat([value, value.index_select(2, positions)], dim=2)
     return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
 
 
-def _seen(context: ModalityContext) -> Tensor:
-    """(B,): tokens before this call, without padding."""
-    return (context.key_modality >= 0).sum(dim=1) - (context.query_modality >= 0).sum(dim=1)
+def _check_past_is_visible(tokens: Tokens, start: int | Tensor) -> None:
+    """The Gram of a row is made of all tokens before it, so its mask may hide none of them.
+
+    Not checked while compiling: the answer depends on values.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys = torch.arange(tokens.key.shape[2], device=tokens.key.device)
+    rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
+    past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
+    past = past & (tokens.query_modality >= 0)[:, :, None]
+    if (past & ~tokens.visible[:, 0]).any():
+        raise NotImplementedError(
+            "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
+            "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
+        )
 
 
 def moda_mask(

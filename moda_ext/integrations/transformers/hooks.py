@@ -64,6 +64,8 @@ class TextStackHook(BaseModelHook):
     num_modalities: int
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        if len(args) > 1:
+            raise TypeError("MODA: call the text stack with keyword arguments, all but input_ids")
         args, kwargs = super().__call__(module, args, kwargs)
         kwargs = dict(kwargs)
         modality = kwargs.pop("modality_ids", None)

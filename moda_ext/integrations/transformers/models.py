@@ -210,14 +210,10 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> f
     logits = []
     try:
         for implementation in (NAME, "sdpa"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # MODA comes back below
-                inner.set_attn_implementation({"text_config": implementation})
+            PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
             logits.append(model(**inputs, use_cache=False).logits.float())
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inner.set_attn_implementation({"text_config": before})
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
     with_moda, plain = logits
     mask = inputs.get("attention_mask")
     if mask is not None:
