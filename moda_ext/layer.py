@@ -155,6 +155,7 @@ class ModularDuplexAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.recorder = None  # set by moda_ext.diagnostics.AttentionMeter while it measures
         self.aligner = self.mask = None
         if aligner is not False:
             options = {"scope": "causal" if is_causal else "full", **({} if aligner is True else aligner)}
@@ -261,14 +262,26 @@ class ModularDuplexAttention(nn.Module):
         else:
             key_modality = modality
 
-        keywords = {"is_causal": self.is_causal, "return_mass": True}
-        if self.mask is None:
-            out, mass = modular_attention(
-                views, key, value, key_modality, num_modalities=self.num_modalities, **keywords
-            )
-        else:
+        bias = sink = lse = None
+        if self.mask is not None:
             bias, sink = self.mask(query, modality, start=seen, indicator=indicator)
+        keywords = {"is_causal": self.is_causal, "return_mass": True}
+        if self.mask is None or self.mask.softmax == "joint":
+            keywords |= {"num_modalities": self.num_modalities, "modality_bias": bias, "sink": sink, "return_lse": True}
+            out, lse, mass = modular_attention(views, key, value, key_modality, **keywords)
+        else:
             out, mass = self.mask.attend(views, key, value, modality, key_modality, bias, sink, **keywords)
+        if self.recorder is not None:
+            self.recorder(
+                mass=mass,
+                lse=lse,
+                query_modality=modality,
+                key_modality=key_modality,
+                query=views,
+                key=key,
+                scale=self.head_dim**-0.5,
+                bias=bias,
+            )
         padding = modality < 0
         out = self.o_proj(out.transpose(1, 2).flatten(2)).masked_fill(padding[..., None], 0.0)
         return (out, mass.masked_fill(padding[:, None, :, None], 0.0)) if return_mass else out

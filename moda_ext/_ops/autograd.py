@@ -128,13 +128,14 @@ def _projection_operator():
         ctx.options = (num_modalities, unit_keys, eps)
 
     def backward(ctx, grad_projection, grad_gram):
-        query, initial = ctx.saved_tensors[0], ctx.saved_tensors[-1]
+        saved = ctx.saved_tensors  # once: gradient checkpointing unpacks them one time only
+        query, initial = saved[0], saved[-1]
         if grad_projection is None and grad_gram is None:
             return (None,) * 8
         grads = run_backward(
             _rows(grad_projection, query, (ctx.options[0], *query.shape)),
             None if grad_gram is None else grad_gram.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             *ctx.options,
         )
         grad_query, grad_key, grad_scale, grad_initial = grads
@@ -153,7 +154,8 @@ def _views_operator():
         ctx.options = (num_modalities, unit_keys, eps)
 
     def backward(ctx, grad_views, grad_indicator, grad_gram):
-        query, initial = ctx.saved_tensors[0], ctx.saved_tensors[-2]
+        saved = ctx.saved_tensors  # once: gradient checkpointing unpacks them one time only
+        query, initial = saved[0], saved[-2]
         # What was not asked for is an empty tensor, and under torch.compile has a gradient all the same.
         grad_indicator = grad_indicator if ctx.with_indicator else None
         grad_gram = grad_gram if ctx.with_gram else None
@@ -163,7 +165,7 @@ def _views_operator():
             _rows(grad_views, query, (ctx.options[0], *query.shape)),
             grad_indicator,
             None if grad_gram is None else grad_gram.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             *ctx.options,
         )
         grad_query, grad_key, *rest, grad_initial = grads

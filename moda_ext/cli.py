@@ -1,0 +1,204 @@
+"""The command ``moda-ext``. Needs the extra ``moda_ext[cli]``; :mod:`moda_ext.__main__` says so where it is missing."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import rich
+import torch
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+import moda_ext
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=moda_ext.__doc__)
+
+
+class ManyValues(typer.core.TyperCommand):
+    """Lets ``--images a.jpg b.jpg`` stand for ``--images a.jpg --images b.jpg``, as a shell's wildcard writes it."""
+
+    MANY = ("--images", "--prompts")
+
+    def parse_args(self, ctx, args):
+        expanded, current = [], None
+        for arg in args:
+            if arg in self.MANY:
+                current = arg
+            elif arg.startswith("--"):
+                current = None
+                expanded.append(arg)
+            elif current is not None:
+                expanded += [current, arg]
+            else:
+                expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Versions, what the native library was built for, and the instruction set in use."""
+    facts = moda_ext.info()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    rich.print(table)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("moda_demo.png")) -> None:
+    """A photograph and a sentence through one attention layer: checks, times and a picture."""
+    from moda_ext.demo import main
+
+    main(["--out", str(out)])
+
+
+@app.command()
+def bench(
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, with commas.")] = "512,1024,2048",
+    head_dim: Annotated[int, typer.Option(help="D.")] = 128,
+    heads: Annotated[int, typer.Option(help="Query heads, four to each key/value head.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Time for each figure.")] = 1.0,
+) -> None:
+    """Times `modular_attention` beside torch's scaled_dot_product_attention on this machine.
+
+    The repository's `python -m benchmarks` has more contenders, checks each against float64, and judges goals.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.utils.benchmark import Timer
+
+    from moda_ext.attention import modular_attention
+
+    if heads % 4:
+        raise typer.BadParameter(f"must be a multiple of 4, got {heads}", param_hint="--heads")
+    table = Table(title=f"median ms, float32, {torch.get_num_threads()} threads, half of the keys image, causal")
+    for column in ("N", "pass", "modular_attention, all on", "SDPA, causal only", "ratio"):
+        table.add_column(column, justify="right")
+    for length in map(int, lengths.split(",")):
+        query = torch.randn(1, heads, length, head_dim, requires_grad=True)
+        key, value = (torch.randn(1, heads // 4, length, head_dim, requires_grad=True) for _ in range(2))
+        bias, sink = torch.zeros(1, heads, length, 2), torch.zeros(1, heads, length)
+        modality = (torch.arange(length) % (length // 2) < length // 4).int()[None]
+
+        def ours(query=query, key=key, value=value, bias=bias, sink=sink, modality=modality):
+            options = {"modality_bias": bias, "sink": sink, "is_causal": True, "return_lse": True}
+            return modular_attention(query, key, value, modality, **options, return_mass=True)[0]
+
+        def theirs(query=query, key=key, value=value):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        for name, statement in (
+            ("forward", "with torch.no_grad():\n    call()"),
+            ("forward + backward", "call().sum().backward()"),
+        ):
+            medians = []
+            for call in (ours, theirs):
+                timer = Timer(statement, globals={"torch": torch, "call": call}, num_threads=torch.get_num_threads())
+                medians.append(1e3 * timer.blocked_autorange(min_run_time=seconds).median)
+            table.add_row(str(length), name, *(f"{m:.2f}" for m in medians), f"{medians[0] / medians[1]:.2f}")
+    rich.print(table)
+
+
+@app.command(cls=ManyValues)
+def diagnose(
+    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'random': a tiny random Llava.")],
+    images: Annotated[list[Path], typer.Option(help="Image files, or directories of them.")],
+    prompts: Annotated[list[str], typer.Option(help="Questions, each asked about each image; or .txt files of them.")],
+    out: Annotated[Path, typer.Option(help="The report; the numbers go beside it, as .json.")] = Path("report.html"),
+    compare: Annotated[str | None, typer.Option(help="A second checkpoint, such as one with MODA.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each question, measured too.")] = 0,
+    pictures: Annotated[int, typer.Option(help="For how many questions to draw where the text looks.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the accelerator if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Measures how a vision-language model shares its attention between text and images, and writes a report."""
+    from moda_ext.diagnostics.report import write_report
+    from moda_ext.diagnostics.runner import diagnose, find_images, load_model
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"must end in .html, got {out}", param_hint="--out")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"no such directory: {out.parent}", param_hint="--out")
+    try:
+        files, questions = find_images(images), read_prompts(prompts)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
+    diagnoses, drawn, notes = [], [], []
+    names = [model] if compare is None else [model, compare]
+    for name in names:
+        try:
+            loaded, processor = load_model(name, device=device, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"cannot load the checkpoint {name}: {error}") from error
+        short = Path(name).name or name
+        if any(d.name == short for d in diagnoses):
+            short = f"{short} (2)"
+        with Progress() as bar:
+            diagnosis, found, said = diagnose(
+                loaded,
+                processor,
+                files,
+                questions,
+                name=short,
+                new_tokens=new_tokens,
+                num_pictures=pictures,
+                progress=lambda pairs, bar=bar, short=short: bar.track(pairs, description=short),
+            )
+        diagnoses.append(diagnosis)
+        drawn += [(short, picture) for picture in found]
+        notes += [sentence for sentence in said if sentence not in notes]
+        del loaded
+    if model == "random":
+        notes.append("The weights of the model 'random' are random: these figures say nothing about any real model.")
+    write_report(out, diagnoses, drawn, notes, versions())
+    data = out.with_suffix(".json")
+    (diagnoses[0] if compare is None else diagnoses[0].compare(diagnoses[1])).to_json(data)
+    print_summary(diagnoses)
+    for sentence in dict.fromkeys([*(s for d in diagnoses for s in d.undefined()), *notes]):
+        rich.print(f"[yellow]note[/]: {rich.markup.escape(sentence)}")
+    print(f"{out}\n{data}")
+
+
+def read_prompts(prompts: list[str]) -> list[str]:
+    """Prompts, with those in .txt files, one a line."""
+    found = []
+    for prompt in prompts:
+        if prompt.endswith(".txt"):
+            found += [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            found.append(prompt)
+    return found
+
+
+def print_summary(diagnoses) -> None:
+    """AvgDiff and MDI beside uniform attention."""
+    table = Table(title="on rows that see every modality; in parentheses: uniform attention")
+    table.add_column("")
+    for diagnosis in diagnoses:
+        table.add_column(diagnosis.name, justify="right")
+    for measure, label, scale, unit in (("avg_diff", "AvgDiff", 100, " %"), ("mdi", "MDI, text over", 1, "")):
+        for name in diagnoses[0].modalities[measure == "mdi" :]:
+            cells = []
+            for diagnosis in diagnoses:
+                value, null = (scale * diagnosis.summary(null=null)[measure][name] for null in (False, True))
+                cells.append("not defined" if value != value else f"{value:.2f}{unit} ({null:.2f}{unit})")
+            table.add_row(f"{label} {name}", *cells)
+    rich.print(table)
+
+
+def versions() -> dict[str, str]:
+    """Of the software that made a report."""
+    import transformers
+
+    return {
+        "moda_ext": moda_ext.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+    }

@@ -1,0 +1,72 @@
+"""Recorders on the attention layers of a model: of this package's own layers, or through an integration."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from moda_ext.integrations.recording import AttentionRecord, Recorder
+from moda_ext.layer import ModularDuplexAttention
+
+__all__ = ["in_backward", "recorded"]
+
+
+def in_backward() -> bool:
+    """Is this a backward pass, where gradient checkpointing computes layers once more? Asked as checkpointing asks."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None):
+    """Calls ``recorder`` with an ``AttentionRecord`` after every attention call of ``model`` while the block runs.
+
+    Args:
+        model: has :class:`moda_ext.attention.ModularDuplexAttention` layers, or is a Transformers model (see
+            :func:`moda_ext.integrations.transformers.recording`).
+        recorder: called with the records, once more where gradient checkpointing computes a layer once more.
+        modalities: the number of each kind of token, for a Transformers model without MODA; for our own layers, the
+            names of their modalities.
+
+    Yields:
+        ``(blocks, modalities)``: the module around each layer's attention, by layer index, and the numbers of the kinds
+        of token, or None where the model has no names for them.
+
+    Raises:
+        RuntimeError: a layer of ours has a recorder already.
+        ValueError: a Transformers model of an unknown family, or one that is recorded already.
+        ImportError: the model has no layers of ours, and Transformers is not installed.
+    """
+    own = [module for module in model.modules() if isinstance(module, ModularDuplexAttention)]
+    if own:
+        if any(layer.recorder is not None for layer in own):
+            raise RuntimeError("recorded: a layer of the model has a recorder already")
+        try:
+            for index, layer in enumerate(own):
+                layer.recorder = _layer_recorder(index, layer.is_causal, recorder)
+            yield dict(enumerate(own)), modalities
+        finally:
+            for layer in own:
+                layer.recorder = None
+        return
+
+    from moda_ext.integrations.transformers import recording, text_stack
+    from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES
+
+    with recording(model, recorder, modalities):
+        stack = text_stack(model)
+        own_names = getattr(stack.config, "moda", None)
+        names = own_names["modalities"] if own_names else modalities or DEFAULT_MODALITIES
+        yield {layer.self_attn.layer_idx: layer for layer in stack.layers}, names
+
+
+def _layer_recorder(index: int, is_causal: bool, recorder: Recorder):
+    def record(*, query_modality, key_modality, **tensors):
+        visible = None
+        if not is_causal:
+            visible = torch.ones(1, 1, 1, key_modality.shape[1], dtype=torch.bool, device=key_modality.device)
+        modalities = {"query_modality": query_modality, "key_modality": key_modality}
+        recorder(AttentionRecord(layer=index, visible=visible, **modalities, **tensors))
+
+    return record

@@ -1,0 +1,62 @@
+"""MODA for vision-language models of Hugging Face Transformers 5: see :func:`apply_moda`.
+
+Needs the extra ``moda_ext[transformers]``. Importing this module makes the attention "moda" known to Transformers and
+the ``..._moda`` model types to its Auto classes.
+"""
+
+from importlib import metadata
+
+try:
+    _version = metadata.version("transformers")
+except metadata.PackageNotFoundError:
+    raise ImportError(
+        "moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'"
+    ) from None
+if tuple(map(int, _version.split(".")[:2])) < (5, 23):
+    raise ImportError(
+        f"moda_ext.integrations.transformers needs transformers 5.23 or later, found {_version}: "
+        "pip install 'moda_ext[transformers]'"
+    )
+
+from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
+from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402
+from moda_ext.integrations.transformers.config import MODAConfig  # noqa: E402
+from moda_ext.integrations.transformers.models import (  # noqa: E402
+    FAMILIES,
+    apply_moda,
+    attention_modules,
+    check_identity,
+    recording,
+    text_stack,
+)
+from moda_ext.integrations.transformers.weights import (  # noqa: E402
+    load_moda,
+    load_moda_state_dict,
+    load_release,
+    moda_parameters,
+    moda_state_dict,
+    optimizer_groups,
+    save_moda,
+    train_only_moda,
+)
+
+__all__ = [
+    "FAMILIES",
+    "AttentionRecord",
+    "MODAConfig",
+    "Recorder",
+    "apply_moda",
+    "attention_modules",
+    "check_identity",
+    "load_moda",
+    "load_moda_state_dict",
+    "load_release",
+    "moda_parameters",
+    "moda_state_dict",
+    "optimizer_groups",
+    "prepare_cache",
+    "recording",
+    "save_moda",
+    "text_stack",
+    "train_only_moda",
+]

@@ -1,0 +1,351 @@
+"""The attention function "moda", its mask function, and the module with a layer's MODA parameters.
+
+Data of one call: the hooks of ``hooks.py`` give every layer a :class:`ModalityContext`; :func:`moda_attention` brings
+keys and modalities to the form of the operators and calls the layer's :class:`MODAAttention`, or plain attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import initialization as init
+from transformers.cache_utils import Cache, StaticSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from moda_ext._ops.checks import accumulation_dtype
+from moda_ext.alignment import DuplexAligner, GramState
+from moda_ext.attention import modular_attention
+from moda_ext.integrations.recording import AttentionRecord
+from moda_ext.integrations.transformers.cache import MODADynamicLayer, MODAStaticLayer
+from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.mask import ModularMask
+from moda_ext.release import ReleaseAligner
+
+__all__ = ["MODAAttention", "ModalityContext"]
+
+NAME = "moda"
+
+
+class ModalityContext(NamedTuple):
+    """What the layers of one forward pass know of the tokens."""
+
+    query_modality: Tensor  # (B, Nq), int32, -1 for padding
+    key_modality: Tensor  # (B, tokens seen), or (B, max_cache_len) of a static cache
+    start: int | Tensor  # tokens before the new ones
+    num_modalities: int
+    cache: Cache | None
+
+
+class Tokens(NamedTuple):
+    """Queries, keys and modalities of one call in the form of the operators: causal, aligned at the bottom right."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_modality: Tensor
+    key_modality: Tensor
+    new_key: Tensor  # those of the query's tokens
+    visible: Tensor | None  # a mask of the model's own, instead of causal attention
+    scale: float
+
+
+class MODAAttention(nn.Module):
+    """What a layer's attention has of MODA: the aligner and the mask, ``self_attn.moda``.
+
+    Args:
+        config: the settings.
+        num_heads: Hq.
+        head_dim: D.
+    """
+
+    def __init__(self, config: MODAConfig, num_heads: int, head_dim: int):
+        super().__init__()
+        self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
+        self.aligner = self.mask = None
+        with torch.device("cpu"):  # also where a model is made on the meta device: the mask checks its values
+            if config.mode == "release":
+                self.aligner = ReleaseAligner(head_dim)
+            elif config.aligner is not None:
+                self.aligner = DuplexAligner(head_dim, config.num_modalities, **config.aligner)
+            if config.mask is not None:
+                self.mask = ModularMask(num_heads, config.num_modalities, **config.mask_options())
+
+    def reset_parameters(self) -> None:
+        """The values of a new module, except in tensors that a checkpoint has filled."""
+        fresh = MODAAttention(self.config, self.num_heads, self.head_dim).state_dict()
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            init.copy_(tensor, fresh[name])
+
+    def forward(self, tokens: Tokens, state: GramState | None, keep_state: bool, start: Tensor | int, record: bool):
+        """One attention call.
+
+        Args:
+            tokens: the queries, keys and modalities.
+            state: the Gram of the tokens before, or None: then it is made of all keys in ``tokens``.
+            keep_state: also make the Gram after this call.
+            start: (B,) or a number, how many tokens came before without padding.
+            record: also return what a recorder gets.
+
+        Returns:
+            ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
+            :class:`~moda_ext.integrations.recording.AttentionRecord`.
+        """
+        views, indicator = tokens.query, None
+        if isinstance(self.aligner, ReleaseAligner):
+            if tokens.key.shape[2] == tokens.query.shape[2]:  # as in the release: only where there is no past
+                tokens = tokens._replace(key=self.aligner(tokens.key, tokens.value, tokens.key_modality))
+        elif self.aligner is not None:
+            conditional = self.mask is not None and self.mask.conditional
+            key, key_modality = tokens.new_key, tokens.query_modality
+            if state is None:
+                key, key_modality = tokens.key, tokens.key_modality
+            results = self.aligner(
+                tokens.query,
+                key,
+                tokens.query_modality,
+                key_modality,
+                state,
+                return_indicator=conditional,
+                return_state=keep_state,
+            )
+            views, *rest = results if isinstance(results, tuple) else (results,)
+            indicator = rest[0] if conditional else None
+            state = rest[-1] if keep_state else None
+        bias = sink = None
+        if self.mask is not None:
+            bias, sink = self.mask(tokens.query, tokens.query_modality, start=start, indicator=indicator)
+        if self.mask is not None and self.mask.softmax == "split":
+            if tokens.visible is not None:
+                raise NotImplementedError(
+                    "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
+                    "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
+                )
+            out, mass = self.mask.attend(
+                views,
+                tokens.key,
+                tokens.value,
+                tokens.query_modality,
+                tokens.key_modality,
+                bias,
+                sink,
+                is_causal=True,
+                scale=tokens.scale,
+                return_mass=True,
+            )
+            lse = None
+        else:
+            out, lse, mass = attend(tokens, views, bias, sink, self.config.num_modalities)
+        recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias} if record else None
+        return out, state, recorded
+
+    def extra_repr(self) -> str:
+        return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
+
+
+def attend(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Tensor | None, num_modalities: int):
+    """``(out, lse, mass)`` of modular attention, causal or under a mask of the model's own."""
+    if tokens.visible is not None:
+        return dense_attention(tokens, views, bias, sink, num_modalities)
+    return modular_attention(
+        views,
+        tokens.key,
+        tokens.value,
+        tokens.key_modality,
+        num_modalities=num_modalities,
+        modality_bias=bias,
+        sink=sink,
+        is_causal=True,
+        scale=tokens.scale,
+        return_lse=True,
+        return_mass=True,
+    )
+
+
+def dense_attention(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Tensor | None, num_modalities: int):
+    """Modular attention under any mask, by N x N scores: for masks that the operators do not know.
+
+    The equations are those of :func:`moda_ext.attention.modular_attention`, with ``tokens.visible`` (B, 1, Nq, Nk)
+    instead of the causal mask.
+    """
+    dtype = accumulation_dtype(views.dtype)
+    views = views.expand(num_modalities, *views.shape[-4:]) if views.dim() == 4 else views
+    group = views.shape[2] // tokens.key.shape[1]
+    key, value = (t.to(dtype).repeat_interleave(group, dim=1) for t in (tokens.key, tokens.value))
+    columns = tokens.key_modality[:, None, None]  # (B, 1, 1, Nk)
+    members = (columns == torch.arange(num_modalities, device=columns.device)[:, None, None, None, None]).to(dtype)
+    scores = torch.zeros((), dtype=dtype, device=key.device)
+    for m in range(num_modalities):
+        of_view = (views[m].to(dtype) @ key.mT) * tokens.scale
+        if bias is not None:
+            of_view = of_view + bias[..., m, None].to(dtype)
+        scores = torch.where(columns == m, of_view, scores)
+    scores = scores.masked_fill(~(tokens.visible & (columns >= 0)), -torch.inf)
+    if sink is None:
+        sink = torch.full((), -torch.inf, dtype=dtype, device=key.device)
+    sink = sink.to(dtype).expand(scores.shape[:-1])[..., None]
+    top = torch.maximum(scores.amax(dim=-1, keepdim=True), sink).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing
+    unnormalised = (scores - top).exp()
+    total = unnormalised.sum(dim=-1, keepdim=True) + (sink - top).exp()
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = unnormalised / total
+    mass = torch.stack([(weights * member).sum(dim=-1) for member in members], dim=-1)
+    lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
+    return (weights @ value).to(tokens.value.dtype), lse, mass
+
+
+def moda_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    modality_context: ModalityContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function "moda" of Transformers' ``AttentionInterface``.
+
+    In a layer with ``module.moda`` modular attention; in one without, plain attention equal to ``sdpa``. With
+    ``module.moda_recorder`` set, the recorder gets an :class:`~moda_ext.integrations.recording.AttentionRecord`.
+    """
+    moda, recorder = getattr(module, "moda", None), getattr(module, "moda_recorder", None)
+    if modality_context is None:
+        if not getattr(module, "is_causal", True):  # a vision or audio encoder
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        raise RuntimeError(
+            "attention 'moda' does not know the modalities of the tokens: prepare the model with apply_moda(model, "
+            "MODAConfig(...)) of moda_ext.integrations.transformers, or measure it with recording(model, ...)"
+        )
+    own_mask = attention_mask is not None and attention_mask.dim() == 4
+    if moda is None and recorder is None and (sliding_window is not None or own_mask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"attention 'moda' has no dropout, got {dropout}; set attention_dropout=0 in the config"
+        )
+    if softcap is not None:
+        raise NotImplementedError(f"attention 'moda' has no softcap, got {softcap}")
+
+    cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
+    if isinstance(cached, StaticSlidingWindowLayer):
+        raise NotImplementedError("a layer with a static sliding-window cache cannot be recorded; use a dynamic cache")
+    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
+    if moda is None:
+        out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
+        recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
+    else:
+        if tokens.visible is not None and isinstance(moda.aligner, DuplexAligner):
+            _check_past_is_visible(tokens, modality_context.start)
+        keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
+        state = cached.gram if keep_state else None
+        if keep_state and isinstance(cached, MODAStaticLayer) and state is None:
+            state = GramState.from_keys(
+                tokens.new_key[:, :, :0],
+                tokens.query_modality[:, :0],
+                modality_context.num_modalities,
+                key_norm=moda.aligner.key_norm,
+                window=0,
+            )
+        start = 0
+        if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
+            seen = modality_context.key_modality >= 0
+            start = seen.sum(dim=1).to(query.device) - (tokens.query_modality >= 0).sum(dim=1)
+        out, state, recorded = moda(tokens, state, keep_state, start, recorder is not None)
+        if keep_state:
+            state = state.detach()
+            if isinstance(cached, MODAStaticLayer):
+                cached.store(state)
+            else:
+                cached.gram = state
+    if recorder is not None:
+        recorder(
+            AttentionRecord(
+                layer=module.layer_idx,
+                query_modality=tokens.query_modality,
+                key_modality=tokens.key_modality,
+                scale=tokens.scale,
+                visible=tokens.visible,
+                **recorded,
+            )
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> Tokens:
+    """Static caches: the unused part has modality -1, and several new tokens are moved to the end."""
+    device, new, start = query.device, query.shape[2], context.start
+    start = start.to(device) if isinstance(start, Tensor) else start
+    query_modality = context.query_modality.to(device)
+    key_modality = context.key_modality.to(device)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(start, Tensor) and key.shape[2] <= key_modality.shape[1] == start + new:
+        key_modality = key_modality[:, -key.shape[2] :]  # a sliding window keeps the last ones
+        new_key = key[:, :, -new:]
+        return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
+    if not isinstance(start, Tensor) and start == 0:  # the first pass
+        key, value = key[:, :, :new], value[:, :, :new]
+        visible = None if visible is None else visible[..., :new]
+        return Tokens(query, key, value, query_modality, query_modality, key, visible, scale)
+    positions = torch.arange(new, device=device) + start
+    new_key = key.index_select(2, positions)
+    if visible is None and new > 1:
+        before = torch.arange(key.shape[2], device=device) < start
+        key_modality = torch.cat([key_modality.masked_fill(~before, -1), query_modality], dim=1)
+        key = torch.cat([key, new_key], dim=2)
+        value = torch.cat([value, value.index_select(2, positions)], dim=2)
+    return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
+
+
+def _check_past_is_visible(tokens: Tokens, start: int | Tensor) -> None:
+    """The Gram of a row is made of all tokens before it, so its mask may hide none of them.
+
+    Not checked while compiling: the answer depends on values.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys = torch.arange(tokens.key.shape[2], device=tokens.key.device)
+    rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
+    past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
+    past = past & (tokens.query_modality >= 0)[:, :, None]
+    if (past & ~tokens.visible[:, 0]).any():
+        raise NotImplementedError(
+            "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
+            "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
+        )
+
+
+def moda_mask(
+    *args,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The mask function "moda" of Transformers' ``AttentionMaskInterface``.
+
+    Causal attention needs no matrix: the result is the padding mask, (B, kv_length) bool, or None. What else a model
+    asks for (sliding windows, bidirectional images, packed sequences, encoders) is what ``sdpa`` would get.
+    """
+    if mask_function is not causal_mask_function:
+        options = {"kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function}
+        return sdpa_mask(*args, **options, attention_mask=attention_mask, **kwargs)
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
+
+
+AttentionInterface.register(NAME, moda_attention)
+AttentionMaskInterface.register(NAME, moda_mask)

@@ -1,0 +1,174 @@
+"""Cache layers that also hold what MODA needs of the past: the modality of every token and the layer's Gram.
+
+The Gram is a function of the cached keys and their modalities. Whatever happens to a cache must happen to it too, or it
+is dropped (None) and the next call makes it again from the keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from moda_ext.alignment import GramState
+
+__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache"]
+
+
+class MODALayerMixin:
+    """Modality ids (held by the first such layer of a cache, for all) and the Gram of one layer."""
+
+    modality: Tensor | None = None  # (B, tokens seen), int32
+    gram: GramState | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.modality is not None:
+            self.modality = self.modality.index_select(0, rows.to(self.modality.device))
+        if self.gram is not None:
+            self.gram = self.gram.reorder(rows)
+
+    def _select_of(self, pick) -> None:
+        held = self.modality if self.gram is None else self.gram.gram
+        if held is not None:
+            self._select(pick(torch.arange(held.shape[0], device=held.device)))
+
+
+class MODADynamicLayer(MODALayerMixin, DynamicLayer):
+    """A cache layer that grows."""
+
+    def append(self, modality: Tensor) -> Tensor:
+        """The modalities of all tokens, after these new ones: (B, N) -> (B, tokens seen + N)."""
+        seen = self.get_seq_length()
+        if seen and (self.modality is None or self.modality.shape[1] < seen):
+            known = 0 if self.modality is None else self.modality.shape[1]
+            raise ValueError(
+                f"past_key_values holds {seen} tokens, but modalities of only {known}: it was filled while MODA was "
+                "off. Start from an empty cache"
+            )
+        # More ids than keys: a forward pass that failed before it came to this layer.
+        self.modality = modality if not seen else torch.cat([self.modality[:, :seen], modality], dim=1)
+        return self.modality
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # append() drops the ids
+        if self.gram is not None and tokens_to_remove != 0:
+            removable = self.gram.key.shape[2] >= -tokens_to_remove
+            self.gram = self.gram.crop(self.gram.length + tokens_to_remove) if removable else None
+
+    def reset(self) -> None:
+        super().reset()
+        self.modality = self.gram = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select_of(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_of(lambda rows: rows[indices.to(rows.device)])  # indices, or a mask
+
+
+class MODADynamicSlidingWindowLayer(MODADynamicLayer, DynamicSlidingWindowLayer):
+    """A cache layer with a window of keys, and the modalities of all tokens. Such layers have no Gram."""
+
+
+class MODAStaticLayer(MODALayerMixin, StaticLayer):
+    """A cache layer of fixed size: ids and Gram are buffers too, so that a compiled decoding step stays one graph."""
+
+    def append(self, modality: Tensor) -> Tensor:
+        """(B, N) new ones -> (B, max_cache_len), -1 where no token is yet."""
+        if self.modality is None:
+            if self.is_initialized and self.cumulative_length > 0:
+                raise ValueError("past_key_values holds tokens without modalities: it was filled while MODA was off")
+            self.modality = modality.new_full((modality.shape[0], self.max_cache_len), -1)
+            _mark_static(self.modality)
+        seen = self.get_seq_length()
+        self.modality.index_copy_(1, torch.arange(modality.shape[1], device=modality.device) + seen, modality)
+        return self.modality
+
+    def reset(self) -> None:
+        super().reset()
+        if self.modality is not None:
+            self.modality.fill_(-1)
+        if self.gram is not None:
+            self.gram.gram.zero_()
+
+    def store(self, state: GramState) -> None:
+        """The Gram after this call. ``state`` has no recent keys: a static cache takes nothing back."""
+        if self.gram is None:
+            self.gram = state
+            _mark_static(state.gram)
+        else:
+            self.gram.gram.copy_(state.gram)
+
+
+def _mark_static(tensor: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+
+
+def prepare_cache(cache: Cache, num_layers: int) -> None:
+    """Makes the layers of an empty cache such as MODA needs, in place.
+
+    Called by the model before every forward pass; call it yourself only to compile the first pass too.
+
+    Args:
+        cache: a ``DynamicCache`` or ``StaticCache``, empty or prepared before.
+        num_layers: layers of the text stack.
+
+    Raises:
+        ValueError: the cache has tokens whose modalities nobody knows.
+        NotImplementedError: another kind of cache layer.
+    """
+    if cache.layer_class_to_replicate is not None:  # layers come as they are used
+        if cache.layer_class_to_replicate is not DynamicLayer:
+            _refuse(cache.layer_class_to_replicate)
+        cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
+        cache.layer_class_to_replicate = None
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, MODALayerMixin | StaticSlidingWindowLayer):  # the latter's attention is plain
+            continue
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while "
+                "MODA was off. Start from an empty cache"
+            )
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = MODADynamicLayer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = MODADynamicSlidingWindowLayer(layer.sliding_window)
+            if layer.record_past:
+                cache.layers[index].activate_past_recording()
+        elif type(layer) is StaticLayer:
+            cache.layers[index] = MODAStaticLayer(layer.max_cache_len)
+        else:
+            _refuse(type(layer))
+
+
+def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
+    """The layer of a prepared cache that holds the modalities of all tokens.
+
+    Raises:
+        NotImplementedError: no layer can, all are static sliding windows.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, MODALayerMixin):
+            return layer
+    raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
+
+
+def _refuse(layer_class: type) -> None:
+    raise NotImplementedError(
+        f"MODA cannot use a cache of {layer_class.__name__}: it needs the keys as they are. Use a dynamic or a static "
+        "cache (cache_implementation='dynamic' or 'static')"
+    )

@@ -1,0 +1,132 @@
+"""Forward pre-hooks that find the modality of every token and hand it to the attention layers.
+
+Two modules get a hook: the base model, which sees token ids, and its text stack, which sees embeddings. Hooks are
+picklable objects, so a model with them can be copied and saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from moda_ext.integrations.transformers.attention import NAME, ModalityContext
+from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache
+
+__all__ = ["BaseModelHook", "TextStackHook", "token_modalities"]
+
+TOKEN_ID_NAMES = {
+    "image": ("image_token_id", "image_token_index"),
+    "video": ("video_token_id", "video_token_index"),
+    "audio": ("audio_token_id", "audio_token_index"),
+}
+
+
+def token_modalities(config, modalities: dict[str, int]) -> dict[int, int]:
+    """{token id: modality} of the placeholder tokens of a model's config. Every other token is text.
+
+    Raises:
+        ValueError: the model has a kind of token that ``modalities`` lacks.
+    """
+    result = {}
+    for kind, names in TOKEN_ID_NAMES.items():
+        token = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+        if token is None:
+            continue
+        if kind not in modalities:
+            raise ValueError(f"modalities must say what {kind!r} is, which {config.model_type} has; got {modalities}")
+        result[int(token)] = modalities[kind]
+    return result
+
+
+@dataclasses.dataclass
+class BaseModelHook:
+    """Adds ``modality_ids`` (B, N), made of the token ids, to a base model's arguments."""
+
+    token_modality: dict[int, int]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if kwargs.get("modality_ids") is None and input_ids is not None:
+            modality = torch.full_like(input_ids, 0, dtype=torch.int32)
+            for token, m in self.token_modality.items():
+                modality = modality.masked_fill(input_ids == token, m)
+            kwargs = {**kwargs, "modality_ids": modality}
+        return args, kwargs
+
+
+@dataclasses.dataclass
+class TextStackHook(BaseModelHook):
+    """Replaces ``modality_ids`` by the :class:`ModalityContext` of this pass, with a cache that MODA can use."""
+
+    num_modalities: int
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        if len(args) > 1:
+            raise TypeError("MODA: call the text stack with keyword arguments, all but input_ids")
+        args, kwargs = super().__call__(module, args, kwargs)
+        kwargs = dict(kwargs)
+        modality = kwargs.pop("modality_ids", None)
+        if module.config._attn_implementation != NAME:
+            return args, kwargs
+        if modality is None:
+            raise ValueError(
+                "MODA derives the modality of each token from input_ids, and got inputs_embeds only. Pass input_ids, "
+                "or modality_ids (B, N) to the model's forward; generate() has no other way than input_ids"
+            )
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else modality
+        if modality.shape != tokens.shape[:2]:
+            raise ValueError(f"modality_ids must have shape {tuple(tokens.shape[:2])}, got {tuple(modality.shape)}")
+        modality = modality.to(tokens.device, torch.int32)
+
+        cache = kwargs.get("past_key_values")
+        if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
+            cache = None  # Transformers drops it in every layer, and recomputing must not find a Gram
+        elif cache is None and self._uses_cache(module, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        layer, start = None, 0
+        if cache is not None:
+            if not isinstance(cache, Cache):
+                raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+            prepare_cache(cache, module.config.num_hidden_layers)
+            layer = modality_layer(cache)
+            start = layer.get_seq_length()
+            start = start.clone() if isinstance(start, Tensor) else start  # a static cache counts on in place
+        modality = _without_padding(modality, kwargs.get("attention_mask"), start)
+        key_modality = modality if layer is None else layer.append(modality)
+        kwargs["modality_context"] = ModalityContext(modality, key_modality, start, self.num_modalities, cache)
+        return args, kwargs
+
+    @staticmethod
+    def _uses_cache(module: nn.Module, kwargs: dict) -> bool:
+        use_cache = kwargs.get("use_cache")
+        return module.config.use_cache if use_cache is None else use_cache
+
+
+def _without_padding(modality: Tensor, mask: Tensor | dict | None, start: int | Tensor) -> Tensor:
+    """-1 for the tokens that the attention mask leaves out."""
+    if isinstance(mask, dict):  # one mask for each kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return modality
+    rows, new = modality.shape
+    mask = mask.to(modality.device)
+    columns = torch.arange(new, device=modality.device) + start
+    if mask.dim() == 4 and mask.dtype == torch.bool:
+        index = columns[:, None].expand(mask.shape[0], new, 1)
+        visible = mask[:, 0].gather(2, index).squeeze(2)  # a token that does not see itself
+    elif mask.dim() == 2:
+        if not isinstance(start, Tensor) and mask.shape[1] < start + new:
+            raise ValueError(
+                f"attention_mask must cover the {start} tokens in the cache and the {new} new ones, got shape "
+                f"{tuple(mask.shape)}"
+            )
+        visible = mask.index_select(1, columns) != 0
+    else:
+        raise NotImplementedError(
+            "MODA takes an attention_mask of shape (B, N), or a boolean one of shape (B, 1, Nq, Nk), got "
+            f"{tuple(mask.shape)} of {mask.dtype}"
+        )
+    return modality.masked_fill(~visible.expand(rows, new), -1)

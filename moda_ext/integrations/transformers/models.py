@@ -1,0 +1,292 @@
+"""The model families, and how MODA gets into a model and out of a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from moda_ext.integrations.recording import Recorder
+from moda_ext.integrations.transformers.attention import NAME, MODAAttention
+from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES, MODAConfig
+from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, token_modalities
+
+__all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
+
+# model type: prefix of the classes' names
+FAMILIES = {
+    "llava": "Llava",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "gemma3": "Gemma3",
+    "internvl": "InternVL",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+}
+SUFFIX = "_moda"
+
+
+class MODAModelMixin:
+    """What the generated ``...MODAForConditionalGeneration`` classes add to their families' classes."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        _attach(self, *_prepare(self, MODAConfig.from_dict(getattr(config.text_config, "moda", None) or {})))
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        chosen = self.config.text_config._attn_implementation
+        if chosen != NAME:
+            warnings.warn(
+                f"set_attn_implementation({attn_implementation!r}) switches MODA off: the text stack now runs plain "
+                f"{chosen!r} attention and its MODA parameters have no effect. Switch it on again with "
+                f"set_attn_implementation({{'text_config': '{NAME}'}})",
+                stacklevel=2,
+            )
+
+    def _initialize_missing_keys(self, *args, **kwargs):
+        super()._initialize_missing_keys(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MODAAttention):
+                module.reset_parameters()
+
+
+def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
+    """The config and model class of one family with MODA, known to the Auto classes."""
+    base_config = getattr(transformers, f"{prefix}Config")
+    base_model = _MODELS[model_type]
+    config_class = type(
+        f"{prefix}MODAConfig",
+        (base_config,),
+        {"model_type": model_type + SUFFIX, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
+    )
+    model_class = type(
+        f"{prefix}MODAForConditionalGeneration",
+        (MODAModelMixin, base_model),
+        {
+            "config_class": config_class,
+            "__module__": __name__,
+            "__doc__": f"{prefix}ForConditionalGeneration whose text stack has MODA, see ``apply_moda``.",
+        },
+    )
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForImageTextToText.register(config_class, model_class)
+    AutoModelForMultimodalLM.register(config_class, model_class)
+    # Without it weights under the names of older checkpoints, such as lm_head, would come out random. By class too: a
+    # config that is read from a checkpoint without MODA keeps that one's model type.
+    mapping = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(config_class.model_type, mapping)
+        register_checkpoint_conversion_mapping(model_class.__name__, mapping)
+    return config_class, model_class
+
+
+_MODELS = {
+    model_type: getattr(transformers, f"{prefix}ForConditionalGeneration") for model_type, prefix in FAMILIES.items()
+}
+_CLASSES = {model_type: _make_classes(model_type, prefix) for model_type, prefix in FAMILIES.items()}
+globals().update({c.__name__: c for classes in _CLASSES.values() for c in classes})
+
+
+def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreTrainedModel:
+    """Puts MODA into the text stack of a loaded vision-language model, in place.
+
+    The model keeps its weights and gets the family's MODA class: ``save_pretrained`` saves MODA with it, and
+    ``AutoModelForImageTextToText.from_pretrained`` loads it again where this module is imported. With the default
+    settings the logits stay as they were (see :func:`check_identity`).
+
+    Args:
+        model: a ``...ForConditionalGeneration`` model of one of the families in ``FAMILIES``. Wrap it with PEFT
+            afterwards.
+        config: the settings, by default ``MODAConfig()``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a model of another family, one that has MODA, or layers that cannot have it, such as those with a
+            sliding window (the Gram of a window would have to forget).
+
+    Example:
+        >>> from transformers import AutoModelForImageTextToText
+        >>> model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf")  # doctest: +SKIP
+        >>> apply_moda(model, MODAConfig(aligner={"rank": 16}))  # doctest: +SKIP
+    """
+    if isinstance(model, MODAModelMixin):
+        raise ValueError("apply_moda: this model has MODA already")
+    family = _family(model, "apply_moda")
+    config_class, model_class = _CLASSES[family]
+    if type(model) is not _MODELS[family]:
+        raise ValueError(
+            f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
+            + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
+        )
+    config = MODAConfig() if config is None else config
+    modules, hooks = _prepare(model, config)  # raises before anything changes
+    model.config.text_config.moda = config.to_dict()
+    model.config.__class__, model.__class__ = config_class, model_class
+    _attach(model, modules, hooks)
+    return model
+
+
+def text_stack(model: nn.Module) -> nn.Module:
+    """The decoder of a vision-language model, also of one wrapped by PEFT."""
+    return _pretrained(model, "text_stack").get_decoder()
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """``self_attn`` of every layer of the text stack."""
+    return [layer.self_attn for layer in text_stack(model).layers]
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None):
+    """Calls ``recorder`` after every attention call of the text stack, within a ``with`` block.
+
+    A model without MODA runs the attention "moda" in its plain form meanwhile, which equals ``sdpa``, and is as it was
+    afterwards. Sliding-window and bidirectional layers are recorded too, by N x N scores.
+
+    Args:
+        model: a model of one of the ``FAMILIES``, with MODA or without, also wrapped by PEFT.
+        recorder: called with an :class:`moda_ext.integrations.recording.AttentionRecord`.
+        modalities: as in :class:`MODAConfig`, for a model without MODA.
+
+    Raises:
+        ValueError: a model of another family, or one that is recorded already.
+    """
+    inner = _pretrained(model, "recording")
+    modules = attention_modules(inner)
+    if any(hasattr(module, "moda_recorder") for module in modules):
+        raise ValueError("recording: this model is being recorded already")
+    handles, before = [], inner.config.text_config._attn_implementation
+    if isinstance(inner, MODAModelMixin):
+        if modalities is not None:
+            raise ValueError("recording: modalities belong to a model without MODA; this one has its own")
+        if before != NAME:
+            raise ValueError(f"recording: MODA is off, the text stack runs {before!r} attention")
+    try:
+        if not isinstance(inner, MODAModelMixin):
+            handles = _register(_hooks(inner, DEFAULT_MODALITIES if modalities is None else modalities))
+            inner.set_attn_implementation({"text_config": NAME})
+        for module in modules:
+            module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("moda_recorder", None)
+        for handle in handles:
+            handle.remove()
+        if handles:
+            inner.set_attn_implementation({"text_config": before})
+
+
+@torch.no_grad()
+def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> float:
+    """Compares a model's logits with those of plain ``sdpa`` attention, to make sure that attaching MODA moved nothing.
+
+    Args:
+        model: a model with MODA.
+        inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison.
+        tolerance: the largest difference that passes, relative to the largest logit.
+
+    Returns:
+        The largest difference found, relative to the largest logit.
+
+    Raises:
+        ValueError: a larger one: MODA changes this model, because it is trained, or its prior or pseudo scores are on.
+    """
+    inner = _pretrained(model, "check_identity")
+    if not isinstance(inner, MODAModelMixin):
+        raise ValueError("check_identity: this model has no MODA")
+    before = inner.config.text_config._attn_implementation
+    logits = []
+    try:
+        for implementation in (NAME, "sdpa"):
+            PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
+            logits.append(model(**inputs, use_cache=False).logits.float())
+    finally:
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
+    with_moda, plain = logits
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        with_moda, plain = with_moda[mask != 0], plain[mask != 0]
+    difference = ((with_moda - plain).abs().max() / plain.abs().max()).item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"check_identity: MODA moves this model's logits by {difference:.3g} of the largest one, more than "
+            f"{tolerance:.3g}"
+        )
+    return difference
+
+
+def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODAAttention], list]:
+    """The module of each layer that gets one, and the hooks of :func:`_hooks`."""
+    layers, modules = _check_layers(model, config), {}
+    if config.mode == "release" or config.aligner is not None or config.mask is not None:
+        for attention in attention_modules(model):
+            if attention.layer_idx in layers:
+                weight = attention.q_proj.weight
+                dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised
+                moda = MODAAttention(config, attention.config.num_attention_heads, attention.head_dim)
+                modules[attention.layer_idx] = moda.to(weight.device, dtype)
+    return modules, _hooks(model, config.modalities)
+
+
+def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: list) -> None:
+    for attention in attention_modules(model):
+        if attention.layer_idx in modules:
+            attention.moda = modules[attention.layer_idx]
+    _register(hooks)
+    PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
+
+
+def _hooks(model: PreTrainedModel, modalities: dict[str, int]) -> list:
+    """Pairs of a module and its forward pre-hook."""
+    tokens, num_modalities = token_modalities(model.config, modalities), len(set(modalities.values()))
+    return [(model.base_model, BaseModelHook(tokens)), (text_stack(model), TextStackHook(tokens, num_modalities))]
+
+
+def _register(hooks: list) -> list:
+    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+
+
+def _check_layers(model: PreTrainedModel, config: MODAConfig) -> list[int]:
+    """Indices of the layers that get MODA."""
+    text_config = model.config.text_config
+    count = text_config.num_hidden_layers
+    types = getattr(text_config, "layer_types", None)
+    if types is None:
+        sliding = getattr(text_config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * count
+    full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+    layers = full if config.layers is None else config.layers
+    wrong = [index for index in layers if index not in full]
+    if wrong or not layers:
+        raise ValueError(
+            f"apply_moda: layers {wrong if wrong else 'of this model'} cannot have MODA: they are not full-attention "
+            f"layers of a text stack with {count} (those are {full}). The Gram of a sliding window would have to "
+            "forget keys; if your sequences are shorter than the window, set text_config.sliding_window=None"
+        )
+    return layers
+
+
+def _family(model: nn.Module, caller: str) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    family = model_type.removesuffix(SUFFIX)
+    if family not in FAMILIES:
+        raise ValueError(f"{caller}: unknown model family {model_type!r}; known are {', '.join(FAMILIES)}")
+    return family
+
+
+def _pretrained(model: nn.Module, caller: str) -> PreTrainedModel:
+    """The Transformers model itself, inside of what wraps it."""
+    _family(model, caller)
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,0 +1,207 @@
+"""MODA's parameters: which to train and how fast, one file for them, and the authors' checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moda_ext.integrations.transformers.attention import MODAAttention
+from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.integrations.transformers.models import MODAModelMixin, apply_moda, attention_modules, text_stack
+from moda_ext.release import split_release_state_dict
+
+__all__ = [
+    "load_moda",
+    "load_moda_state_dict",
+    "load_release",
+    "moda_parameters",
+    "moda_state_dict",
+    "optimizer_groups",
+    "save_moda",
+    "train_only_moda",
+]
+
+# Gates, priors and pseudo scores start at 0 or far away and have a scale of their own; the low-rank maps are ordinary
+# weights.
+SLOW = (".a1", ".b1", ".a2", ".b2", "pfuser_v.weight", "pfuser_t.weight")
+
+
+def moda_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """MODA's parameters under their names in ``model``, also under PEFT.
+
+    ".moda." is matched, not "moda": ``multi_modal_projector`` has that in its name.
+    """
+    return {name: parameter for name, parameter in model.named_parameters() if ".moda." in name}
+
+
+def train_only_moda(model: nn.Module) -> list[nn.Parameter]:
+    """Freezes everything but aligner and mask; returns their parameters.
+
+    Raises:
+        ValueError: the model has no MODA parameter.
+    """
+    parameters = moda_parameters(model)
+    if not parameters:
+        raise ValueError("train_only_moda: this model has no MODA parameters; see apply_moda")
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return list(parameters.values())
+
+
+def optimizer_groups(
+    model: nn.Module, lr: float, *, moda_lr: float | None = None, fast_lr: float = 1e-2, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups of an optimiser, with learning rates that fit: trainable parameters only, none left out.
+
+    Args:
+        model: a model with MODA.
+        lr: learning rate of the model's own parameters.
+        moda_lr: of the aligners' low-rank maps, by default ``lr``.
+        fast_lr: of gates, priors and pseudo scores, which must move far from 0: much larger than ``lr``. They have no
+            weight decay.
+        weight_decay: of the others.
+
+    Returns:
+        Groups named ``"model"``, ``"moda"`` and ``"moda_fast"``, those that have parameters.
+
+    Example:
+        >>> groups = optimizer_groups(model, lr=1e-5, fast_lr=1e-2)  # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(groups)  # doctest: +SKIP
+    """
+    settings = {
+        "model": {"lr": lr, "weight_decay": weight_decay},
+        "moda": {"lr": lr if moda_lr is None else moda_lr, "weight_decay": weight_decay},
+        "moda_fast": {"lr": fast_lr, "weight_decay": 0.0},
+    }
+    groups = {name: [] for name in settings}
+    moda = moda_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = "model" if name not in moda else "moda" if name.endswith(SLOW) else "moda_fast"
+            groups[group].append(parameter)
+    return [{"name": name, "params": groups[name], **settings[name]} for name in settings if groups[name]]
+
+
+def _moda_modules(model: nn.Module) -> dict[str, MODAAttention]:
+    """{"layers.3.moda": module}; under PEFT the copy that is trained."""
+    result = {}
+    for module in attention_modules(model):
+        moda = getattr(module, "moda", None)
+        if moda is not None:
+            copies = getattr(moda, "modules_to_save", None)
+            result[f"layers.{module.layer_idx}.moda"] = moda if copies is None else copies[moda.active_adapters[0]]
+    return result
+
+
+def moda_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """MODA's parameters and buffers alone, under names that do not depend on the family or on PEFT."""
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, module in _moda_modules(model).items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Copies what :func:`moda_state_dict` gave into a model with the same settings.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs. Nothing is copied then.
+    """
+    own = moda_state_dict(model)
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(f"load_moda_state_dict: state_dict lacks {missing} and has {unknown}, which the model lacks")
+    for name, tensor in own.items():
+        if tensor.shape != state_dict[name].shape:
+            raise ValueError(
+                f"load_moda_state_dict: {name} must have shape {tuple(tensor.shape)}, got "
+                f"{tuple(state_dict[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+
+def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
+    """Saves MODA's parameters and settings as one safetensors file, without the model's own weights.
+
+    Raises:
+        ValueError: the model has no MODA.
+    """
+    state = moda_state_dict(model)
+    if not state:
+        raise ValueError("save_moda: this model has no MODA parameters; see apply_moda")
+    settings = json.dumps(text_stack(model).config.moda)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(tensors, os.fspath(path), metadata={"format": "pt", "moda": settings})
+
+
+def load_moda(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Loads a file of :func:`save_moda` into a model of the same sizes, with MODA or without; returns the model.
+
+    Raises:
+        ValueError: not such a file, or made with other settings than the model's.
+    """
+    with safe_open(os.fspath(path), framework="pt") as file:
+        settings = (file.metadata() or {}).get("moda")
+        if settings is None:
+            raise ValueError(f"load_moda: {os.fspath(path)} was not written by save_moda")
+        config = MODAConfig.from_dict(json.loads(settings))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    if isinstance(model, MODAModelMixin) or hasattr(model, "peft_config"):
+        own = MODAConfig.from_dict(text_stack(model).config.moda)
+        if own != config:
+            raise ValueError(f"load_moda: the model's settings are {own}, those of the file {config}")
+    else:
+        apply_moda(model, config)
+    load_moda_state_dict(model, tensors)
+    return model
+
+
+def load_release(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
+    """Loads a checkpoint of the authors' release into a plain model of the family, in ``release`` mode, in place.
+
+    The aligners and the language model (names ``model.*`` and ``lm_head.*``) are loaded; the release has a vision tower
+    and projector of its own, which have no counterpart here. See :mod:`moda_ext.release` for what is wrong with its
+    alignment: compare with it, and train with ``mode="moda"``.
+
+    Args:
+        model: a ``...ForConditionalGeneration`` model whose text stack has the release's sizes.
+        state_dict: the release's, see :func:`moda_ext.release.split_release_state_dict`.
+
+    Returns:
+        Names of ``state_dict`` that were not loaded.
+
+    Raises:
+        ValueError: there is no aligner in it, one is incomplete, or it lacks a weight of the text stack.
+        RuntimeError: a shape differs.
+    """
+    aligners, rest = split_release_state_dict(state_dict)
+    stack = text_stack(model)
+    count = stack.config.num_hidden_layers
+    if max(aligners) >= count:
+        raise ValueError(f"load_release: state_dict has an aligner for layer {max(aligners)}, the model {count} layers")
+    own = stack.state_dict().keys()
+    language = {name.removeprefix("model."): name for name in rest if name.removeprefix("model.") in own}
+    missing = sorted(own - language.keys())
+    if missing:
+        raise ValueError(f"load_release: state_dict lacks weights of the language model: {', '.join(missing)}")
+    stack.load_state_dict({name: rest[source] for name, source in language.items()})
+    loaded = set(language.values())
+    head = model.get_output_embeddings()
+    if "lm_head.weight" in rest and head is not None:
+        head.load_state_dict({"weight": rest["lm_head.weight"]}, strict=False)
+        loaded.add("lm_head.weight")
+    config = MODAConfig(aligner=None, mask=None, mode="release", layers=sorted(aligners))
+    apply_moda(model, config)
+    for module in attention_modules(model):
+        if module.layer_idx in aligners:
+            module.moda.aligner.load_state_dict(aligners[module.layer_idx])
+    return sorted(rest.keys() - loaded)
