@@ -146,7 +146,7 @@ def demo(python: Path, arguments: list[str]) -> None:
 
 def test(python: Path, arguments: list[str]) -> None:
     ensure_torch(python)
-    install(python, "test")
+    install(python, "test,test-transformers")
     cpp_tests(python, "build/cmake")
     cpp_tests(python, "build/sanitize", "-DMODA_EXT_SANITIZE=ON")
     step("Python tests")
