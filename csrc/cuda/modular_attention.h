@@ -42,15 +42,20 @@ struct BackwardArgs : AttentionArgs {
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
 };
 
-// Device workspace, in bytes, that a call needs (a multiple of 16), and the call. `multiprocessors` decides how far few
-// rows are split over the keys. Launches go to `stream` (a cudaStream_t); nothing waits. Kernels for head sizes up to
-// kHeadDim are in a translation unit of their own for each direction.
+// Kernels for head sizes up to kHeadDim, one of kHeadSizes; each size and direction is a translation unit of its own.
+// workspace(): device memory, in bytes, that a call needs. `multiprocessors` decides how far few rows are split over the
+// keys. Launches go to `stream` (a cudaStream_t); nothing waits.
+constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};
+
 template <int kHeadDim>
-struct AttentionKernels {
-  static int64_t forward_workspace(const ForwardArgs& args, Storage storage, int multiprocessors);
-  static void forward(const ForwardArgs& args, Storage storage, int multiprocessors, void* workspace, void* stream);
-  static int64_t backward_workspace(const BackwardArgs& args, Storage storage);
-  static void backward(const BackwardArgs& args, Storage storage, void* workspace, void* stream);
+struct ForwardKernels {
+  static int64_t workspace(const ForwardArgs& args, Storage storage, int multiprocessors);
+  static void run(const ForwardArgs& args, Storage storage, int multiprocessors, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct BackwardKernels {
+  static int64_t workspace(const BackwardArgs& args, Storage storage);
+  static void run(const BackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 
 }  // namespace cuda

@@ -40,7 +40,12 @@ namespace moda_ext {
 namespace cuda {
 
 MODA_EXT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-MODA_EXT_DEVICE int64_t block_index() { return blockIdx.x; }
+// Read anew at each call, which lets a kernel work its place in the grid out again instead of holding it in registers.
+MODA_EXT_DEVICE int64_t block_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 MODA_EXT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 MODA_EXT_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
 

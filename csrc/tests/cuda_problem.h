@@ -1,11 +1,14 @@
 // Attention problems for the CUDA kernels in emulation, and what plain loops in double precision make of them.
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <random>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/ptx.h"
@@ -43,6 +46,14 @@ struct Shape {
   double scale = 0.25;
   uint32_t seed = 1;
 };
+
+inline Shape dense(std::vector<int> queries, std::vector<int> keys, int head_dim) {
+  Shape shape;
+  shape.queries = std::move(queries);
+  shape.keys = std::move(keys);
+  shape.head_dim = head_dim;
+  return shape;
+}
 
 // A tensor of numbers (sequence or packed tokens, head, token, last), in the memory order that the shape asks for.
 template <class T>
@@ -284,6 +295,24 @@ struct Oracle {
     *grad_sink_size.at(b, h, query) = share * delta_size;
   }
 };
+
+// Each number within unit * (its own magnitude + that of what was summed into it) + floor.
+template <class Element>
+void expect_close(const char* name, const std::vector<Element>& got, const std::vector<double>& expected,
+                  const std::vector<double>& size, double unit, double floor) {
+  ASSERT_EQ(got.size(), expected.size());
+  int wrong = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double value = to_float(got[i]), tolerance = unit * (size[i] + std::abs(expected[i])) + floor;
+    const bool close = std::isinf(expected[i]) ? value == expected[i] : std::abs(value - expected[i]) <= tolerance;
+    if (close) continue;
+    if (++wrong <= 5) {
+      ADD_FAILURE() << name << "[" << i << "]: expected " << expected[i] << ", got " << value << ", tolerance "
+                    << tolerance;
+    }
+  }
+  EXPECT_EQ(wrong, 0) << "of " << got.size() << " numbers of " << name;
+}
 
 }  // namespace cuda
 }  // namespace moda_ext

@@ -2,8 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cuda/sm80/modular_attention_forward.h"
@@ -14,23 +12,6 @@ namespace cuda {
 namespace {
 
 using emulation::Schedule;
-
-template <class Element>
-void expect_close(const char* name, const std::vector<Element>& got, const std::vector<double>& expected,
-                  const std::vector<double>& size, double unit, double floor) {
-  ASSERT_EQ(got.size(), expected.size());
-  int wrong = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double value = to_float(got[i]), tolerance = unit * (size[i] + std::abs(expected[i])) + floor;
-    const bool close = std::isinf(expected[i]) ? value == expected[i] : std::abs(value - expected[i]) <= tolerance;
-    if (close) continue;
-    if (++wrong <= 5) {
-      ADD_FAILURE() << name << "[" << i << "]: expected " << expected[i] << ", got " << value << ", tolerance "
-                    << tolerance;
-    }
-  }
-  EXPECT_EQ(wrong, 0) << "of " << got.size() << " numbers of " << name;
-}
 
 template <class Element, int kHeadDim>
 void check(const Shape& shape, int multiprocessors = 1) {
@@ -65,14 +46,6 @@ void check_under_every_schedule(const Shape& shape, int multiprocessors = 1) {
     if (testing::Test::HasFailure()) break;
   }
   emulation::set_schedule(Schedule::kFirstWarp);
-}
-
-Shape dense(std::vector<int> queries, std::vector<int> keys, int head_dim) {
-  Shape shape;
-  shape.queries = std::move(queries);
-  shape.keys = std::move(keys);
-  shape.head_dim = head_dim;
-  return shape;
 }
 
 TEST(CudaForward, PlainAttention) {

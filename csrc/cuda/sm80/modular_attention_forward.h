@@ -32,15 +32,22 @@ template <int kWarps_, int kRowTiles_, int kKeys_>
 struct ForwardTileOf {
   static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kKeys = kKeys_;
 };
-// 16-bit: up to 128; float32: 32 and 64.
-template <> struct ForwardTile<64> : ForwardTileOf<4, 2, 64> {};
-template <> struct ForwardTile<128> : ForwardTileOf<4, 2, 64> {};
-template <> struct ForwardTile<192> : ForwardTileOf<4, 2, 64> {};
-template <> struct ForwardTile<256> : ForwardTileOf<4, 2, 64> {};
-template <> struct ForwardTile<384> : ForwardTileOf<4, 1, 64> {};   // 192; float32: 96
-template <> struct ForwardTile<512> : ForwardTileOf<4, 1, 32> {};   // 256; float32: 128
-template <> struct ForwardTile<768> : ForwardTileOf<4, 1, 16> {};   // float32: 192
-template <> struct ForwardTile<1024> : ForwardTileOf<3, 1, 16> {};  // float32: 256
+template <>
+struct ForwardTile<64> : ForwardTileOf<4, 2, 64> {};  // 16-bit: 32
+template <>
+struct ForwardTile<128> : ForwardTileOf<4, 2, 64> {};  // 64; float32: 32
+template <>
+struct ForwardTile<192> : ForwardTileOf<4, 2, 48> {};  // 96
+template <>
+struct ForwardTile<256> : ForwardTileOf<4, 2, 32> {};  // 128; float32: 64. With 64 keys registers spill
+template <>
+struct ForwardTile<384> : ForwardTileOf<4, 1, 64> {};  // 192; float32: 96
+template <>
+struct ForwardTile<512> : ForwardTileOf<4, 1, 32> {};  // 256; float32: 128
+template <>
+struct ForwardTile<768> : ForwardTileOf<4, 1, 16> {};  // float32: 192
+template <>
+struct ForwardTile<1024> : ForwardTileOf<3, 1, 16> {};  // float32: 256
 
 struct ForwardParams {
   ForwardArgs args;
@@ -65,8 +72,6 @@ class ForwardKernel {
   static constexpr int kRowTiles = Tile::kRowTiles, kStride = Products::kStride;
   static constexpr int kKeyTiles = Tile::kKeys / 8, kHeadTiles = kHeadDim / 8;
   static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kMixed = -1;  // a pass over several modalities
-  static_assert(Tile::kKeys <= 64, "the ids of a thread's columns, 4 bits each, fill a 64-bit word");
 
  public:
   static constexpr int kThreads = 32 * Tile::kWarps, kBlocksPerSM = 1;
@@ -89,6 +94,20 @@ class ForwardKernel {
  private:
   MODA_EXT_DEVICE ForwardKernel(const Params& params, char* shared)
       : p(params), args(params.args), g(lane_index() / 4), t(lane_index() % 4) {
+    locate();
+    queries = shared + warp_index() * kWarpRows * kStride;  // of this warp, as are the tables below
+    keys = shared + kRows * kStride;
+    values = keys + kKeys * kStride;
+    float* tables = reinterpret_cast<float*>(values + kKeys * kStride);
+    const int M = args.num_modalities;
+    bias_table = tables + warp_index() * M * kWarpRows;
+    mass_table = tables + M * kRows + warp_index() * M * kWarpRows;
+    reference_table = tables + 2 * M * kRows + warp_index() * M * kWarpRows;
+    warp_words = reinterpret_cast<uint32_t*>(tables + 3 * M * kRows);
+  }
+
+  // The block's place in the grid. Called again wherever it is needed after the main loop, whose registers are full.
+  MODA_EXT_DEVICE void locate() {
     int64_t index = block_index();
     split = static_cast<int>(index % p.splits);
     index /= p.splits;
@@ -103,16 +122,6 @@ class ForwardKernel {
     num_rows = sequence.num_queries * p.packed_heads;
     block_row = row_block * kRows;
     first_row = block_row + warp_index() * kWarpRows;
-
-    queries = shared + warp_index() * kWarpRows * kStride;  // of this warp, as are the tables below
-    keys = shared + kRows * kStride;
-    values = keys + kKeys * kStride;
-    float* tables = reinterpret_cast<float*>(values + kKeys * kStride);
-    const int M = args.num_modalities;
-    bias_table = tables + warp_index() * M * kWarpRows;
-    mass_table = tables + M * kRows + warp_index() * M * kWarpRows;
-    reference_table = tables + 2 * M * kRows + warp_index() * M * kWarpRows;
-    warp_words = reinterpret_cast<uint32_t*>(tables + 3 * M * kRows);
   }
 
   MODA_EXT_DEVICE int head_of(int row) const { return first_head + row % p.packed_heads; }
@@ -185,16 +194,6 @@ class ForwardKernel {
     return tile;
   }
 
-  // Sum over the four lanes that share a row.
-  static MODA_EXT_DEVICE float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-  }
-  static MODA_EXT_DEVICE float quad_maximum(float x) {
-    x = maximum(x, shuffle_xor(x, 1));
-    return maximum(x, shuffle_xor(x, 2));
-  }
-
   // mass[modality] += sum over the quad, each relative to a maximum of its own. One lane of a quad owns the entry.
   MODA_EXT_DEVICE void fold(int modality, int r, int h, float sum) {
     sum = quad_sum(sum);
@@ -214,25 +213,6 @@ class ForwardKernel {
       }
   }
 
-  // Modalities of this thread's columns of a tile, 4 bits each, and which columns the pass takes, one bit each. The loop
-  // is not unrolled: its loads, all in flight at once, would need the registers that hold the sums.
-  struct Columns {
-    uint64_t ids;
-    uint32_t taken;
-  };
-  MODA_EXT_DEVICE Columns find_columns(int tile, int modality) const {
-    Columns columns{0, 0};
-#pragma unroll 1
-    for (int i = 0; i < 2 * kKeyTiles; ++i) {
-      const int id = modality_of(args, sequence, tile * kKeys + i / 2 * 8 + 2 * t + i % 2);
-      const bool taken = modality == kMixed ? id >= 0 : id == modality;
-      if (!taken) continue;
-      columns.taken |= 1u << i;
-      columns.ids |= static_cast<uint64_t>(id) << 4 * i;
-    }
-    return columns;
-  }
-
   // Hides what a row does not see; in a mixed pass also scales and adds the bias of every column's modality.
   MODA_EXT_DEVICE void mask(float (&scores)[kRowTiles][kKeyTiles][4], int tile, int modality,
                             const Columns& columns) const {
@@ -249,9 +229,9 @@ class ForwardKernel {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& score = scores[r][n][2 * h + j];
-            const int id = static_cast<int>(columns.ids >> 4 * (2 * n + j)) & 15;
-            if (modality == kMixed) score = score * p.scale_log2 + bias_table[id * kWarpRows + own];
-            if (!(columns.taken >> (2 * n + j) & 1) || n * 8 + j > limit) score = -infinity();
+            if (modality == kMixed)
+              score = score * p.scale_log2 + bias_table[columns.id(2 * n + j) * kWarpRows + own];
+            if (!columns.takes(2 * n + j) || n * 8 + j > limit) score = -infinity();
           }
         }
       }
@@ -295,7 +275,8 @@ class ForwardKernel {
   }
 
   // After a mixed pass: the sum of each modality that occurs goes to its mass.
-  MODA_EXT_DEVICE void fold_columns(const float (&p_)[kRowTiles][kKeyTiles][4], uint32_t present, uint64_t ids) {
+  MODA_EXT_DEVICE void fold_columns(const float (&p_)[kRowTiles][kKeyTiles][4], uint32_t present,
+                                    const Columns& columns) {
     for (; present != 0; present &= present - 1) {
       const int modality = lowest_bit(present);
 #pragma unroll
@@ -307,7 +288,7 @@ class ForwardKernel {
           for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-              if (static_cast<int>(ids >> 4 * (2 * n + j) & 15) == modality) sum += p_[r][n][2 * h + j];
+              if (columns.id(2 * n + j) == modality) sum += p_[r][n][2 * h + j];
           fold(modality, r, h, sum);
         }
       }
@@ -351,6 +332,7 @@ class ForwardKernel {
         if (args.num_views > 1 && view != modality) {
           view = modality;
           sync_warp();  // every lane has read the view before
+          locate();
           copy_queries(view);
           commit_copies();
           wait_copies<0>();
@@ -379,11 +361,11 @@ class ForwardKernel {
           run_modality = modality;
         }
         Columns columns{0, ~0u};
-        if (!pure) columns = find_columns(current, modality);
+        if (!pure) columns = find_columns<kKeyTiles>(args, sequence, current * kKeys, modality);
         if (!pure || current * kKeys + kKeys - 1 > least_visible) mask(scores, current, modality, columns);
         softmax(scores, modality);
         if (modality == kMixed) {
-          fold_columns(scores, present, columns.ids);
+          fold_columns(scores, present, columns);
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) run_sum[r][0] = run_sum[r][1] = 0.0f;
         }
@@ -393,6 +375,7 @@ class ForwardKernel {
     }
     wait_copies<0>();
     finish_run();
+    locate();
     if (p.splits > 1) {
       write_partial();
     } else {
@@ -459,16 +442,11 @@ class ForwardKernel {
       }
     }
     sync_warp();
-    constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
-    constexpr int kChunks = kHeadDim / kPerChunk;
-    for (int i = lane_index(); i < kWarpRows * kChunks; i += 32) {
-      const int row = first_row + i / kChunks, element = i % kChunks * kPerChunk;
-      if (row >= num_rows || element >= args.head_dim) continue;
-      *reinterpret_cast<Word4*>(
-          row_of<Element>(args.out, sequence, head_of(row), sequence.first_query + query_of(row)) + element) =
-          *reinterpret_cast<const Word4*>(queries + i / kChunks * kStride +
-                                          element * static_cast<int>(sizeof(Element)));
-    }
+    store_rows<Element, kHeadDim, kWarpRows>(queries, 0, args.head_dim, [&](int own) -> Element* {
+      const int row = first_row + own;
+      if (row >= num_rows) return nullptr;
+      return row_of<Element>(args.out, sequence, head_of(row), sequence.first_query + query_of(row));
+    });
   }
 
   const Params& p;
@@ -605,6 +583,20 @@ void forward(const ForwardArgs& args, int multiprocessors, void* workspace, void
   params.partial_mass = reinterpret_cast<float*>(memory + plan.mass_at);
   launch<Kernel>(params, stream);
   if (plan.splits > 1) launch<MergeKernel<Element>>(params, stream);
+}
+
+template <int kHeadDim>
+int64_t ForwardKernels<kHeadDim>::workspace(const ForwardArgs& args, Storage storage, int multiprocessors) {
+  return storage == Storage::kBFloat16  ? forward_workspace<BFloat16, kHeadDim>(args, multiprocessors)
+         : storage == Storage::kFloat16 ? forward_workspace<Float16, kHeadDim>(args, multiprocessors)
+                                        : forward_workspace<float, kHeadDim>(args, multiprocessors);
+}
+template <int kHeadDim>
+void ForwardKernels<kHeadDim>::run(const ForwardArgs& args, Storage storage, int multiprocessors, void* workspace,
+                                   void* stream) {
+  if (storage == Storage::kBFloat16) return forward<BFloat16, kHeadDim>(args, multiprocessors, workspace, stream);
+  if (storage == Storage::kFloat16) return forward<Float16, kHeadDim>(args, multiprocessors, workspace, stream);
+  forward<float, kHeadDim>(args, multiprocessors, workspace, stream);
 }
 
 }  // namespace cuda

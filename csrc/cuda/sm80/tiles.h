@@ -99,6 +99,59 @@ MODA_EXT_DEVICE void copy_rows(char* shared, int thread, const Element* first, i
   }
 }
 
+// Copies rows that one warp left in shared memory to where pointer_of(row) says (null: nowhere), elements [begin, end) of
+// each, a multiple of 16 bytes.
+template <class Element, int kHeadDim, int kRows, class PointerOf>
+MODA_EXT_DEVICE void store_rows(const char* shared, int begin, int end, const PointerOf& pointer_of) {
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  const int chunks = (end - begin) / kPerChunk;
+  for (int i = lane_index(); i < kRows * chunks; i += 32) {
+    const int row = i / chunks, element = begin + i % chunks * kPerChunk;
+    Element* target = pointer_of(row);
+    if (target == nullptr) continue;
+    *reinterpret_cast<Word4*>(target + element) = *reinterpret_cast<const Word4*>(
+        shared + row * kRowStride<Element, kHeadDim> + element * static_cast<int>(sizeof(Element)));
+  }
+}
+
+// Sum and maximum over the four lanes that share a row of a C fragment.
+MODA_EXT_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+MODA_EXT_DEVICE float quad_maximum(float x) {
+  x = maximum(x, shuffle_xor(x, 1));
+  return maximum(x, shuffle_xor(x, 2));
+}
+
+// A pass over a tile takes the keys of one modality, or of all.
+constexpr int kMixed = -1;
+
+// Modalities of this thread's columns in C fragments over a key tile, 4 bits each, and which columns the pass takes, one
+// bit each. The loop is not unrolled: its loads, all in flight at once, would need the registers that hold the sums.
+struct Columns {
+  uint64_t ids;
+  uint32_t taken;
+
+  MODA_EXT_DEVICE int id(int column) const { return static_cast<int>(ids >> 4 * column) & 15; }
+  MODA_EXT_DEVICE bool takes(int column) const { return taken >> column & 1; }
+};
+template <int kKeyTiles>
+MODA_EXT_DEVICE Columns find_columns(const AttentionArgs& args, const Sequence& sequence, int first_key,
+                                     int modality) {
+  static_assert(kKeyTiles <= 8, "16 columns of 4 bits fill the word");
+  Columns columns{0, 0};
+#pragma unroll 1
+  for (int i = 0; i < 2 * kKeyTiles; ++i) {
+    const int id = modality_of(args, sequence, first_key + i / 2 * 8 + 2 * (lane_index() % 4) + i % 2);
+    const bool taken = modality == kMixed ? id >= 0 : id == modality;
+    if (!taken) continue;
+    columns.taken |= 1u << i;
+    columns.ids |= static_cast<uint64_t>(id) << 4 * i;
+  }
+  return columns;
+}
+
 // Writes what is in every key tile: words[sequence * tiles_per_sequence + tile]. One warp for each tile.
 struct DescribeTiles {
   struct Params {
