@@ -1,8 +1,8 @@
 """Builds the native parts: the operator library `moda_ext._operators` and the pybind11 module `moda_ext._C`.
 
 csrc/sources.json lists the sources. CPU kernels include no torch header and are compiled once for each instruction set,
-as static libraries with flags of their own; both extensions link them. Where torch has CUDA and its compiler is there, a
-GPU need not be, the CUDA operators become a third library, `moda_ext._operators_cuda`. The rest of the package is in
+as static libraries with flags of their own; both extensions link them. Where torch has CUDA and its compiler is there,
+the CUDA operators become a third library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in
 pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation, TORCH_CUDA_ARCH_LIST names the GPU architectures (by default the
@@ -75,14 +75,26 @@ def missing_for_cuda() -> str | None:
         return "MODA_EXT_BUILD_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
-    home = cpp_extension.CUDA_HOME
-    if not home or not (Path(home) / "bin" / "nvcc").exists():
+    home = cuda_home()
+    if home is None:
         return f"no nvcc found (set CUDA_HOME to a CUDA {torch.version.cuda} toolkit)"
-    text = subprocess.run([Path(home) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.(\d+)", text)
     if not found or found[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc is of CUDA {'.'.join(found.groups()) if found else '?'}, torch of CUDA {torch.version.cuda}"
     return None
+
+
+def cuda_home() -> Path | None:
+    """CUDA_HOME, else where the nvcc of the path says it is (it may be a wrapper, whose own place says nothing)."""
+    if os.environ.get("CUDA_HOME"):
+        home = Path(os.environ["CUDA_HOME"])
+        return home if (home / "bin" / "nvcc").exists() else None
+    if shutil.which("nvcc") is None:
+        return None
+    steps = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    place = re.search(r"^#\$ _HERE_=(.+)$", steps, re.MULTILINE)
+    return Path(place[1]).parent if place else None
 
 
 def cuda_archs() -> str:
@@ -144,6 +156,7 @@ check_toolchain()
 missing_cuda = missing_for_cuda()
 if missing_cuda is None:
     os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()  # torch's BuildExtension reads it
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(cuda_home())
 elif os.environ.get("MODA_EXT_BUILD_CUDA") == "1":
     raise SystemExit(f"moda_ext: MODA_EXT_BUILD_CUDA=1, but {missing_cuda}.")
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it

@@ -51,7 +51,8 @@ void launch(const typename Kernel::Params& params, void* stream) {
   if (bytes > kWithoutAsking)
     error = cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) {
-    kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    kernel<Kernel>
+        <<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(params);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess)

@@ -19,14 +19,14 @@ struct AttentionArgs {
   bool causal = false;
   float scale = 1;
   int num_sequences = 0;
-  int num_queries = 0, num_keys = 0;                // of every sequence; packed: of the longest
-  int64_t rows_per_batch = 0;                       // num_queries; packed: queries of all sequences
-  int64_t total_keys = 0;                           // packed: keys of all sequences
-  const int32_t* cu_seqlens_q = nullptr;            // packed layout: offsets of the sequences, else null
+  int num_queries = 0, num_keys = 0;      // of every sequence; packed: of the longest
+  int64_t rows_per_batch = 0;             // num_queries; packed: queries of all sequences
+  int64_t total_keys = 0;                 // packed: keys of all sequences
+  const int32_t* cu_seqlens_q = nullptr;  // packed layout: offsets of the sequences, else null
   const int32_t* cu_seqlens_k = nullptr;
-  const int32_t* key_modality = nullptr;            // an id outside [0, num_modalities) is padding
-  int64_t modality_batch = 0, modality_row = 1;     // its strides
-  Input query, key, value, bias, sink;              // bias.data and sink.data may be null
+  const int32_t* key_modality = nullptr;         // an id outside [0, num_modalities) is padding
+  int64_t modality_batch = 0, modality_row = 1;  // its strides
+  Input query, key, value, bias, sink;           // bias.data and sink.data may be null
 
   bool packed() const { return cu_seqlens_q != nullptr; }
   int64_t num_rows() const { return (packed() ? 1 : num_sequences) * rows_per_batch * query_heads; }
@@ -43,8 +43,8 @@ struct BackwardArgs : AttentionArgs {
 };
 
 // Kernels for head sizes up to kHeadDim, one of kHeadSizes; each size and direction is a translation unit of its own.
-// workspace(): device memory, in bytes, that a call needs. `multiprocessors` decides how far few rows are split over the
-// keys. Launches go to `stream` (a cudaStream_t); nothing waits.
+// workspace(): device memory, in bytes, that a call needs. `multiprocessors` decides how far few rows are split over
+// the keys. Launches go to `stream` (a cudaStream_t); nothing waits.
 constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};
 
 template <int kHeadDim>

@@ -214,8 +214,7 @@ struct Oracle {
     out = out_size = Array<double>(s, s.query_heads, p.total_queries, s.head_dim, 1, 0.0);
     lse = grad_sink = grad_sink_size = Array<double>(s, s.query_heads, p.total_queries, 1, 1, 0.0);
     mass = grad_bias = grad_bias_size = Array<double>(s, s.query_heads, p.total_queries, s.modalities, 1, 0.0);
-    grad_query = grad_query_size =
-        Array<double>(s, s.query_heads, p.total_queries, s.head_dim, p.num_views, 0.0);
+    grad_query = grad_query_size = Array<double>(s, s.query_heads, p.total_queries, s.head_dim, p.num_views, 0.0);
     grad_key = grad_key_size = grad_value = grad_value_size =
         Array<double>(s, s.kv_heads, p.total_keys, s.head_dim, 1, 0.0);
     for (size_t i = 0; i < s.queries.size(); ++i)

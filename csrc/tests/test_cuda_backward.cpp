@@ -31,7 +31,9 @@ Array<T> rounded(const Array<U>& from) {
 template <class Element, int kHeadDim>
 void check(const Shape& shape, const Incoming& incoming = {}) {
   Problem<Element> problem(shape);
-  const auto drop = [](auto& array) { std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(0)); };
+  const auto drop = [](auto& array) {
+    std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(0));
+  };
   if (!incoming.out) drop(problem.grad_out);
   if (!incoming.lse) drop(problem.grad_lse);
   if (!incoming.mass) drop(problem.grad_mass);
@@ -89,9 +91,7 @@ TEST(CudaBackward, PlainAttention) {
   shape.modalities = 1;
   check_under_every_schedule<BFloat16, 64>(shape);
 }
-TEST(CudaBackward, BiasSinkAndMass) {
-  check_under_every_schedule<BFloat16, 64>(dense({70, 70}, {100, 100}, 64));
-}
+TEST(CudaBackward, BiasSinkAndMass) { check_under_every_schedule<BFloat16, 64>(dense({70, 70}, {100, 100}, 64)); }
 TEST(CudaBackward, Causal) {
   Shape shape = dense({150}, {150}, 64);
   shape.causal = true;

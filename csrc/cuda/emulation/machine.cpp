@@ -83,8 +83,8 @@ void switch_to_scheduler(bool forever = false) {
 }
 
 [[noreturn]] void fail(const std::string& message) {
-  machine.error = "thread " + std::to_string(machine.current) + " of block " + std::to_string(machine.block) + ": " +
-                  message;
+  machine.error =
+      "thread " + std::to_string(machine.current) + " of block " + std::to_string(machine.block) + ": " + message;
   for (;;) switch_to_scheduler();
 }
 

@@ -102,7 +102,9 @@ struct MultiplyAdd {
 template <class Element>
 void multiply_add_of_warp(void* const* lanes) {
   float a[16][16], b[16][8];
-  const auto half = [](uint32_t pair, int i) { return bits_to_float(static_cast<uint16_t>(pair >> 16 * i), Element{}); };
+  const auto half = [](uint32_t pair, int i) {
+    return bits_to_float(static_cast<uint16_t>(pair >> 16 * i), Element{});
+  };
   for (int lane = 0; lane < 32; ++lane) {
     const MultiplyAdd& operands = *static_cast<MultiplyAdd*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -144,8 +146,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 template <class Element>
 uint32_t pack_pair(float low, float high) {
-  return emulation::float_to_bits(low, Element{}) |
-         static_cast<uint32_t>(emulation::float_to_bits(high, Element{})) << 16;
+  return emulation::float_to_bits(low, Element{}) | static_cast<uint32_t>(emulation::float_to_bits(high, Element{}))
+                                                        << 16;
 }
 
 inline float to_float(float value) { return value; }

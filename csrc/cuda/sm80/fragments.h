@@ -61,7 +61,8 @@ struct Fragments {
   template <int kRowTiles, int kDepthTiles, int kColumnTiles>
   static MODA_EXT_DEVICE void multiply_registers(float (&c)[kRowTiles][kColumnTiles][4],
                                                  const float (&p)[kRowTiles][kDepthTiles][4], const char* b) {
-    static_assert(kDepthTiles % 2 == 0 && kColumnTiles % 2 == 0, "fragments are 16 deep, B is loaded two tiles at a time");
+    static_assert(kDepthTiles % 2 == 0 && kColumnTiles % 2 == 0,
+                  "fragments are 16 deep, B is loaded two tiles at a time");
     const int lane = lane_index();
     const char* b_lane = b + lane % 16 * kStride + lane / 16 * 16;
 #pragma unroll

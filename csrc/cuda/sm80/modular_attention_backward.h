@@ -24,7 +24,8 @@
 namespace moda_ext {
 namespace cuda {
 
-// By the length of a row in bytes, as ForwardTile: warps that own 16 rows each, rows of a tile that streams by, buffers.
+// By the length of a row in bytes, as ForwardTile: warps that own 16 rows each, rows of a tile that streams by,
+// buffers.
 template <int kRowBytes>
 struct BackwardTile;
 template <int kOwnWarps_, int kStream_, int kStages_>
@@ -65,7 +66,7 @@ struct BackwardParams {
 template <class Element, int kHeadDim>
 struct RowKernel {
   using Params = BackwardParams;
-  static constexpr int kTileRows = BackwardTile<kHeadDim * static_cast<int>(sizeof(Element))>::kStream;
+  static constexpr int kTileRows = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>::kStream;
   static constexpr int kThreads = 128, kBlocksPerSM = 1, kWarps = kThreads / 32;
 
   static int64_t blocks(const Params& p) {
@@ -136,7 +137,7 @@ struct RowKernel {
 
 template <class Element, int kHeadDim>
 class KeyKernel {
-  using Tile = BackwardTile<kHeadDim * static_cast<int>(sizeof(Element))>;
+  using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   using Products = Fragments<Element, kHeadDim>;
   // Two gradients of 256 columns do not fit in the registers of one warp: two warps share the keys, each with half of
   // the columns, and both compute the scores.
@@ -280,11 +281,11 @@ class KeyKernel {
         target, thread_index(), row_of<Element>(args.query, sequence, head, token) + item.view * args.query.view,
         args.query.row, args.head_dim, valid);
     const auto some = [&](int i) { return i < count && args.grad_out.data != nullptr; };
-    copy_rows<Element, kHeadDim, kStream, kThreads>(
-        target + kStream * kStride, thread_index(),
-        args.grad_out.data == nullptr ? row_of<Element>(args.query, sequence, head, token)
-                                      : row_of<Element>(args.grad_out, sequence, head, token),
-        args.grad_out.row, args.head_dim, some);
+    copy_rows<Element, kHeadDim, kStream, kThreads>(target + kStream * kStride, thread_index(),
+                                                    args.grad_out.data == nullptr
+                                                        ? row_of<Element>(args.query, sequence, head, token)
+                                                        : row_of<Element>(args.grad_out, sequence, head, token),
+                                                    args.grad_out.row, args.head_dim, some);
     float* plane = planes + stage * 2 * kStream * args.num_modalities;
     const int64_t at = row_index(args, sequence, head, row);
     for (int i = thread_index(); i < args.num_modalities * kStream; i += kThreads) {
@@ -314,7 +315,8 @@ class KeyKernel {
       const bool taken = args.num_views > 1 ? modality[h] == item.view : modality[h] >= 0;
       int first_row = 0;
       if (args.causal)
-        first_row = first_key + warp_keys + h * 8 + g - (sequence.num_keys - sequence.num_queries) - item.tile * kStream;
+        first_row =
+            first_key + warp_keys + h * 8 + g - (sequence.num_keys - sequence.num_queries) - item.tile * kStream;
       if (!taken) first_row = kStream;
       const int plane = maximum(modality[h], 0) * kStream;
 #pragma unroll
@@ -370,7 +372,7 @@ class KeyKernel {
 
 template <class Element, int kHeadDim>
 class QueryKernel {
-  using Tile = BackwardTile<kHeadDim * static_cast<int>(sizeof(Element))>;
+  using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kStride = Products::kStride, kStream = Tile::kStream;
   static constexpr int kKeyTiles = kStream / 8, kHeadTiles = kHeadDim / 8;
@@ -476,8 +478,8 @@ class QueryKernel {
     const int count = sequence.num_queries - first_row;
     const bool present = operand.data != nullptr;
     const Input& source = present ? operand : args.query;  // without data: zeros
-    const Element* first =
-        row_of<Element>(source, sequence, head, sequence.first_query + (count > 0 ? first_row : 0)) + view * operand.view;
+    const Element* first = row_of<Element>(source, sequence, head, sequence.first_query + (count > 0 ? first_row : 0)) +
+                           view * operand.view;
     copy_rows<Element, kHeadDim, 16, 32>(target, lane_index(), first, operand.row, args.head_dim,
                                          [&](int row) { return present && row < count; });
   }
@@ -602,9 +604,9 @@ class QueryKernel {
   }
 
   // db_m = sum dS over the keys of modality m is a small difference of large numbers (zero for one modality without a
-  // sink), and the D that went into dS was made from the rounded output. Here it is replaced by the D that the row's own
-  // probabilities imply, and the common factor that the rounding of lse gives to them is divided out, known from what
-  // they should sum to:
+  // sink), and the D that went into dS was made from the rounded output. Here it is replaced by the D that the row's
+  // own probabilities imply, and the common factor that the rounding of lse gives to them is divided out, known from
+  // what they should sum to:
   //   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P
   //   D' = k sum_m (db_m + Q_m D) - dL
   //   db_m <- k (db_m + Q_m (D - D'))
@@ -640,10 +642,10 @@ class QueryKernel {
   int64_t sequence_index;
   Sequence sequence;
   const uint32_t* tiles;
-  char *queries, *grad_outs, *stream;    // a buffer of the stream: keys, then values
+  char *queries, *grad_outs, *stream;     // a buffer of the stream: keys, then values
   float *probability_table, *grad_table;  // [modality][row of the warp]
   float grad_query[1][kHeadTiles][4];
-  float exponent[2] = {}, shift[2] = {};             // of the run's modality
+  float exponent[2] = {}, shift[2] = {};            // of the run's modality
   float probability_sum[2] = {}, grad_sum[2] = {};  // since the modality changed, this lane's columns
   int run_modality = kMixed;
 };
@@ -673,13 +675,13 @@ inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream)
 
 template <class Element, int kHeadDim>
 int64_t backward_workspace(const BackwardArgs& args) {
-  using Tile = BackwardTile<kHeadDim * static_cast<int>(sizeof(Element))>;
+  using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   return plan_backward(args, Tile::kOwn, Tile::kStream).bytes;
 }
 
 template <class Element, int kHeadDim>
 void backward(const BackwardArgs& args, void* workspace, void* stream) {
-  using Tile = BackwardTile<kHeadDim * static_cast<int>(sizeof(Element))>;
+  using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   const BackwardPlan plan = plan_backward(args, Tile::kOwn, Tile::kStream);
   char* memory = static_cast<char*>(workspace);
   uint32_t* words = reinterpret_cast<uint32_t*>(memory + plan.tiles_at);

@@ -59,7 +59,8 @@ struct ForwardParams {
   int64_t rows;      // of all query heads and sequences
   float scale_log2;  // |tau| log2(e), above 0
   bool negate;       // tau < 0
-  // With splits, for each split and row: the unnormalised output, its reference and the masses, all relative to 2^maximum.
+  // With splits, for each split and row: the unnormalised output, its reference and the masses, all relative to
+  // 2^maximum.
   float* partial_out;      // (splits, rows, head_dim)
   float* partial_maximum;  // (splits, rows)
   float* partial_mass;     // (splits, rows, modalities)
@@ -67,7 +68,7 @@ struct ForwardParams {
 
 template <class Element, int kHeadDim>
 class ForwardKernel {
-  using Tile = ForwardTile<kHeadDim * static_cast<int>(sizeof(Element))>;
+  using Tile = ForwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kRowTiles = Tile::kRowTiles, kStride = Products::kStride;
   static constexpr int kKeyTiles = Tile::kKeys / 8, kHeadTiles = kHeadDim / 8;
@@ -136,8 +137,8 @@ class ForwardKernel {
       const int row = i / kChunks, element = i % kChunks * kPerChunk;
       const bool read = first_row + row < num_rows && element < args.head_dim;
       const int r = read ? first_row + row : 0;
-      const Element* source =
-          row_of<Element>(args.query, sequence, head_of(r), sequence.first_query + query_of(r)) + view * args.query.view;
+      const Element* source = row_of<Element>(args.query, sequence, head_of(r), sequence.first_query + query_of(r)) +
+                              view * args.query.view;
       copy_async_16(queries + row * kStride + element * static_cast<int>(sizeof(Element)),
                     read ? source + element : source, read);
     }
@@ -222,15 +223,14 @@ class ForwardKernel {
       for (int h = 0; h < 2; ++h) {
         const int own = r * 16 + h * 8 + g;
         // Columns of the tile that the row sees, counted from this thread's first.
-        const int limit = sequence.last_visible(args, query_of(minimum(first_row + own, num_rows - 1))) -
-                          (tile * kKeys + 2 * t);
+        const int limit =
+            sequence.last_visible(args, query_of(minimum(first_row + own, num_rows - 1))) - (tile * kKeys + 2 * t);
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& score = scores[r][n][2 * h + j];
-            if (modality == kMixed)
-              score = score * p.scale_log2 + bias_table[columns.id(2 * n + j) * kWarpRows + own];
+            if (modality == kMixed) score = score * p.scale_log2 + bias_table[columns.id(2 * n + j) * kWarpRows + own];
             if (!columns.takes(2 * n + j) || n * 8 + j > limit) score = -infinity();
           }
         }
@@ -510,8 +510,7 @@ struct MergeKernel {
     float* mass = row_of<float>(args.mass, sequence, head, token);
     if (lane_index() < args.num_modalities) mass[lane_index() * args.mass.last] = mass_of(lane_index()) * inverse;
     if (lane_index() == 0)
-      *row_of<float>(args.lse, sequence, head, token) =
-          total == 0.0f ? -infinity() : (highest + log2f(total)) * kLn2;
+      *row_of<float>(args.lse, sequence, head, token) = total == 0.0f ? -infinity() : (highest + log2f(total)) * kLn2;
   }
 };
 

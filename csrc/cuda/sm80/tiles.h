@@ -99,8 +99,8 @@ MODA_EXT_DEVICE void copy_rows(char* shared, int thread, const Element* first, i
   }
 }
 
-// Copies rows that one warp left in shared memory to where pointer_of(row) says (null: nowhere), elements [begin, end) of
-// each, a multiple of 16 bytes.
+// Copies rows that one warp left in shared memory to where pointer_of(row) says (null: nowhere), elements [begin, end)
+// of each, a multiple of 16 bytes.
 template <class Element, int kHeadDim, int kRows, class PointerOf>
 MODA_EXT_DEVICE void store_rows(const char* shared, int begin, int end, const PointerOf& pointer_of) {
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
@@ -127,8 +127,9 @@ MODA_EXT_DEVICE float quad_maximum(float x) {
 // A pass over a tile takes the keys of one modality, or of all.
 constexpr int kMixed = -1;
 
-// Modalities of this thread's columns in C fragments over a key tile, 4 bits each, and which columns the pass takes, one
-// bit each. The loop is not unrolled: its loads, all in flight at once, would need the registers that hold the sums.
+// Modalities of this thread's columns in C fragments over a key tile, 4 bits each, and which columns the pass takes,
+// one bit each. The loop is not unrolled: its loads, all in flight at once, would need the registers that hold the
+// sums.
 struct Columns {
   uint64_t ids;
   uint32_t taken;
@@ -137,8 +138,7 @@ struct Columns {
   MODA_EXT_DEVICE bool takes(int column) const { return taken >> column & 1; }
 };
 template <int kKeyTiles>
-MODA_EXT_DEVICE Columns find_columns(const AttentionArgs& args, const Sequence& sequence, int first_key,
-                                     int modality) {
+MODA_EXT_DEVICE Columns find_columns(const AttentionArgs& args, const Sequence& sequence, int first_key, int modality) {
   static_assert(kKeyTiles <= 8, "16 columns of 4 bits fill the word");
   Columns columns{0, 0};
 #pragma unroll 1
