@@ -1,12 +1,18 @@
 """Builds the native parts: the operator library `moda_ext._operators` and the pybind11 module `moda_ext._C`.
 
 csrc/sources.json lists the sources. CPU kernels include no torch header and are compiled once for each instruction set,
-as static libraries with flags of their own; both extensions link them. The rest of the package is in pyproject.toml.
+as static libraries with flags of their own; both extensions link them. Where torch has CUDA and its compiler is there,
+the CUDA operators become a third library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in
+pyproject.toml.
+
+Environment: MAX_JOBS limits parallel compilation, TORCH_CUDA_ARCH_LIST names the GPU architectures (by default the
+visible GPU's, else DEFAULT_CUDA_ARCHS), CUDA_HOME the toolkit, MODA_EXT_BUILD_CUDA=0 leaves CUDA out and =1 demands it.
 """
 
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -70,13 +76,52 @@ def compiles_here(group: dict) -> bool:
     return group["isa"] != "amx" or subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+# Machine code for A100 and relatives (8.x) and for Hopper; newer GPUs compile the PTX of 8.0 when they first load it.
+DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+
+
+def missing_for_cuda() -> str | None:
+    """Why the CUDA operators cannot be built, None if they can."""
+    if os.environ.get("MODA_EXT_BUILD_CUDA") == "0":
+        return "MODA_EXT_BUILD_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    home = cuda_home()
+    if home is None:
+        return f"no nvcc found (set CUDA_HOME to a CUDA {torch.version.cuda} toolkit)"
+    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    if not found or found[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {'.'.join(found.groups()) if found else '?'}, torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def cuda_home() -> Path | None:
+    """CUDA_HOME, else where the nvcc of the path says it is (it may be a wrapper, whose own place says nothing)."""
+    if os.environ.get("CUDA_HOME"):
+        home = Path(os.environ["CUDA_HOME"])
+        return home if (home / "bin" / "nvcc").exists() else None
+    if shutil.which("nvcc") is None:
+        return None
+    steps = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    place = re.search(r"^#\$ _HERE_=(.+)$", steps, re.MULTILINE)
+    return Path(place[1]).parent if place else None
+
+
+def cuda_archs() -> str:
+    """TORCH_CUDA_ARCH_LIST, else what the visible GPUs are, else the default."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    names = [f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "") for major, minor in sorted(found)]
+    return ";".join(names) or DEFAULT_CUDA_ARCHS
+
+
 def build_summary() -> str:
     """One line that says what kind of build this is and why."""
-    if torch.version.cuda is None:
-        return f"CPU build: torch {torch.__version__} has no CUDA"
-    if not cpp_extension.CUDA_HOME:
-        return f"CPU build: no nvcc found (set CUDA_HOME to a CUDA {torch.version.cuda} toolkit)"
-    return "CPU build: this version of moda_ext has no CUDA kernels"
+    if missing_cuda is None:
+        return f"CUDA {torch.version.cuda} build for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    return f"CPU build: {missing_cuda}"
 
 
 def write_build_info(isas: list[str]) -> None:
@@ -84,8 +129,8 @@ def write_build_info(isas: list[str]) -> None:
     values = {
         "VERSION": VERSION["__version__"],
         "TORCH": torch.__version__,
-        "CUDA": "",  # of the compiled kernels, not of torch
-        "CUDA_ARCHS": "",
+        "CUDA": torch.version.cuda if missing_cuda is None else "",  # of the compiled kernels
+        "CUDA_ARCHS": re.sub("[;,]", " ", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else "",
         "SUMMARY": build_summary(),
         "ISAS": " ".join(isas),
     }
@@ -119,6 +164,12 @@ class BuildExtensions(cpp_extension.BuildExtension):
 
 
 check_toolchain()
+missing_cuda = missing_for_cuda()
+if missing_cuda is None:
+    os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()  # torch's BuildExtension reads it
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(cuda_home())
+elif os.environ.get("MODA_EXT_BUILD_CUDA") == "1":
+    raise SystemExit(f"moda_ext: MODA_EXT_BUILD_CUDA=1, but {missing_cuda}.")
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it
 target_major, target_minor = VERSION["TORCH_MIN"]
 flags = ["-std=c++17", "-g0", "-fvisibility=hidden"]
@@ -157,6 +208,25 @@ operators = Extension(
     language="c++",
 )
 
+cuda_operators = Extension(
+    "moda_ext._operators_cuda",  # apart, because what links CUDA cannot load in a torch without it
+    [*SOURCES["cuda"], "csrc/ops/checks.cpp", "csrc/ops/modular_attention.cpp", "csrc/ops/gram.cpp"],
+    include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths("cuda" if missing_cuda is None else "cpu")],
+    library_dirs=cpp_extension.library_paths("cuda" if missing_cuda is None else "cpu"),
+    libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"],
+    define_macros=[
+        ("TORCH_TARGET_VERSION", f"0x{target_major:02x}{target_minor:02x}000000000000ULL"),
+        ("USE_CUDA", "1"),  # declares the stream of the stable ABI
+    ],
+    extra_compile_args={
+        "cxx": [*flags, "-O3"],
+        "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings"],
+    },
+    extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],
+    depends=depends,
+    language="c++",
+)
+
 bindings = Extension(
     "moda_ext._C",  # links no torch, so it can be asked what it was built for under any torch
     SOURCES["bindings"],
@@ -172,6 +242,6 @@ print(f"moda_ext: {build_summary()}", flush=True)
 setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing
     libraries=libraries,
-    ext_modules=[operators, bindings],
+    ext_modules=[operators, bindings, *([cuda_operators] if missing_cuda is None else [])],
     cmdclass={"build_clib": BuildKernels, "build_ext": BuildExtensions},
 )

@@ -1,5 +1,5 @@
 # Reads csrc/sources.json, the source list shared with setup.py. Sets MODA_EXT_{OPERATOR,KERNEL}_SOURCES,
-# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR}_SOURCES, MODA_EXT_ISAS and MODA_EXT_X86_64, and gives every kernel source its flags.
+# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR,CUDA_EMULATION}_SOURCES, MODA_EXT_ISAS and MODA_EXT_X86_64, and gives every kernel source its flags.
 set(sources_json ${PROJECT_SOURCE_DIR}/csrc/sources.json)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources_json})
 file(READ ${sources_json} sources)
@@ -29,6 +29,7 @@ json_list(MODA_EXT_OPERATOR_SOURCES operators)
 json_list(MODA_EXT_TEST_CORE_SOURCES tests core)
 json_list(MODA_EXT_TEST_PER_ISA_SOURCES tests per_isa)
 json_list(MODA_EXT_TEST_OPERATOR_SOURCES tests operators)
+json_list(MODA_EXT_TEST_CUDA_EMULATION_SOURCES tests cuda_emulation)
 json_list(kernel_flags kernel_flags)
 json_list(x86_64_isas x86_64_isas)
 if(MODA_EXT_SANITIZE)

@@ -1,5 +1,5 @@
-# Unit tests, one ctest case for each GoogleTest case, in up to three programs: core code and kernels, which link no torch and start
-# at once, and operators. Kernel tests run once for each instruction set of this machine: the cap in ATEN_CPU_CAPABILITY is what the
+# Unit tests, one ctest case for each GoogleTest case, in up to four programs: core code, kernels and emulated CUDA kernels, which
+# link no torch and start at once, and operators. Kernel tests run once for each instruction set of this machine: the cap in ATEN_CPU_CAPABILITY is what the
 # library's own dispatcher obeys.
 include(FindOrFetchGTest)
 include(GoogleTest)
@@ -15,6 +15,19 @@ endfunction()
 if(MODA_EXT_TEST_CORE_SOURCES)
   moda_ext_test_program(moda_ext_core_tests moda_ext_kernels ${MODA_EXT_TEST_CORE_SOURCES})
   gtest_discover_tests(moda_ext_core_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}")
+endif()
+
+# The CUDA kernels on the CPU (csrc/cuda/emulation). Variables that nobody set hold a pattern, as registers would hold anything.
+if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES)
+  add_library(moda_ext_cuda_emulation INTERFACE)
+  target_compile_definitions(moda_ext_cuda_emulation INTERFACE MODA_EXT_CUDA_EMULATION)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-ftrivial-auto-var-init=pattern MODA_EXT_HAS_AUTO_VAR_INIT)
+  target_compile_options(
+    moda_ext_cuda_emulation INTERFACE -Wno-unknown-pragmas
+                                      $<$<BOOL:${MODA_EXT_HAS_AUTO_VAR_INIT}>:-ftrivial-auto-var-init=pattern>)
+  moda_ext_test_program(moda_ext_cuda_tests moda_ext_cuda_emulation ${MODA_EXT_TEST_CUDA_EMULATION_SOURCES})
+  gtest_discover_tests(moda_ext_cuda_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 600)
 endif()
 
 if(MODA_EXT_TEST_OPERATOR_SOURCES)

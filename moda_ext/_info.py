@@ -13,7 +13,9 @@ def info() -> dict:
 
     Keys: version, native (bool), build (one line), library (path), isa (CPU instruction set in use), isas_built (list),
     compiler, torch, torch_built_for, torch_supported, cuda (torch's, or None), cuda_built_for (None: no CUDA kernels),
-    cuda_archs (list), python, platform. What only a native build knows is None without one.
+    cuda_archs (list), cuda_kernels ("native" or "reference": who computes on CUDA tensors, see MODA_EXT_CUDA in
+    _ops/library.py; None: no CUDA kernels are loaded), python, platform. What only a native build knows is None
+    without one.
     """
     built = library.build_info or {}
     return {
@@ -30,6 +32,7 @@ def info() -> dict:
         "cuda": torch.version.cuda,
         "cuda_built_for": built.get("cuda"),
         "cuda_archs": built.get("cuda_archs"),
+        "cuda_kernels": library.cuda_mode(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks
+from moda_ext._ops import autocast, autograd, checks, composite
 
 __all__ = [
     "DuplexAligner",
@@ -81,7 +81,8 @@ def modality_gram(
     modality = modality.to(torch.int32)
     if include is not None:
         modality = modality.masked_fill(~include, -1)
-    gram = autograd.modality_gram(_last_contiguous(key), modality, num_modalities, key_norm == "l2", float(eps))
+    operators = _operators(key.device)
+    gram = operators.modality_gram(_last_contiguous(key), modality, num_modalities, key_norm == "l2", float(eps))
     return reference.normalize_gram(gram, normalize)
 
 
@@ -176,7 +177,7 @@ def causal_gram_projection(
             query, key, query_modality, key_modality, num_modalities, **options, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    projection, gram = autograd.causal_gram_projection(
+    projection, gram = _operators(query.device).causal_gram_projection(
         _last_contiguous(query),
         _last_contiguous(key),
         key_modality.to(torch.int32),
@@ -257,7 +258,7 @@ def duplex_query_views(
             *tensors, num_modalities, **options, return_indicator=return_indicator, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    views, square, gram = autograd.duplex_query_views(
+    views, square, gram = _operators(query.device).duplex_query_views(
         _last_contiguous(query),
         _last_contiguous(key),
         key_modality.to(torch.int32),
@@ -312,7 +313,8 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     ones = scale.new_ones((*key.shape[:3], num_modalities))
     ids = key_modality.to(torch.int32)
     initial = None if state is None else state[0].contiguous()
-    projection, _ = autograd.causal_gram_projection(features, features, ids, ones, initial, num_modalities, False, 1.0)
+    project = _operators(key.device).causal_gram_projection
+    projection, _ = project(features, features, ids, ones, initial, num_modalities, False, 1.0)
     forms = (projection * features).sum(-1).movedim(0, -1)  # (B, Hkv, Nk, M)
     growth = 2 * forms - features.square().sum(-1).square()[..., None]
     members = key_modality[:, None, :, None] == torch.arange(num_modalities, device=key.device)
@@ -320,6 +322,11 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     if state is not None:
         square = square + state[0].square().sum((-2, -1))[:, :, None]
     return reference.frobenius_scale(square[:, :, key.shape[2] - query.shape[2] :], scale), trace
+
+
+def _operators(device: torch.device):
+    """The module that has the operators for this device: native, or (on CUDA) composed of PyTorch's own."""
+    return composite if device.type == "cuda" else autograd
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:

@@ -291,7 +291,8 @@ def pseudo_score_sink(
         decay = torch.full((), decay, dtype=work, device=device)
     if not isinstance(base, Tensor):
         base = torch.full((), base, dtype=work, device=decay.device)
-    if not checks.runs_natively("pseudo_score_sink", decay.device):
+    # On CUDA, too, the closed form is a handful of elementwise PyTorch operators.
+    if decay.device.type == "cuda" or not checks.runs_natively("pseudo_score_sink", decay.device):
         return reference.pseudo_score_sink(num_rows, length, decay, base=base, start=start, dtype=dtype)
     per_head = torch.broadcast_shapes(decay.shape, base.shape)
     shape = per_head or (1,)

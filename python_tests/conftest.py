@@ -35,6 +35,8 @@ def unavailable(device: str) -> str | None:
     """Why the tests cannot run on this device, or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
+    if device == "cuda" and library.cuda_loaded and library.cuda_mode() != "native":
+        return "the CUDA kernels are not in use (MODA_EXT_CUDA=native uses them)"
     if library.native_loaded and device not in checks.NATIVE_DEVICES:
         return f"built without {device} kernels"
     return None

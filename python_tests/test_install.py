@@ -77,6 +77,11 @@ def test_instruction_set_can_be_capped(native, cap, isa):
     assert result.stdout.strip() == isa
 
 
+def test_unknown_choice_of_cuda_kernels_is_an_error(native):
+    result = run_python("-c", "import moda_ext", MODA_EXT_CUDA="fast")
+    assert "MODA_EXT_CUDA: expected one of native, reference, got 'fast'" in result.stderr
+
+
 def test_without_native_library_warns_once_and_falls_back(copy_without_native):
     code = ONLY_THE_COPY + "import moda_ext; import moda_ext.attention; print(moda_ext.info()['native'])"
     result = run_python("-c", code, path=copy_without_native)

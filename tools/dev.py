@@ -165,7 +165,7 @@ def lint(python: Path, arguments: list[str]) -> None:
     pip_install(python, "--quiet", "-r", "tools/lint-requirements.txt")
     run(python, "-m", "ruff", "check", ".")
     run(python, "-m", "ruff", "format", "--check", ".")
-    cpp = sorted(path.relative_to(ROOT) for end in ("h", "cpp") for path in (ROOT / "csrc").rglob(f"*.{end}"))
+    cpp = sorted(path.relative_to(ROOT) for end in ("h", "cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{end}"))
     run(python.parent / "clang-format", "--dry-run", "-Werror", *cpp)
 
 

@@ -1,4 +1,4 @@
-// What the CPU adapters share: threads, workspace, and tensors as the operands of kernels.
+// What the CPU adapters share: threads and workspace.
 #pragma once
 
 #if defined(__linux__)
@@ -13,11 +13,11 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/kernels/modular_attention.h"
+#include "ops/operands.h"
 
 namespace moda_ext {
 namespace cpu {
@@ -124,35 +124,6 @@ class Scratch {
   int64_t stride_;
   Workspace memory_;
 };
-
-enum class Last { kNone, kPresent };  // does the operand have a dimension after (batch, heads, tokens)?
-
-template <class Operand, class Pointer>
-Operand make_operand(const Tensor& tensor, Pointer data, bool packed, Last last) {
-  Operand operand;
-  operand.data = data;
-  int64_t d = tensor.dim() - 1;
-  if (last == Last::kPresent) operand.last = tensor.stride(d--);
-  if (packed) {
-    operand.head = tensor.stride(d--);
-    operand.row = tensor.stride(d--);
-  } else {
-    operand.row = tensor.stride(d--);
-    operand.head = tensor.stride(d--);
-    operand.batch = tensor.stride(d--);
-  }
-  if (d == 0) operand.view = tensor.stride(0);
-  return operand;
-}
-inline Input input(const Tensor& tensor, bool packed, Last last) {
-  return make_operand<Input>(tensor, tensor.const_data_ptr(), packed, last);
-}
-inline Input input(const std::optional<Tensor>& tensor, bool packed, Last last) {
-  return tensor ? input(*tensor, packed, last) : Input{};
-}
-inline Output output(const Tensor& tensor, bool packed, Last last) {
-  return make_operand<Output>(tensor, tensor.mutable_data_ptr(), packed, last);
-}
 
 }  // namespace cpu
 }  // namespace moda_ext

@@ -35,8 +35,11 @@ NATIVE_DEVICES = frozenset(
 
 
 def runs_natively(op: str, device: torch.device, argument: str = "query") -> bool:
-    """Whether the native operators (True) or the reference (False: no native library) take tensors on ``device``."""
-    if not library.native_loaded:
+    """Whether the native operators (True) or the reference (False) take tensors on ``device``.
+
+    The reference does without a native library, and on CUDA where the kernels are not to be used (library.cuda_mode).
+    """
+    if not library.native_loaded or (device.type == "cuda" and library.cuda_mode() == "reference"):
         return False
     if device.type not in NATIVE_DEVICES:
         raise NotImplementedError(

@@ -3,7 +3,12 @@
 native_loaded is True when the operators of torch.ops.moda_ext are registered; False means that moda_ext.reference does
 the work. build_info is what the native build says of itself (csrc/bindings.cpp), None without one.
 
-Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one.
+The CUDA operators are a library of their own, loaded beside a torch with CUDA. Their kernels have not run on every kind
+of GPU: cuda_mode says who computes on CUDA tensors, "native" for the kernels or "reference" for moda_ext.reference, and
+is "native" by default only where the kernels passed the tests (VERIFIED_CAPABILITIES).
+
+Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one;
+MODA_EXT_CUDA=native|reference sets cuda_mode.
 """
 
 import importlib
@@ -19,6 +24,11 @@ native_loaded: bool = False
 build_info: dict | None = None
 library_path: str | None = None
 fallback_reason: str | None = None
+cuda_loaded: bool = False
+_cuda_mode: str | None = None
+
+VERIFIED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()  # compute capabilities on which the test suite passed
+CUDA_MODES = ("native", "reference")
 
 
 def _flag(name: str) -> bool:
@@ -86,6 +96,61 @@ def _load() -> None:
             f"{torch.__version__}: {error.__cause__ or error}. Fix: install moda_ext again with this torch installed."
         ) from error
     native_loaded, build_info, library_path = True, info, operators.origin
+
+    _load_cuda()
+
+
+def _load_cuda() -> None:
+    """Loads the CUDA operators where they are built and torch has CUDA; a GPU need not be there."""
+    global cuda_loaded
+    mode = os.environ.get("MODA_EXT_CUDA")
+    if mode is not None and mode not in CUDA_MODES:
+        raise ImportError(f"moda_ext: MODA_EXT_CUDA: expected one of {', '.join(CUDA_MODES)}, got {mode!r}")
+    spec = importlib.util.find_spec("moda_ext._operators_cuda")
+    if spec is None or torch.version.cuda is None or not build_info["cuda"]:
+        return
+    if torch.version.cuda.split(".")[0] != build_info["cuda"].split(".")[0]:
+        warnings.warn(
+            f"moda_ext: the CUDA operators are built for CUDA {build_info['cuda']}, this torch is for CUDA "
+            f"{torch.version.cuda}: they are not loaded. Fix: install moda_ext again with this torch installed.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise ImportError(
+            f"moda_ext: cannot load {spec.origin}, built for CUDA {build_info['cuda']}: {error.__cause__ or error}. "
+            "Fix: install moda_ext again with this torch installed."
+        ) from error
+    cuda_loaded = True
+
+
+@torch.compiler.assume_constant_result
+def cuda_mode() -> str | None:
+    """Who computes on CUDA tensors, see above; None without CUDA operators. Warns once where it falls back."""
+    global _cuda_mode
+    if _cuda_mode is None and cuda_loaded:
+        _cuda_mode = os.environ.get("MODA_EXT_CUDA") or _default_cuda_mode()
+    return _cuda_mode
+
+
+def _default_cuda_mode() -> str:
+    if not torch.cuda.is_available():
+        return "reference"
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if capabilities <= VERIFIED_CAPABILITIES:
+        return "native"
+    unverified = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities - VERIFIED_CAPABILITIES))
+    warnings.warn(
+        f"moda_ext: the CUDA kernels have not been verified on compute capability {unverified}; CUDA tensors go to "
+        "moda_ext.reference, which is slow and takes O(Nq Nk) memory. To use the kernels set MODA_EXT_CUDA=native "
+        "(tools/gpu.py tests them); MODA_EXT_CUDA=reference keeps this and silences the warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
 
 
 _load()

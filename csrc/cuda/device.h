@@ -1,0 +1,30 @@
+// What the CUDA adapters ask of the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace moda_ext {
+namespace cuda {
+
+inline void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+inline int multiprocessor_count(int32_t device) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("moda_ext: cannot ask the device: ") + cudaGetErrorString(error));
+  return count;
+}
+
+}  // namespace cuda
+}  // namespace moda_ext

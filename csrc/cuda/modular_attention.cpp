@@ -1,0 +1,232 @@
+// CUDA adapter of modular_attention: tensors to device pointers, workspace from torch's allocator, launches on the
+// current stream of the query's device. Nothing here reads device memory or waits for the device.
+#include "cuda/modular_attention.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda/device.h"
+#include "ops/modular_attention.h"
+#include "ops/operands.h"
+
+namespace moda_ext {
+namespace cuda {
+namespace {
+
+Storage storage_of(const Tensor& query) {
+  const ScalarType dtype = query.scalar_type();
+  constexpr ArgumentCheck check("modular_attention");
+  check.require(dtype != ScalarType::Double, "query", "float32, bfloat16 or float16 on CUDA", dtype);
+  return dtype == ScalarType::BFloat16 ? Storage::kBFloat16
+         : dtype == ScalarType::Half   ? Storage::kFloat16
+                                       : Storage::kFloat32;
+}
+
+// Kernels move 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied.
+Tensor with_aligned_rows(const Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
+    aligned &= tensor.size(d) <= 1 || tensor.stride(d) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
+  return aligned ? tensor : torch::stable::clone(tensor);
+}
+
+// The tensors that kernels read, kept alive for as long as the arguments point into them.
+struct Operands {
+  Tensor query, key, value;
+  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
+
+  explicit Operands(const AttentionInputs& in)
+      : query(with_aligned_rows(in.query)), key(with_aligned_rows(in.key)), value(with_aligned_rows(in.value)) {
+    if (!in.packed()) return;
+    cu_seqlens_q = torch::stable::contiguous(*in.cu_seqlens_q);
+    cu_seqlens_k = torch::stable::contiguous(*in.cu_seqlens_k);
+  }
+
+  void fill(const AttentionInputs& in, const AttentionShape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k,
+            AttentionArgs& args) const {
+    const bool packed = in.packed();
+    args.head_dim = static_cast<int>(shape.head_dim);
+    args.num_modalities = static_cast<int>(in.num_modalities);
+    args.num_views = static_cast<int>(shape.num_views);
+    args.query_heads = static_cast<int>(shape.query_heads);
+    args.kv_heads = static_cast<int>(shape.kv_heads);
+    args.causal = in.is_causal;
+    args.scale = static_cast<float>(in.scale);
+    args.num_sequences = static_cast<int>(packed ? cu_seqlens_q->size(0) - 1 : shape.batch);
+    args.num_queries = static_cast<int>(packed ? max_seqlen_q : shape.num_queries);
+    args.num_keys = static_cast<int>(packed ? max_seqlen_k : shape.num_keys);
+    args.rows_per_batch = shape.num_queries;
+    args.total_keys = shape.num_keys;
+    if (packed) {
+      args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->const_data_ptr());
+      args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k->const_data_ptr());
+    }
+    args.key_modality = static_cast<const int32_t*>(in.key_modality.const_data_ptr());
+    args.modality_batch = packed ? 0 : in.key_modality.stride(0);
+    args.modality_row = in.key_modality.stride(in.key_modality.dim() - 1);
+    args.query = input(query, packed, Last::kPresent);
+    args.key = input(key, packed, Last::kPresent);
+    args.value = input(value, packed, Last::kPresent);
+    args.bias = input(in.modality_bias, packed, Last::kPresent);
+    args.sink = input(in.sink, packed, Last::kNone);
+  }
+};
+
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Calls use(Kernels<size>) for the smallest instantiated head size that holds head_dim.
+template <template <int> class Kernels, class Use>
+void with_kernels(int64_t head_dim, const Use& use) {
+  if (head_dim <= 32) return use(Kernels<32>{});
+  if (head_dim <= 64) return use(Kernels<64>{});
+  if (head_dim <= 96) return use(Kernels<96>{});
+  if (head_dim <= 128) return use(Kernels<128>{});
+  if (head_dim <= 192) return use(Kernels<192>{});
+  use(Kernels<256>{});
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const AttentionShape shape = check_attention(in);
+  const Storage storage = storage_of(in.query);
+  const AttentionOutputs outputs = empty_outputs(in, shape);
+  if (outputs.lse.numel() == 0) return {outputs.out, outputs.lse, outputs.mass};
+
+  const int32_t device = in.query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Operands operands(in);
+  ForwardArgs args;
+  operands.fill(in, shape, max_seqlen_q, max_seqlen_k, args);
+  args.out = output(outputs.out, in.packed(), Last::kPresent);
+  args.lse = output(outputs.lse, in.packed(), Last::kNone);
+  args.mass = output(outputs.mass, in.packed(), Last::kPresent);
+  with_kernels<ForwardKernels>(shape.head_dim, [&](auto kernels) {
+    const int multiprocessors = multiprocessor_count(device);
+    const Tensor workspace = new_workspace(in.query, kernels.workspace(args, storage, multiprocessors));
+    kernels.run(args, storage, multiprocessors, workspace.mutable_data_ptr(), current_stream(device));
+  });
+  return {outputs.out, outputs.lse, outputs.mass};
+}
+
+struct Saved {
+  std::optional<Tensor> grad_out, grad_lse, grad_mass;
+  Tensor out, lse, mass;
+};
+struct Needs {
+  bool query, key, value, bias, sink;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInputs& in, const Saved& saved,
+                                                            const Needs& needs, int64_t max_seqlen_q,
+                                                            int64_t max_seqlen_k) {
+  const AttentionShape shape = check_attention(in);
+  const Storage storage = storage_of(in.query);
+  check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
+  const bool packed = in.packed();
+  const int32_t device = in.query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  const Operands operands(in);
+  BackwardArgs args;
+  operands.fill(in, shape, max_seqlen_q, max_seqlen_k, args);
+  const Tensor out = with_aligned_rows(saved.out);
+  args.saved_out = input(out, packed, Last::kPresent);
+  args.saved_lse = input(saved.lse, packed, Last::kNone);
+  args.saved_mass = input(saved.mass, packed, Last::kPresent);
+  std::optional<Tensor> grad_out;
+  if (saved.grad_out) grad_out = with_aligned_rows(*saved.grad_out);
+  args.grad_out = input(grad_out, packed, Last::kPresent);
+  args.grad_lse = input(saved.grad_lse, packed, Last::kNone);
+  args.grad_mass = input(saved.grad_mass, packed, Last::kPresent);
+
+  const auto gradient_like = [&](const Tensor& tensor, bool needed, Output& target) {
+    if (!needed) return torch::stable::new_empty(tensor, {0});
+    Tensor gradient = empty_in_layout_of(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, packed);
+    target = output(gradient, packed, Last::kPresent);
+    return gradient;
+  };
+  const Tensor grad_query = gradient_like(in.query, needs.query, args.grad_query);
+  const Tensor grad_key = gradient_like(in.key, needs.key, args.grad_key);
+  const Tensor grad_value = gradient_like(in.value, needs.value, args.grad_value);
+  const auto row_gradient = [&](const Tensor& like, bool needed, Last last, Output& target) {
+    if (!needed) return torch::stable::new_empty(like, {0});
+    Tensor gradient = torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
+    target = output(gradient, packed, last);
+    return gradient;
+  };
+  const Tensor grad_bias = row_gradient(saved.mass, needs.bias && in.modality_bias, Last::kPresent, args.grad_bias);
+  const Tensor grad_sink = row_gradient(saved.lse, needs.sink && in.sink, Last::kNone, args.grad_sink);
+
+  if (shape.query_heads > 0 && args.num_sequences > 0) {
+    with_kernels<BackwardKernels>(shape.head_dim, [&](auto kernels) {
+      const Tensor workspace = new_workspace(in.query, kernels.workspace(args, storage));
+      kernels.run(args, storage, workspace.mutable_data_ptr(), current_stream(device));
+    });
+  }
+  return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// operators
+
+std::tuple<Tensor, Tensor, Tensor> modular_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const Tensor& key_modality,
+                                                     const std::optional<Tensor>& modality_bias,
+                                                     const std::optional<Tensor>& sink, int64_t num_modalities,
+                                                     bool is_causal, double scale) {
+  return forward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale}, 0,
+                 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_backward(
+    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+    const Tensor& out, const Tensor& lse, const Tensor& mass, int64_t num_modalities, bool is_causal, double scale,
+    bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+  return backward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale},
+                  {grad_out, grad_lse, grad_mass, out, lse, mass},
+                  {need_query, need_key, need_value, need_bias, need_sink}, 0, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> modular_attention_varlen(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_modality, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal, double scale) {
+  return forward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                  is_causal, scale},
+                 max_seqlen_q, max_seqlen_k);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_varlen_backward(
+    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& key_modality, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+    const Tensor& mass, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal,
+    double scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+  return backward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                   is_causal, scale},
+                  {grad_out, grad_lse, grad_mass, out, lse, mass},
+                  {need_query, need_key, need_value, need_bias, need_sink}, max_seqlen_q, max_seqlen_k);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace moda_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moda_ext, CUDA, m) {
+  m.impl("modular_attention", TORCH_BOX(&moda_ext::cuda::modular_attention));
+  m.impl("modular_attention_backward", TORCH_BOX(&moda_ext::cuda::modular_attention_backward));
+  m.impl("modular_attention_varlen", TORCH_BOX(&moda_ext::cuda::modular_attention_varlen));
+  m.impl("modular_attention_varlen_backward", TORCH_BOX(&moda_ext::cuda::modular_attention_varlen_backward));
+}

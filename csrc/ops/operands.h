@@ -1,0 +1,41 @@
+// Tensors as the operands of kernels (core/operand.h), for the adapters of every device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "core/operand.h"
+
+namespace moda_ext {
+
+enum class Last { kNone, kPresent };  // does the operand have a dimension after (batch, heads, tokens)?
+
+template <class Operand, class Pointer>
+Operand make_operand(const torch::stable::Tensor& tensor, Pointer data, bool packed, Last last) {
+  Operand operand;
+  operand.data = data;
+  int64_t d = tensor.dim() - 1;
+  if (last == Last::kPresent) operand.last = tensor.stride(d--);
+  if (packed) {
+    operand.head = tensor.stride(d--);
+    operand.row = tensor.stride(d--);
+  } else {
+    operand.row = tensor.stride(d--);
+    operand.head = tensor.stride(d--);
+    operand.batch = tensor.stride(d--);
+  }
+  if (d == 0) operand.view = tensor.stride(0);
+  return operand;
+}
+inline Input input(const torch::stable::Tensor& tensor, bool packed, Last last) {
+  return make_operand<Input>(tensor, tensor.const_data_ptr(), packed, last);
+}
+inline Input input(const std::optional<torch::stable::Tensor>& tensor, bool packed, Last last) {
+  return tensor ? input(*tensor, packed, last) : Input{};
+}
+inline Output output(const torch::stable::Tensor& tensor, bool packed, Last last) {
+  return make_operand<Output>(tensor, tensor.mutable_data_ptr(), packed, last);
+}
+
+}  // namespace moda_ext

@@ -1,0 +1,100 @@
+"""The alignment operators composed of PyTorch's own (what runs on CUDA), against the reference, on the CPU."""
+
+import pytest
+import torch
+
+from moda_ext import reference
+from moda_ext._ops import composite
+
+BATCH, HEADS, KV_HEADS, SIZE, MODALITIES, RANK = 2, 4, 2, 16, 3, 4
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+class Problem:
+    def __init__(self, rows, columns, with_state):
+        self.query = random(BATCH, HEADS, rows, SIZE)
+        self.key = random(BATCH, KV_HEADS, columns, SIZE)
+        self.modality = torch.randint(-1, MODALITIES, (BATCH, columns))
+        self.query_modality = self.modality[:, columns - rows :]
+        down, up = (MODALITIES, SIZE, RANK), (MODALITIES, RANK, SIZE)
+        self.weights = [random(*shape) for shape in (down, up, down, up)]
+        self.state = None
+        if with_state:
+            gram = torch.randn(BATCH, KV_HEADS, MODALITIES, SIZE, SIZE, dtype=torch.float64)
+            trace = torch.rand(BATCH, KV_HEADS, MODALITIES, dtype=torch.float64) + 1
+            self.state = ((gram @ gram.mT).requires_grad_(), trace)
+        self.scale, _ = reference.causal_gram_scale(
+            self.key, self.query_modality, self.modality, MODALITIES, "l2", "trace", 1e-6, self.state
+        )
+        self.initial = None if self.state is None else self.state[0]
+        self.inputs = [self.query, self.key, *self.weights, *([] if self.initial is None else [self.initial])]
+
+    def expect_equal(self, results, expected):
+        for result, oracle in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, oracle, rtol=1e-11, atol=1e-12)
+            weight = torch.randn_like(oracle)
+            grads = [
+                torch.autograd.grad((x * weight).sum(), self.inputs, retain_graph=True, materialize_grads=True)
+                for x in (result, oracle)
+            ]
+            for grad, grad_of_oracle in zip(*grads, strict=True):
+                torch.testing.assert_close(grad, grad_of_oracle, rtol=1e-10, atol=1e-11)
+
+
+SIZES = pytest.mark.parametrize(
+    ("rows", "columns", "with_state"), [(300, 300, False), (128, 128, True), (1, 1, True), (170, 300, True)]
+)
+
+
+@SIZES
+def test_causal_gram_projection(rows, columns, with_state):
+    p = Problem(rows, columns, with_state)
+    results = composite.causal_gram_projection(
+        p.query, p.key, p.modality.int(), p.scale, p.initial, MODALITIES, True, 1e-6
+    )
+    projection, (gram, _) = reference.causal_gram_projection(
+        p.query, p.key, p.query_modality, p.modality, MODALITIES, state=p.state, return_state=True
+    )
+    p.expect_equal(results, (projection, gram))
+
+
+@SIZES
+def test_duplex_query_views(rows, columns, with_state):
+    p = Problem(rows, columns, with_state)
+    views, square, gram = composite.duplex_query_views(
+        p.query, p.key, p.modality.int(), p.scale, *p.weights, p.initial, MODALITIES, True, 1e-6, True, True
+    )
+    indicator = (square.unflatten(1, (KV_HEADS, -1)) * p.scale.unsqueeze(2)).flatten(1, 2)
+    expected_views, expected_indicator, (expected_gram, _) = reference.duplex_query_views(
+        p.query,
+        p.key,
+        p.query_modality,
+        p.modality,
+        *p.weights,
+        MODALITIES,
+        state=p.state,
+        return_indicator=True,
+        return_state=True,
+    )
+    p.expect_equal((views, indicator, gram), (expected_views, expected_indicator, expected_gram))
+
+
+def test_modality_gram():
+    p = Problem(1, 200, False)
+    expected = reference.modality_gram(p.key, p.modality, MODALITIES, normalize=None)
+    p.expect_equal([composite.modality_gram(p.key, p.modality.int(), MODALITIES, True, 1e-6)], [expected])
+
+
+@pytest.mark.parametrize("position", [0, 127, 128, 250])
+def test_no_row_sees_a_later_token(position):
+    p = Problem(300, 300, False)
+    changed = p.key.detach().clone()
+    changed[:, :, position + 1 :] = 7
+    rows = [
+        composite.causal_gram_projection(p.query, key, p.modality.int(), p.scale, None, MODALITIES, True, 1e-6)[0]
+        for key in (p.key, changed)
+    ]
+    assert torch.equal(rows[0][..., : position + 1, :], rows[1][..., : position + 1, :])

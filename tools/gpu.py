@@ -1,0 +1,109 @@
+"""The first run on a GPU, or one after a change: one command that builds, tests, checks and measures, and leaves JSON.
+
+python3 tools/gpu.py [--out build/gpu] [--minutes 10] [--only build pytest ...]      in an environment with a CUDA torch
+
+Steps, each with a share of the time, none skipped because another failed:
+    build        the native libraries, for the GPUs of this machine
+    report       registers, spills and instructions of the kernels (tools/cuda_report.py)
+    smoke        every kernel against the reference (tools/gpu_smoke.py)
+    pytest       the whole Python test suite with MODA_EXT_CUDA=native
+    memcheck, racecheck, initcheck    compute-sanitizer on the smoke run, where it is installed
+    benchmarks   forward and backward beside PyTorch's attention (benchmarks/cuda.py)
+
+What a step printed is in OUT/<step>.log, the outcome of all in OUT/gpu.json. The exit status is 1 if any step failed.
+When pytest and the sanitizers pass, add the compute capability to VERIFIED_CAPABILITIES in moda_ext/_ops/library.py:
+that makes the kernels the default on such GPUs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+
+
+def device_facts() -> dict:
+    code = (
+        "import json, torch; p = torch.cuda.get_device_properties(0); "
+        "print(json.dumps({'name': p.name, 'capability': [p.major, p.minor], 'memory': p.total_memory, "
+        "'multiprocessors': p.multi_processor_count, 'torch': torch.__version__, 'cuda': torch.version.cuda}))"
+    )
+    result = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"gpu.py: torch sees no GPU.\n{result.stderr}")
+    return json.loads(result.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--only", nargs="+", help="names of the steps to run")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    smoke = ROOT / "tools" / "gpu_smoke.py"
+    facts = device_facts()
+    major, minor = facts["capability"]
+    arch = f"{major}{minor}" + ("a" if major >= 9 else "")
+
+    sanitizer = shutil.which("compute-sanitizer")
+    steps = [  # name, share of the time, command (None: cannot run)
+        ("build", 0.3, [PYTHON, "setup.py", "build_clib", "build_ext", "--inplace"]),
+        (
+            "report",
+            0.1,
+            [PYTHON, "tools/cuda_report.py", "--arch", arch, "--only", "128", "--json", out / "kernels.json"],
+        ),
+        ("smoke", 0.1, [PYTHON, smoke]),
+        ("pytest", 0.2, [PYTHON, "-m", "pytest", "-q", "--junitxml", out / "pytest.xml", "python_tests"]),
+        *(
+            (tool, 0.07, [sanitizer, "--tool", tool, "--error-exitcode", "1", PYTHON, smoke] if sanitizer else None)
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
+        ("benchmarks", 0.2, [PYTHON, "-m", "benchmarks.cuda", "--json", out / "benchmarks.json"]),
+    ]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MODA_EXT_CUDA": "native",
+        "MODA_EXT_REQUIRE_NATIVE": "1",
+        "MODA_EXT_BUILD_CUDA": "1",
+    }
+    results, start = [], time.monotonic()
+    for name, share, command in steps:
+        if arguments.only and name not in arguments.only:
+            continue
+        began = time.monotonic()
+        if command is None:
+            outcome = "skipped: compute-sanitizer is not installed"
+        else:
+            own = dict(env)
+            if name.endswith("check"):  # the caching allocator would hide accesses beyond a tensor
+                own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+            with open(out / f"{name}.log", "w") as log:
+                try:
+                    limit = share * arguments.minutes * 60
+                    words = [str(word) for word in command]
+                    status = subprocess.run(
+                        words, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, timeout=limit
+                    ).returncode
+                    outcome = "passed" if status == 0 else f"failed with status {status}"
+                except subprocess.TimeoutExpired:
+                    outcome = f"failed: not done after {limit:.0f} s"
+        results.append({"step": name, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)})
+        print(f"{name:12}{outcome} ({results[-1]['seconds']} s)", flush=True)
+        (out / "gpu.json").write_text(json.dumps({"device": facts, "steps": results}, indent=1) + "\n")
+    print(f"{time.monotonic() - start:.0f} s; results in {out}")
+    if any(step["outcome"].startswith("failed") for step in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
