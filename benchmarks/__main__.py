@@ -54,6 +54,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--growth", **growth, help="also time per useful FLOP against length: attention, aligner, or all"
     )
+    keep = "freed memory is used again: times without the page faults of large outputs (growth is always so)"
+    parser.add_argument("--keep-memory", action="store_true", help=keep)
     parser.add_argument(
         "--check-goals", action="store_true", help="run what the goals need (or --workload) and say which are met"
     )
@@ -225,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        keep_memory()
     about = machine()
     print(
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']} "
