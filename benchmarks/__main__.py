@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-gflop", type=float, default=1500, help="skip calls with more useful work than this")
     parser.add_argument("--quick", action="store_true", help="three rounds each, shorter lengths: is everything alive?")
     parser.add_argument("--memory", action="store_true", help=f"also measure peak memory at N={goals.MEMORY_LENGTH}")
-    growth = {"type": listed(goals.GROWTH_LENGTHS), "nargs": "?", "const": "all", "default": []}
+    growth = {"type": listed(goals.GROWTH_LENGTHS), "nargs": "?", "const": list(goals.GROWTH_LENGTHS), "default": []}
     parser.add_argument(
         "--growth", **growth, help="also time per useful FLOP against length: attention, aligner, or all"
     )
