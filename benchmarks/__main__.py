@@ -50,10 +50,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-gflop", type=float, default=1500, help="skip calls with more useful work than this")
     parser.add_argument("--quick", action="store_true", help="three rounds each, shorter lengths: is everything alive?")
     parser.add_argument("--memory", action="store_true", help=f"also measure peak memory at N={goals.MEMORY_LENGTH}")
-    growth = {"type": listed(goals.GROWTH_LENGTHS), "nargs": "?", "const": "all", "default": []}
+    growth = {"type": listed(goals.GROWTH_LENGTHS), "nargs": "?", "const": list(goals.GROWTH_LENGTHS), "default": []}
     parser.add_argument(
         "--growth", **growth, help="also time per useful FLOP against length: attention, aligner, or all"
     )
+    keep = "freed memory is used again: times without the page faults of large outputs (growth is always so)"
+    parser.add_argument("--keep-memory", action="store_true", help=keep)
     parser.add_argument(
         "--check-goals", action="store_true", help="run what the goals need (or --workload) and say which are met"
     )
@@ -225,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        keep_memory()
     about = machine()
     print(
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']} "

@@ -33,6 +33,14 @@ def build_aligner(case: Case, x: Inputs) -> Call:
     return call
 
 
+def build_aligner_plain(case: Case, x: Inputs) -> Call:
+    def call():
+        tokens = (x.query, x.key, x.key_modality, x.key_modality)
+        return (duplex_query_views(*tokens, *x.leaves(WEIGHTS), case.num_modalities),)
+
+    return call
+
+
 def dense_aligner(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:
     rows = modality[:, modality.shape[1] - t["query"].shape[2] :]
     weights = (t[name] for name in WEIGHTS)
@@ -41,11 +49,17 @@ def dense_aligner(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[st
     return {"views": views, "indicator": indicator}
 
 
-def aligner_work(case: Case) -> float:
-    """A key enters its Gram; a row meets, for each modality, the Gram (indicator) and both fusers."""
+def aligner_plain_work(case: Case) -> float:
+    """A key enters its Gram; a row meets, for each modality, both fusers."""
     d, r = case.head_dim, case.rank
-    row = case.query_heads * case.num_modalities * (2 * d * d + 8 * d * r)
+    row = case.query_heads * case.num_modalities * 8 * d * r
     return case.batch * (case.rows * row + case.num_keys * case.key_heads * 2 * d * d)
+
+
+def aligner_work(case: Case) -> float:
+    """For the indicator a row also meets the Gram of each modality."""
+    form = 2 * case.head_dim**2
+    return aligner_plain_work(case) + case.batch * case.rows * case.query_heads * case.num_modalities * form
 
 
 def _attend(case: Case, x: Inputs, views: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -226,6 +240,16 @@ CONTENDERS = {
             ours=True,
         ),
         ALIGNER,
+        Contender(
+            "aligner-plain",
+            "the same without the indicator",
+            build_aligner_plain,
+            ("views",),
+            OF_ALIGNER,
+            dense_aligner,
+            work=aligner_plain_work,
+            ours=True,
+        ),
         Contender(
             "attention",
             "attention alone, given the views",
