@@ -91,7 +91,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
         if difference == difference:
             axis.set_title(f"{name}: AvgDiff {100 * difference:.1f} %")
             axis.set_yscale("log")
-            _legend_below(axis)
+            _legend_below(axis, columns=2)
         else:
             axis.set_title(f"{name}: not defined in this layout")
         axis.set_xlabel("layer")
@@ -258,8 +258,8 @@ def _integer_ticks(axis) -> None:
     axis.xaxis.set_major_locator(_integer_locator())
 
 
-def _legend_below(axis) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=8)
+def _legend_below(axis, columns: int = 1) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8)
 
 
 def _patch(colour: str, label: str, hatch: str):
