@@ -47,7 +47,7 @@ transformers.logging.disable_progress_bar()
 SPECIAL = [60, 61, 62, 63]
 NEW = 6  # tokens that are generated
 SPLIT = 9  # where a prompt is cut in two
-TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "base": -1.0, "learn_base": True}}
+TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True}}
 CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
 both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 family = pytest.mark.parametrize("family", FAMILIES)
