@@ -427,9 +427,11 @@ def causal_gram_scale(
     """What the causal Gram of every row is multiplied with, (B, Hkv, Nq, M), and the trace after the last key.
 
     1 / trace of the raw Gram that the row sees (``normalize="trace"``), or 1 (None); 0 for a padded row and for a
-    modality that the row has not seen.
+    modality that the row has not seen. For unit keys the trace is a count, which no key longer than ``eps`` changes:
+    its derivative is taken as 0.
     """
     dtype = accumulation_dtype(key.dtype)
+    key = key if key_norm is None else key.detach()
     rows, columns = query_modality.shape[1], key.shape[2]
     norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)  # (B, Hkv, Nk)
     square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()

@@ -43,6 +43,7 @@ struct DuplexBackwardScratch {
   T* later_gram;       // [M][D] scratch rows, upper panels; with the indicator or a gradient of the final Gram
   T *log, *log_gram;
   bool* log_seen;
+  int* log_num_keys;
   int64_t state_stride;
 
   DuplexBackwardScratch(const DuplexBackwardArgs& args, int64_t entries, Arena<T>& arena) {
@@ -69,6 +70,7 @@ struct DuplexBackwardScratch {
     log = arena.take(entries * (M - 1) * D * R);
     log_gram = with_indicator(args) ? arena.take(entries * symmetric_elements<T>(args.head_dim)) : nullptr;
     log_seen = arena.template take<bool>(entries);
+    log_num_keys = arena.template take<int>(entries);
   }
   static bool with_indicator(const DuplexBackwardArgs& args) { return args.grad_indicator.data != nullptr; }
   static bool with_later_gram(const DuplexBackwardArgs& args) {
@@ -154,8 +156,9 @@ int64_t walk_forward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
                                                            s.latent_rows + (int64_t{a} * kChunk + begin) * kStride,
                                                            kStride, s.state_of(args, a, m), s.state_stride);
       }
-      if (with_indicator)
-        memcpy(s.log_gram + entry * elements, s.state.of(args, m), sizeof(T) * static_cast<size_t>(elements));
+      if (!with_indicator) continue;
+      memcpy(s.log_gram + entry * elements, s.state.of(args, m), sizeof(T) * static_cast<size_t>(elements));
+      s.log_num_keys[entry] = s.state.num_keys[m];
     }
     if (with_indicator) add_chunk(args, chunk, s.features.rows, s.state);
   }
@@ -183,6 +186,7 @@ void undo_states(const DuplexBackwardArgs& args, const Chunk& chunk, int64_t& en
     memcpy(s.state.of(args, m), s.log_gram + entry * elements, sizeof(T) * static_cast<size_t>(elements));
     mirror(D, s.state.of(args, m));
     s.state.seen[m] = seen[m];
+    s.state.num_keys[m] = s.log_num_keys[entry];  // the keys themselves are still there
   }
 }
 
@@ -300,7 +304,15 @@ void differentiate_indicator(const DuplexBackwardArgs& args, int64_t batch, int6
   for (int m = 0; m < M; ++m) {
     if (!seen[m]) continue;
     scale_rows(block, D, s.query, factor, m, s.terms);
-    multiply_symmetric<T, Accumulate::kAdd>(block.count, D, s.terms, s.state.of(args, m), s.grad_query);
+    if (s.state.has_few_keys(args, m)) {
+      const int keys = s.state.num_keys[m];
+      multiply<T, Order::kRowMajor, Accumulate::kStore>(block.count, keys, D, s.terms, s.state.keys_of(args, m),
+                                                        kKeyStride<T>, s.products, kStride);
+      multiply<T, Order::kRowMajor, Accumulate::kAdd>(block.count, D, keys, s.products, s.state.key_rows_of(m), kStride,
+                                                      s.grad_query, kStride);
+    } else {
+      multiply_symmetric<T, Accumulate::kAdd>(block.count, D, s.terms, s.state.of(args, m), s.grad_query);
+    }
     accumulate_upper(D, block.count, s.terms, s.query, s.later_gram_of(args, m));
   }
 }
