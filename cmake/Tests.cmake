@@ -24,7 +24,7 @@ if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES)
   include(CheckCXXCompilerFlag)
   check_cxx_compiler_flag(-ftrivial-auto-var-init=pattern MODA_EXT_HAS_AUTO_VAR_INIT)
   target_compile_options(
-    moda_ext_cuda_emulation INTERFACE -Wno-unknown-pragmas
+    moda_ext_cuda_emulation INTERFACE -O1 -Wno-unknown-pragmas # compiling takes longer than running
                                       $<$<BOOL:${MODA_EXT_HAS_AUTO_VAR_INIT}>:-ftrivial-auto-var-init=pattern>)
   moda_ext_test_program(moda_ext_cuda_tests moda_ext_cuda_emulation ${MODA_EXT_TEST_CUDA_EMULATION_SOURCES})
   gtest_discover_tests(moda_ext_cuda_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 600)

@@ -96,7 +96,7 @@ def modular_attention(
     """
     query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
     checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale)
-    if not checks.runs_natively("modular_attention", query.device):
+    if not checks.runs_natively("modular_attention", query.device, dtype=query.dtype):
         return reference.modular_attention(
             query,
             key,
@@ -200,7 +200,7 @@ def modular_attention_varlen(
         is_causal,
         scale,
     )
-    if not checks.runs_natively("modular_attention_varlen", query.device):
+    if not checks.runs_natively("modular_attention_varlen", query.device, dtype=query.dtype):
         return reference.modular_attention_varlen(
             query,
             key,

@@ -34,12 +34,15 @@ NATIVE_DEVICES = frozenset(
 )
 
 
-def runs_natively(op: str, device: torch.device, argument: str = "query") -> bool:
+def runs_natively(op: str, device: torch.device, argument: str = "query", dtype: torch.dtype | None = None) -> bool:
     """Whether the native operators (True) or the reference (False) take tensors on ``device``.
 
-    The reference does without a native library, and on CUDA where the kernels are not to be used (library.cuda_mode).
+    The reference does without a native library, and on CUDA for float64, which has no kernels, and where the kernels
+    are not to be used (library.cuda_mode).
     """
-    if not library.native_loaded or (device.type == "cuda" and library.cuda_mode() == "reference"):
+    if not library.native_loaded:
+        return False
+    if device.type == "cuda" and (dtype == torch.float64 or library.cuda_mode() == "reference"):
         return False
     if device.type not in NATIVE_DEVICES:
         raise NotImplementedError(

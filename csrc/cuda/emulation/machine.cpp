@@ -115,10 +115,14 @@ void resume(int thread) {
 #endif
 }
 
-// Lowest runnable thread of the warp, or -1.
+// First runnable thread of the warp in the order of the schedule, or -1.
 int runnable_lane(int warp) {
-  for (int thread = warp * kWarpSize; thread < (warp + 1) * kWarpSize; ++thread)
+  const int first = machine.schedule == Schedule::kRandom ? static_cast<int>(machine.random() % kWarpSize) : 0;
+  for (int i = 0; i < kWarpSize; ++i) {
+    const int lane = machine.schedule == Schedule::kLastWarp ? kWarpSize - 1 - i : (first + i) % kWarpSize;
+    const int thread = warp * kWarpSize + lane;
     if (machine.threads[thread]->state == State::kRunnable) return thread;
+  }
   return -1;
 }
 

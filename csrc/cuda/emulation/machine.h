@@ -1,8 +1,8 @@
 // A CUDA thread block on the CPU, for tests: every thread is a fiber that runs until it waits for others.
 //
 // What it shows that a plain loop would not:
-// - A missing barrier. One warp runs as far ahead of the others as barriers let it (which one, set_schedule says), and
-//   shared memory starts as NaN in every block.
+// - A missing barrier. One warp runs as far ahead of the others as barriers let it, and one lane of the others as
+//   warp-wide instructions let it (which, set_schedule says), and shared memory starts as NaN in every block.
 // - A missing wait for an asynchronous copy: its data arrive when the thread that issued it waits for them, not before.
 // - A warp-wide instruction that not all lanes reach, or that lanes reach out of step, and a barrier that some threads
 //   skip: an error that names the instruction.
@@ -18,7 +18,7 @@ namespace moda_ext {
 namespace cuda {
 namespace emulation {
 
-// Which warp runs ahead: the first, the last, or one drawn anew at every step.
+// Which warp, and which of its lanes, runs ahead: the first, the last, or one drawn anew at every step.
 enum class Schedule { kFirstWarp, kLastWarp, kRandom };
 void set_schedule(Schedule schedule, uint32_t seed = 0);
 
