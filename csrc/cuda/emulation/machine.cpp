@@ -1,5 +1,6 @@
 #include "cuda/emulation/machine.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -62,7 +63,7 @@ struct Machine {
   char* shared = nullptr;
   size_t shared_bytes = 0;
   const std::function<void(char*)>* body = nullptr;
-  std::string error;
+  char error[256] = "";
   Schedule schedule = Schedule::kFirstWarp;
   std::mt19937 random;
 };
@@ -82,9 +83,10 @@ void switch_to_scheduler(bool forever = false) {
 #endif
 }
 
-[[noreturn]] void fail(const std::string& message) {
-  machine.error =
-      "thread " + std::to_string(machine.current) + " of block " + std::to_string(machine.block) + ": " + message;
+// No std::string: the stack of the thread is abandoned, and what it owns with it.
+[[noreturn]] void fail(const char* a, const char* b = "", const char* c = "", const char* d = "") {
+  snprintf(machine.error, sizeof(machine.error), "thread %d of block %lld: %s%s%s%s", machine.current,
+           static_cast<long long>(machine.block), a, b, c, d);
   for (;;) switch_to_scheduler();
 }
 
@@ -152,26 +154,27 @@ std::string describe_deadlock() {
          std::to_string(machine.num_threads);
 }
 
+void start_thread(Thread& thread) {
+  thread.state = State::kRunnable;
+  thread.open_copies.clear();
+  thread.committed.clear();
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = kStackBytes;
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, thread_main, 0);
+}
+
 void run_block() {
   memset(machine.shared, 0xff, machine.shared_bytes);
   machine.at_barrier = 0;
   for (Warp& warp : machine.warps) warp = Warp{};
-  for (int i = 0; i < machine.num_threads; ++i) {
-    Thread& thread = *machine.threads[i];
-    thread.state = State::kRunnable;
-    thread.open_copies.clear();
-    thread.committed.clear();
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, thread_main, 0);
-  }
+  for (int i = 0; i < machine.num_threads; ++i) start_thread(*machine.threads[i]);
   for (;;) {
     const int thread = pick_thread();
     if (thread < 0) break;
     resume(thread);
-    if (!machine.error.empty()) throw std::runtime_error(machine.error);
+    if (machine.error[0] != '\0') throw std::runtime_error(machine.error);
   }
   for (int i = 0; i < machine.num_threads; ++i)
     if (machine.threads[i]->state != State::kDone) throw std::runtime_error(describe_deadlock());
@@ -208,7 +211,7 @@ void run_grid(int64_t num_blocks, int num_threads, size_t shared_bytes, const st
   const size_t misaligned = reinterpret_cast<uintptr_t>(machine.shared_storage.get()) % 128;
   machine.shared = machine.shared_storage.get() + (128 - misaligned) % 128;
   machine.body = &body;
-  machine.error.clear();
+  machine.error[0] = '\0';
   for (machine.block = 0; machine.block < num_blocks; ++machine.block) run_block();
 }
 
@@ -228,7 +231,7 @@ void collective(const char* what, void* mine, void (*compute)(void* const* lanes
   const int thread = machine.current, first = thread / kWarpSize * kWarpSize;
   Warp& warp = machine.warps[static_cast<size_t>(thread / kWarpSize)];
   if (warp.arrived > 0 && strcmp(warp.what, what) != 0)
-    fail(std::string("lanes of a warp diverge: one in ") + warp.what + ", one in " + what);
+    fail("lanes of a warp diverge: one in ", warp.what, ", one in ", what);
   warp.what = what;
   warp.lanes[thread - first] = mine;
   machine.threads[thread]->state = State::kInCollective;
@@ -244,9 +247,9 @@ void collective(const char* what, void* mine, void (*compute)(void* const* lanes
 void check_shared(const void* address, int bytes, int alignment, const char* what) {
   const char* begin = static_cast<const char*>(address);
   if (begin < machine.shared || begin + bytes > machine.shared + machine.shared_bytes)
-    fail(std::string(what) + ": address outside shared memory");
+    fail(what, ": address outside shared memory");
   if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) != 0)
-    fail(std::string(what) + ": misaligned shared address");
+    fail(what, ": misaligned shared address");
 }
 
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
