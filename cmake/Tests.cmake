@@ -18,7 +18,8 @@ if(MODA_EXT_TEST_CORE_SOURCES)
 endif()
 
 # The CUDA kernels on the CPU (csrc/cuda/emulation). Variables that nobody set hold a pattern, as registers would hold anything.
-if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES)
+# Its threads switch stacks by themselves, which the sanitizers cannot follow.
+if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES AND NOT MODA_EXT_SANITIZE)
   add_library(moda_ext_cuda_emulation INTERFACE)
   target_compile_definitions(moda_ext_cuda_emulation INTERFACE MODA_EXT_CUDA_EMULATION)
   include(CheckCXXCompilerFlag)
