@@ -305,7 +305,6 @@ class ForwardKernel {
     const int num_tiles = (visible + kKeys - 1) / kKeys;
     const int end = static_cast<int>(static_cast<int64_t>(num_tiles) * (split + 1) / p.splits);
     int tile = next_tile(static_cast<int>(static_cast<int64_t>(num_tiles) * split / p.splits), end, seen);
-    const int least_visible = sequence.last_visible(args, query_of(minimum(first_row, num_rows - 1)));
 
     int view = args.num_views > 1 ? -1 : 0;
     if (view == 0) copy_queries(0);
@@ -362,6 +361,7 @@ class ForwardKernel {
         }
         Columns columns{0, ~0u};
         if (!pure) columns = find_columns<kKeyTiles>(args, sequence, current * kKeys, modality);
+        const int least_visible = sequence.last_visible(args, query_of(minimum(first_row, num_rows - 1)));
         if (!pure || current * kKeys + kKeys - 1 > least_visible) mask(scores, current, modality, columns);
         softmax(scores, modality);
         if (modality == kMixed) {
