@@ -132,7 +132,7 @@ def module(name, what, make, arguments, weights, output, **keywords) -> Contende
         return lambda: (run(layer, t, x.key_modality),)
 
     def dense(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:
-        with mock.patch.object(checks, "runs_natively", lambda *_: False):
+        with mock.patch.object(checks, "runs_natively", lambda *_, **__: False):
             return {output: run(make(replace(case, dtype=t[leaves[0]].dtype)), t, modality)}
 
     return Contender(name, what, build, (output,), leaves, dense, by_rows=False, **keywords)
