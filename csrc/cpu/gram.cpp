@@ -27,12 +27,7 @@ constexpr int64_t kGramKeys = 512;
 constexpr int64_t kCachedBytes = int64_t{8} << 20;
 
 const GramKernels& select_gram_kernels(const Tensor& key) {
-  const Storage storage = storage_of(key.scalar_type());
-#if defined(MODA_EXT_X86_TIERS)
-  if (active_isa() >= Isa::avx512) return gram_kernels_avx512(storage);
-  if (active_isa() == Isa::avx2) return gram_kernels_avx2(storage);
-#endif
-  return gram_kernels_baseline(storage);
+  return MODA_EXT_VECTOR_TIER(gram_kernels)(storage_of(key.scalar_type()));
 }
 
 void check_ids(const char* op, const Tensor& modality, int64_t num_modalities) {

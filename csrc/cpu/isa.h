@@ -12,5 +12,15 @@ Isa active_isa();
 
 const char* isa_name(Isa isa);
 
+// The function name_<tier> of the best vector tier in use; AMX is an AVX-512 machine to kernels without tiles.
+#if defined(MODA_EXT_X86_TIERS)
+#define MODA_EXT_VECTOR_TIER(name)                                               \
+  (::moda_ext::cpu::active_isa() >= ::moda_ext::cpu::Isa::avx512 ? name##_avx512 \
+   : ::moda_ext::cpu::active_isa() == ::moda_ext::cpu::Isa::avx2 ? name##_avx2   \
+                                                                 : name##_baseline)
+#else
+#define MODA_EXT_VECTOR_TIER(name) name##_baseline
+#endif
+
 }  // namespace cpu
 }  // namespace moda_ext

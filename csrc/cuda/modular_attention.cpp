@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "ops/modular_attention.h"
+#include "ops/attention_operators.h"
 #include "ops/operands.h"
 
 namespace moda_ext {
@@ -117,16 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t ma
   return {outputs.out, outputs.lse, outputs.mass};
 }
 
-struct Saved {
-  std::optional<Tensor> grad_out, grad_lse, grad_mass;
-  Tensor out, lse, mass;
-};
-struct Needs {
-  bool query, key, value, bias, sink;
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInputs& in, const Saved& saved,
-                                                            const Needs& needs, int64_t max_seqlen_q,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInputs& in, const SavedAttention& saved,
+                                                            const AttentionNeeds& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
   const Storage storage = storage_of(in.query);
@@ -175,58 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// operators
-
-std::tuple<Tensor, Tensor, Tensor> modular_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                     const Tensor& key_modality,
-                                                     const std::optional<Tensor>& modality_bias,
-                                                     const std::optional<Tensor>& sink, int64_t num_modalities,
-                                                     bool is_causal, double scale) {
-  return forward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale}, 0,
-                 0);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_backward(
-    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
-    const Tensor& out, const Tensor& lse, const Tensor& mass, int64_t num_modalities, bool is_causal, double scale,
-    bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
-  return backward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale},
-                  {grad_out, grad_lse, grad_mass, out, lse, mass},
-                  {need_query, need_key, need_value, need_bias, need_sink}, 0, 0);
-}
-
-std::tuple<Tensor, Tensor, Tensor> modular_attention_varlen(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_modality, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal, double scale) {
-  return forward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
-                  is_causal, scale},
-                 max_seqlen_q, max_seqlen_k);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_varlen_backward(
-    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-    const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& key_modality, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-    const Tensor& mass, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities, bool is_causal,
-    double scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
-  return backward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
-                   is_causal, scale},
-                  {grad_out, grad_lse, grad_mass, out, lse, mass},
-                  {need_query, need_key, need_value, need_bias, need_sink}, max_seqlen_q, max_seqlen_k);
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace moda_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moda_ext, CUDA, m) {
-  m.impl("modular_attention", TORCH_BOX(&moda_ext::cuda::modular_attention));
-  m.impl("modular_attention_backward", TORCH_BOX(&moda_ext::cuda::modular_attention_backward));
-  m.impl("modular_attention_varlen", TORCH_BOX(&moda_ext::cuda::modular_attention_varlen));
-  m.impl("modular_attention_varlen_backward", TORCH_BOX(&moda_ext::cuda::modular_attention_varlen_backward));
+  moda_ext::AttentionOperators<&moda_ext::cuda::forward, &moda_ext::cuda::backward>::implement(m);
 }

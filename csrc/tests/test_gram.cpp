@@ -14,13 +14,7 @@ namespace moda_ext {
 namespace cpu {
 namespace {
 
-const GramKernels& kernels(Storage storage) {
-#if defined(MODA_EXT_X86_TIERS)
-  if (active_isa() >= Isa::avx512) return gram_kernels_avx512(storage);
-  if (active_isa() == Isa::avx2) return gram_kernels_avx2(storage);
-#endif
-  return gram_kernels_baseline(storage);
-}
+const GramKernels& kernels(Storage storage) { return MODA_EXT_VECTOR_TIER(gram_kernels)(storage); }
 
 template <class T>
 class Gram : public testing::Test {

@@ -23,30 +23,20 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 template <class T>
 const Primitives<T>& primitives();
-#if defined(MODA_EXT_X86_TIERS)
-#define MODA_EXT_OF_TIER(name) \
-  active_isa() >= Isa::avx512 ? name##_avx512() : active_isa() == Isa::avx2 ? name##_avx2() : name##_baseline()
-#else
-#define MODA_EXT_OF_TIER(name) name##_baseline()
-#endif
 template <>
 const Primitives<float>& primitives<float>() {
-  return MODA_EXT_OF_TIER(primitives32);
+  return MODA_EXT_VECTOR_TIER(primitives32)();
 }
 template <>
 const Primitives<double>& primitives<double>() {
-  return MODA_EXT_OF_TIER(primitives64);
+  return MODA_EXT_VECTOR_TIER(primitives64)();
 }
-const Conversions& conversions() { return MODA_EXT_OF_TIER(conversions); }
+const Conversions& conversions() { return MODA_EXT_VECTOR_TIER(conversions)(); }
 const AttentionKernels& kernels(Storage storage) {
 #if defined(MODA_EXT_AMX_TIER)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return attention_kernels_amx(storage);
 #endif
-#if defined(MODA_EXT_X86_TIERS)
-  if (active_isa() >= Isa::avx512) return attention_kernels_avx512(storage);
-  if (active_isa() == Isa::avx2) return attention_kernels_avx2(storage);
-#endif
-  return attention_kernels_baseline(storage);
+  return MODA_EXT_VECTOR_TIER(attention_kernels)(storage);
 }
 
 TEST(Tier, IsTheOneAskedFor) {
@@ -260,12 +250,10 @@ TEST(Conversion, Float16RoundsToNearestEven) {
   EXPECT_EQ(to, (std::vector<uint16_t>{0x3c00, 0x3c02, 0x7bff, 0x7c00, 0x0000, 0x0002, 0x7c00, 0xfc00}));
 }
 
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_TIER)  // ctest runs these in the AMX tier alone (cmake/Tests.cmake)
 class Tiles : public testing::Test {
  protected:
-  void SetUp() override {
-    if (active_isa() != Isa::amx) GTEST_SKIP() << "tier in use: " << isa_name(active_isa());
-  }
+  void SetUp() override { ASSERT_EQ(active_isa(), Isa::amx); }  // which also asks for the right to use tiles
   // Random numbers that `parts` bfloat16 numbers hold exactly.
   static std::vector<float> random_matrix(int parts, int rows) {
     std::vector<float> values = random_values<float>(static_cast<size_t>(rows) * tile_products().stride);

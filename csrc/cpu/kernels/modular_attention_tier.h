@@ -1,5 +1,5 @@
-// The kernel table of one instruction set tier; included by modular_attention_{baseline,avx2,avx512}.cpp, which differ
-// in their compiler flags (csrc/sources.json) alone.
+// The kernel table of one instruction set tier; included by modular_attention_{baseline,avx2,avx512,amx}.cpp, which
+// differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
 #include "modular_attention_backward.h"

@@ -318,13 +318,8 @@ class TileBackward {
           swept = true;
           const auto row = row_of_step(steps - 1);
           const Slices slices((steps - 1) * (num_groups(kInput, kInner) - 1), row);
-          if (count == 2) {
-            multiply_tiles<kInput, kInner, 2, 2>(steps, keys, packed.column_step, scratch_.grad_score_pairs, kPairStep,
-                                                 scratch_.product, kStrip, slices);
-          } else {
-            multiply_tiles<kInput, kInner, 1, 2>(steps, keys, packed.column_step, scratch_.grad_score_pairs, kPairStep,
-                                                 scratch_.product, kStrip, slices);
-          }
+          multiply_tiles<kInput, kInner>(count, steps, keys, packed.column_step, scratch_.grad_score_pairs, kPairStep,
+                                         scratch_.product, kStrip, slices);
         } else {
           multiply_tiles<kInput, kInner>(count, query_tiles, steps, keys, packed.column_step, scratch_.grad_score_pairs,
                                          kPairStep, scratch_.product, kStrip);

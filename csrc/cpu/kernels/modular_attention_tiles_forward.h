@@ -21,6 +21,22 @@ constexpr int kStrip = 2 * kTileRows;  // queries that one block of tile product
 constexpr int kStrips = kBlockRows / kStrip;
 static_assert(kBlockRows % kStrip == 0, "a block is whole strips");
 
+// Scores are S = q . k times this in log2 units; its sign goes into the queries, so that a maximum over keys stays a
+// maximum.
+MODA_EXT_INLINE double score_scale(const AttentionArgs& args) { return fabs(args.scale) * kLog2e; }
+MODA_EXT_INLINE float score_sign(const AttentionArgs& args) { return args.scale < 0 ? -1.0f : 1.0f; }
+
+// 32 keys (or values) of a tile from slot `first` on, zero-padded.
+template <class Storage>
+MODA_EXT_INLINE void load_keys(const Input& operand, const AttentionArgs& args, const Sequence& sequence,
+                               int64_t kv_head, const KeyTile& tile, int first, float* rows) {
+  const int32_t* order = sequence.order + tile.start;
+  clear_rows(rows, kTileDepth, args.head_dim, tile.length - first);
+  for (int j = first; j < tile.length && j < first + kTileDepth; ++j)
+    load_row(row_of<Storage>(operand, sequence, kv_head, sequence.first_key, order[j]), 1.0f,
+             rows + (j - first) * kScratchColumns, args.head_dim);
+}
+
 // What a key tile shows to a strip of queries.
 struct StripView {
   alignas(64) int32_t visible[kStrip];  // keys of the tile that each query sees; 0 beyond the last query
@@ -260,13 +276,8 @@ class TileEngine {
         // The last step is read after the groups of the small terms of all others.
         const auto row = row_of_step(steps - 1);
         const Slices slices((steps - 1) * (num_groups(kInput, kInner) - 1), row);
-        if (count == 2) {
-          multiply_tiles<kInput, kInner, 2, 2>(steps, values, value_step, scratch_.probability, kProbabilityStep,
-                                               scratch_.product, kStrip, slices);
-        } else {
-          multiply_tiles<kInput, kInner, 1, 2>(steps, values, value_step, scratch_.probability, kProbabilityStep,
-                                               scratch_.product, kStrip, slices);
-        }
+        multiply_tiles<kInput, kInner>(count, steps, values, value_step, scratch_.probability, kProbabilityStep,
+                                       scratch_.product, kStrip, slices);
       } else {
         multiply_tiles<kInput, kInner>(count, query_tiles, steps, values + d * value_step, value_step,
                                        scratch_.probability, kProbabilityStep, scratch_.product, kStrip);

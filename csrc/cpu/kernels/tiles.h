@@ -143,6 +143,17 @@ MODA_EXT_INLINE void multiply_tiles(int steps, const Word* a, int64_t a_row_step
   if (MT == 2 && NT == 2) _tile_stored(3, c + kTileRows * c_stride + kTileRows, bytes);
 }
 
+// The same for row_tiles in {1, 2} and two tiles of columns.
+template <int PA, int PB, class Between>
+MODA_EXT_INLINE void multiply_tiles(int row_tiles, int steps, const Word* a, int64_t a_row_step, const Word* b,
+                                    int64_t b_column_step, float* c, int64_t c_stride, Between between) {
+  if (row_tiles == 2) {
+    multiply_tiles<PA, PB, 2, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride, between);
+  } else {
+    multiply_tiles<PA, PB, 1, 2>(steps, a, a_row_step, b, b_column_step, c, c_stride, between);
+  }
+}
+
 // The same for row_tiles, column_tiles in {1, 2}, with nothing in between.
 template <int PA, int PB>
 __attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, int steps, const Word* a,
@@ -176,11 +187,6 @@ MODA_EXT_INLINE Words join(Words first, Words second) {
   return (Words)_mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32(-0x10000), kOrAnd);
 }
 
-// Scores are S = q . k times this in log2 units; its sign goes into the queries, so that a maximum over keys stays a
-// maximum.
-MODA_EXT_INLINE double score_scale(const AttentionArgs& args) { return fabs(args.scale) * 1.4426950408889634074; }
-MODA_EXT_INLINE float score_sign(const AttentionArgs& args) { return args.scale < 0 ? -1.0f : 1.0f; }
-
 // Before `count` rows of head_dim columns are loaded into `rows` (stride kScratchColumns): zeros wherever whole tiles
 // read beyond them.
 MODA_EXT_INLINE void clear_rows(float* rows, int tile_rows, int head_dim, int count) {
@@ -191,57 +197,42 @@ MODA_EXT_INLINE void clear_rows(float* rows, int tile_rows, int head_dim, int co
   }
 }
 
-// 32 keys (or values) of a tile from slot `first` on, zero-padded.
-template <class Storage>
-MODA_EXT_INLINE void load_keys(const Input& operand, const AttentionArgs& args, const Sequence& sequence,
-                               int64_t kv_head, const KeyTile& tile, int first, float* rows) {
-  const int32_t* order = sequence.order + tile.start;
-  clear_rows(rows, kTileDepth, args.head_dim, tile.length - first);
-  for (int j = first; j < tile.length && j < first + kTileDepth; ++j)
-    load_row(row_of<Storage>(operand, sequence, kv_head, sequence.first_key, order[j]), 1.0f,
-             rows + (j - first) * kScratchColumns, args.head_dim);
-}
-
 MODA_EXT_INLINE void store_words(Word* to, Words words) { memcpy(to, &words, sizeof(words)); }
 
-// Tiles of up to 32 rows in `rows` (stride kScratchColumns, zero-padded to whole steps), all parts: row tiles
-// [tile][step of columns][part], or their transposes.
+// One tile in all its parts, or its transpose: row r joins 16 numbers of row r of `first` and of `second` (both of
+// stride kScratchColumns).
+template <int parts, bool transposed>
+MODA_EXT_INLINE void make_tile(const float* first, const float* second, Word* out) {
+  Vector<float> square[parts][kTileRows];
+  for (int r = 0; r < kTileRows; ++r) {
+    Words low[parts], high[parts];
+    split<parts>(load(first + r * kScratchColumns), low);
+    split<parts>(load(second + r * kScratchColumns), high);
+    for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(low[p], high[p]);
+  }
+  for (int p = 0; p < parts; ++p) {
+    if (transposed) transpose_square<float>(square[p]);
+    for (int r = 0; r < kTileRows; ++r) store_words(out + p * kTileWords + r * kTileRows, (Words)square[p][r]);
+  }
+}
+
+// Row tiles of 16 row_tiles rows (zero-padded to whole steps): [tile][step of columns][part].
 template <int parts, bool transposed>
 MODA_EXT_INLINE void make_row_tiles(const float* rows, int row_tiles, int steps, Word* out) {
   for (int tile = 0; tile < row_tiles; ++tile) {
     for (int step = 0; step < steps; ++step, out += parts * kTileWords) {
-      Vector<float> square[parts][kTileRows];
-      for (int r = 0; r < kTileRows; ++r) {
-        const float* row = rows + (tile * kTileRows + r) * kScratchColumns + step * kTileDepth;
-        Words first[parts], second[parts];
-        split<parts>(load(row), first);
-        split<parts>(load(row + kTileRows), second);
-        for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(first[p], second[p]);
-      }
-      for (int p = 0; p < parts; ++p) {
-        if (transposed) transpose_square<float>(square[p]);
-        for (int r = 0; r < kTileRows; ++r) store_words(out + p * kTileWords + r * kTileRows, (Words)square[p][r]);
-      }
+      const float* first = rows + tile * kTileRows * kScratchColumns + step * kTileDepth;
+      make_tile<parts, transposed>(first, first + kTileRows, out);
     }
   }
 }
 
-// Pair tiles of 32 rows: column tile c goes to out + c * column_step, or its transpose.
+// Pair tiles of 32 rows: tile c of the columns goes to out + c * column_step.
 template <int parts, bool transposed>
 MODA_EXT_INLINE void make_pair_tiles(const float* rows, int column_tiles, Word* out, int64_t column_step) {
   for (int tile = 0; tile < column_tiles; ++tile, out += column_step) {
-    Vector<float> square[parts][kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-      const float* row = rows + r * kScratchColumns + tile * kTileRows;
-      Words first[parts], second[parts];
-      split<parts>(load(row), first);
-      split<parts>(load(row + kTileRows * kScratchColumns), second);
-      for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(first[p], second[p]);
-    }
-    for (int p = 0; p < parts; ++p) {
-      if (transposed) transpose_square<float>(square[p]);
-      for (int r = 0; r < kTileRows; ++r) store_words(out + p * kTileWords + r * kTileRows, (Words)square[p][r]);
-    }
+    const float* first = rows + tile * kTileRows;
+    make_tile<parts, transposed>(first, first + kTileRows * kScratchColumns, out);
   }
 }
 

@@ -1,0 +1,77 @@
+// The operators of modular_attention as the dispatcher calls them, for every device: a device gives `forward` and
+// `backward` on AttentionInputs, and implements all four with them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "ops/modular_attention.h"
+
+namespace moda_ext {
+
+// What a backward receives beside the inputs; which gradients it is to make.
+struct SavedAttention {
+  std::optional<Tensor> grad_out, grad_lse, grad_mass;
+  Tensor out, lse, mass;
+};
+struct AttentionNeeds {
+  bool query, key, value, bias, sink;
+};
+
+template <auto forward, auto backward>
+struct AttentionOperators {
+  static std::tuple<Tensor, Tensor, Tensor> modular_attention(const Tensor& query, const Tensor& key,
+                                                              const Tensor& value, const Tensor& key_modality,
+                                                              const std::optional<Tensor>& modality_bias,
+                                                              const std::optional<Tensor>& sink, int64_t num_modalities,
+                                                              bool is_causal, double scale) {
+    return forward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale}, 0,
+                   0);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_backward(
+      const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+      const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+      const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+      const Tensor& out, const Tensor& lse, const Tensor& mass, int64_t num_modalities, bool is_causal, double scale,
+      bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+    return backward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale},
+                    {grad_out, grad_lse, grad_mass, out, lse, mass},
+                    {need_query, need_key, need_value, need_bias, need_sink}, 0, 0);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> modular_attention_varlen(
+      const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_modality,
+      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& modality_bias,
+      const std::optional<Tensor>& sink, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities,
+      bool is_causal, double scale) {
+    return forward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                    is_causal, scale},
+                   max_seqlen_q, max_seqlen_k);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modular_attention_varlen_backward(
+      const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+      const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+      const Tensor& key_modality, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+      const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink, const Tensor& out,
+      const Tensor& lse, const Tensor& mass, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_modalities,
+      bool is_causal, double scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
+    return backward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
+                     is_causal, scale},
+                    {grad_out, grad_lse, grad_mass, out, lse, mass},
+                    {need_query, need_key, need_value, need_bias, need_sink}, max_seqlen_q, max_seqlen_k);
+  }
+
+  // m: of STABLE_TORCH_LIBRARY_IMPL(moda_ext, <DEVICE>, m)
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("modular_attention", TORCH_BOX(&modular_attention));
+    m.impl("modular_attention_backward", TORCH_BOX(&modular_attention_backward));
+    m.impl("modular_attention_varlen", TORCH_BOX(&modular_attention_varlen));
+    m.impl("modular_attention_varlen_backward", TORCH_BOX(&modular_attention_varlen_backward));
+  }
+};
+
+}  // namespace moda_ext
