@@ -7,4 +7,5 @@ gate.py       correctness against the float64 reference, before anything is time
 timing.py     interleaved timing, machine description
 memory.py     peak memory beyond inputs and outputs
 goals.py      the project's goals, compared with the figures of a run
+cuda.py       a program of its own, on a GPU: python -m benchmarks.cuda
 """

@@ -25,20 +25,17 @@ RELEASE_WEIGHTS = ("ratio_v", "pfuser_v.weight")
 
 
 # The aligner alone, and the attention it is for -----------------------------------------------------------------------
-def build_aligner(case: Case, x: Inputs) -> Call:
-    def call():
-        tokens = (x.query, x.key, x.key_modality, x.key_modality)
-        return duplex_query_views(*tokens, *x.leaves(WEIGHTS), case.num_modalities, return_indicator=True)
+def _align(case: Case, x: Inputs, **options):
+    tokens = (x.query, x.key, x.key_modality, x.key_modality)
+    return duplex_query_views(*tokens, *x.leaves(WEIGHTS), case.num_modalities, **options)
 
-    return call
+
+def build_aligner(case: Case, x: Inputs) -> Call:
+    return lambda: _align(case, x, return_indicator=True)
 
 
 def build_aligner_plain(case: Case, x: Inputs) -> Call:
-    def call():
-        tokens = (x.query, x.key, x.key_modality, x.key_modality)
-        return (duplex_query_views(*tokens, *x.leaves(WEIGHTS), case.num_modalities),)
-
-    return call
+    return lambda: (_align(case, x),)
 
 
 def dense_aligner(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:

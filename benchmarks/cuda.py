@@ -17,40 +17,45 @@ from torch.nn.functional import scaled_dot_product_attention
 import moda_ext
 from moda_ext.attention import modular_attention
 
-# name: batch, query heads, kv heads, queries, keys, head size, modality runs (modality, length)
+from .workloads import LLAVA_NEXT, Case, image_in_text
+
 WORKLOADS = {
-    "llava-next": (1, 32, 8, 3072, 3072, 128, ((0, 32), (1, 2880), (0, 160))),
-    "causal-4k": (4, 32, 32, 4096, 4096, 128, ((0, 64), (1, 3072), (0, 960))),
-    "causal-8k": (2, 32, 32, 8192, 8192, 128, ((0, 64), (1, 7168), (0, 960))),
-    "causal-8k-64": (2, 32, 32, 8192, 8192, 64, ((0, 64), (1, 7168), (0, 960))),
-    "decode-32k": (16, 32, 8, 1, 32768, 128, ((0, 64), (1, 32000), (0, 704))),
+    case.workload: case
+    for case in (
+        LLAVA_NEXT,
+        Case("causal-4k", "causal N=4096", image_in_text(64, 3072, 960), batch=4, key_heads=32),
+        Case("causal-8k", "causal N=8192", image_in_text(64, 7168, 960), batch=2, key_heads=32),
+        Case("causal-8k-64", "causal N=8192 D=64", image_in_text(64, 7168, 960), batch=2, key_heads=32, head_dim=64),
+        Case("decode-32k", "decode 32k keys", image_in_text(64, 32000, 704), batch=16, num_queries=1),
+    )
 }
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 COPIES = 3  # of the inputs
 
 
-class Case:
-    def __init__(self, shape, dtype):
-        batch, heads, kv_heads, self.rows, self.columns, self.size, runs = shape
-        modality = torch.cat([torch.full((n,), m) for m, n in runs]).cuda()
+class Calls:
+    """Random inputs of a case on the GPU, and what is timed on them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype):
+        batch, heads, rows, size = case.batch, case.query_heads, case.rows, case.head_dim
+        modality = torch.cat([torch.full((n,), m) for m, n in case.runs]).cuda()
         self.modality = modality.expand(batch, -1).int().contiguous()
+        self.square = rows == case.num_keys
 
         def random(*sizes, dtype=dtype):
             return torch.randn(*sizes, device="cuda", dtype=dtype).requires_grad_()
 
         self.inputs = [
             (
-                random(batch, heads, self.rows, self.size),
-                random(batch, kv_heads, self.columns, self.size),
-                random(batch, kv_heads, self.columns, self.size),
-                random(batch, heads, self.rows, 2, dtype=torch.float32),
-                random(batch, heads, self.rows, dtype=torch.float32),
+                random(batch, heads, rows, size),
+                random(batch, case.key_heads, case.num_keys, size),
+                random(batch, case.key_heads, case.num_keys, size),
+                random(batch, heads, rows, case.num_modalities, dtype=torch.float32),
+                random(batch, heads, rows, dtype=torch.float32),
             )
             for _ in range(COPIES)
         ]
-        self.grads = torch.randn(batch, heads, self.rows, self.size, device="cuda", dtype=dtype)
-        last = torch.arange(self.rows) + self.columns - self.rows
-        self.products = 2 * batch * heads * int((last + 1).sum()) * self.size  # FLOP of one product over visible pairs
+        self.grads = torch.randn(batch, heads, rows, size, device="cuda", dtype=dtype)
 
     def ours(self, i, train):
         query, key, value, bias, sink = self.inputs[i % COPIES]
@@ -70,9 +75,8 @@ class Case:
 
     def plain(self, i, train, backend):
         query, key, value = self.inputs[i % COPIES][:3]
-        causal = self.rows == self.columns  # one row against a cache sees all of it
-        with sdpa_kernel(backend):
-            out = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+        with sdpa_kernel(backend):  # one row against a cache sees all of it
+            out = scaled_dot_product_attention(query, key, value, is_causal=self.square, enable_gqa=True)
         if train:
             torch.autograd.grad(out, (query, key, value), self.grads)
 
@@ -110,16 +114,17 @@ def main() -> None:
         raise SystemExit("benchmarks.cuda: the CUDA kernels are not in use. Fix: set MODA_EXT_CUDA=native.")
     rows = []
     for workload in arguments.workload:
-        case = Case(WORKLOADS[workload], torch.bfloat16)
+        case = WORKLOADS[workload]
+        calls = Calls(case, torch.bfloat16)
         for mode in ("forward",) if case.rows == 1 else ("forward", "train"):
             train = mode == "train"
-            functions = {"ours": lambda i, case=case, train=train: case.ours(i, train)}
+            functions = {"ours": lambda i, calls=calls, train=train: calls.ours(i, train)}
             for name, backend in PEERS.items():
-                functions[name] = lambda i, case=case, train=train, b=backend: case.plain(i, train, b)
+                functions[name] = lambda i, calls=calls, train=train, b=backend: calls.plain(i, train, b)
             print(f"{workload}, {mode}")
             with torch.set_grad_enabled(train):
                 times = measure(functions, arguments.rounds)
-            flop = case.products * (7 if train else 2)
+            flop = case.useful_flops(mode)
             for name, samples in times.items():
                 median = statistics.median(samples)
                 rate = flop / median / 1e9
@@ -128,7 +133,7 @@ def main() -> None:
                     f"   ours / {name}: {statistics.median(times['ours']) / median:.2f}"
                 )
                 rows.append({"workload": workload, "mode": mode, "contender": name, "ms": samples, "tflops": rate})
-        del case
+        del calls, functions
     if arguments.json:
         facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         with open(arguments.json, "w") as file:

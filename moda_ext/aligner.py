@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from moda_ext import reference
-from moda_ext._ops.checks import MAX_MODALITIES, accumulation_dtype
+from moda_ext._ops.checks import KEY_NORMS, MAX_MODALITIES, accumulation_dtype
 from moda_ext.alignment import (
     causal_gram_projection,
     duplex_query_views,
@@ -169,7 +169,6 @@ pytree.register_pytree_node(
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")
-KEY_NORMS = ("l2", None)
 NORMALIZATIONS = ("trace", "frobenius", "row")
 
 

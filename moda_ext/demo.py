@@ -31,6 +31,7 @@ import moda_ext
 from moda_ext import reference
 from moda_ext.alignment import DuplexAligner, modality_gram
 from moda_ext.attention import modular_attention, pseudo_score_sink
+from moda_ext.diagnostics import measures
 
 TEXT, VISION = 0, 1
 EMBEDDING, QUERY_HEADS, KEY_HEADS, HEAD_DIM = 4096, 32, 8, 128  # LLaVA-NeXT-8B
@@ -255,8 +256,7 @@ def make_spectra(layer: Layer) -> list[Spectrum]:
 
 def uniform_mass(modality: Tensor) -> Tensor:
     """(N, M): the mass of uniform attention over the visible keys."""
-    seen = F.one_hot(modality[0].long(), 2).cumsum(dim=0)
-    return seen / seen.sum(dim=1, keepdim=True)
+    return measures.uniform_mass(measures.key_counts(modality, modality)[0])
 
 
 # Checks and figures ---------------------------------------------------------------------------------------------------
@@ -390,8 +390,13 @@ def print_times(layer: Layer, setting: Setting, progress) -> None:
 
 
 # The picture ----------------------------------------------------------------------------------------------------------
-LINE_COLOURS = {UNIFORM: "0.55", "plain": "#0072b2", "prior": "#d55e00", "prior + pseudo scores": "#009e73"}
-LINE_COLOURS[ALIGNER] = "#cc79a7"
+LINE_COLOURS = {
+    UNIFORM: "0.55",
+    "plain": "#0072b2",
+    "prior": "#d55e00",
+    "prior + pseudo scores": "#009e73",
+    ALIGNER: "#cc79a7",
+}
 SPECTRUM_COLOURS = ("#0072b2", "#d55e00")
 
 

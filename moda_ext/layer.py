@@ -60,7 +60,7 @@ class AttentionState:
                 self.key[:, :, :length], self.modality[:, :length], gram.gram.shape[2], **keywords
             )
 
-        return self._map(lambda t: t.narrow(t.dim() // 2, 0, length), crop_gram)
+        return self._map(lambda t: t[:, :, :length] if t.dim() == 4 else t[:, :length], crop_gram)
 
     def to(self, device: torch.device | str) -> AttentionState:
         """The state on another device."""

@@ -18,6 +18,7 @@ from moda_ext.attention import modular_attention, pseudo_score_sink
 __all__ = ["ModularMask"]
 
 VARIANTS = ("inf", "fix", "attn", "learned")
+CONDITIONAL = ("attn", "learned")  # the prior follows the Gram indicator
 SOFTMAXES = ("joint", "split")
 
 
@@ -111,7 +112,7 @@ class ModularMask(nn.Module):
         self.num_heads, self.num_modalities = num_heads, num_modalities
         self.variant, self.softmax, self.length = variant, softmax, length
         self.learn_decay = learn_decay
-        self.conditional = variant in ("attn", "learned")
+        self.conditional = variant in CONDITIONAL
         if closed_form:
             if learn_decay:
                 self.raw_decay = nn.Parameter(decay + (-torch.expm1(-decay)).log())  # the inverse of softplus

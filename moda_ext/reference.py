@@ -74,12 +74,16 @@ def dense_attention(
     modality_bias: Tensor | None = None,
     sink: Tensor | None = None,
     is_causal: bool = False,
+    visible: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The equations step by step, each step in the dtype of ``query``.
 
         S_ij = scale q_i^(a_j) . k_j + b_{i,a_j}      p_ij = exp(S_ij) / (sum_j exp(S_ij) + exp(c_i))
         o_i = sum_j p_ij v_j      L_i = log(sum_j exp(S_ij) + exp(c_i))      mass_im = sum_{j: a_j = m} p_ij
+
+    A row sees what is not padding, what ``is_causal`` allows and what ``visible`` allows: a boolean mask, broadcastable
+    to (B, Hq, Nq, Nk), which the operators do not take.
 
     Returns:
         ``(out, lse, mass)`` of shapes (B, Hq, Nq, D), (B, Hq, Nq), (B, Hq, Nq, M). A row that sees nothing has out 0,
@@ -101,7 +105,7 @@ def dense_attention(
     if modality_bias is not None:
         modality_bias = modality_bias.expand(batch, heads, rows, num_modalities)
         scores = scores + modality_bias.gather(-1, modality.clamp(min=0).expand(batch, heads, rows, columns))
-    visible = modality >= 0
+    visible = modality >= 0 if visible is None else visible & (modality >= 0)
     if is_causal:  # bottom-right aligned: the last query sees the last key
         i = torch.arange(rows, device=query.device)[:, None]
         visible = visible & (torch.arange(columns, device=query.device) <= i + (columns - rows))
@@ -443,9 +447,10 @@ def causal_gram_scale(
     square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()
     members = key_modality[..., None] == torch.arange(num_modalities, device=key.device)
     parts = torch.where(members[:, None], square[..., None], 0.0)  # (B, Hkv, Nk, M)
-    before = parts.new_zeros(()) if state is None else state[1].to(dtype)
-    seen = (parts.cumsum(dim=2) + before.unsqueeze(-2 if state is not None else 0))[:, :, columns - rows :]
-    total = parts.sum(dim=2) + before
+    total, seen = parts.sum(dim=2), parts.cumsum(dim=2)[:, :, columns - rows :]
+    if state is not None:
+        before = state[1].to(dtype)
+        total, seen = total + before, seen + before[:, :, None]
     scale = _reciprocal(seen) if normalize == "trace" else torch.ones_like(seen)
     return scale.masked_fill((query_modality < 0)[:, None, :, None], 0.0), total
 

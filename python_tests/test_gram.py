@@ -176,7 +176,8 @@ def problems(draw, device="cpu", max_tokens=2 * CHUNK + 10) -> Problem:
     )
 
 
-OPERATORS = ("modality_gram", "causal_gram_projection", "duplex_query_views")
+BOTH_CAUSAL = ("causal_gram_projection", "duplex_query_views")
+OPERATORS = ("modality_gram", *BOTH_CAUSAL)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -207,7 +208,8 @@ def test_longer_than_a_chunk(device, operator, shape, dtype):
 
 @pytest.mark.usefixtures("two_threads")
 def test_gram_of_a_sequence_cut_into_pieces(device):
-    compare("modality_gram", make_problem(batch=1, kv_heads=1, heads=1, keys=2100, queries=1, runs="long runs"))
+    shape = {"batch": 1, "kv_heads": 1, "heads": 1, "keys": 2100, "queries": 1}
+    compare("modality_gram", make_problem(**shape, runs="long runs", device=device))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -263,7 +265,7 @@ def test_views_of_a_fresh_fuser_are_the_query_to_the_bit(device, dtype):
     assert all(torch.equal(view, p.query) for view in views)
 
 
-@pytest.mark.parametrize("operator", OPERATORS[1:])
+@pytest.mark.parametrize("operator", BOTH_CAUSAL)
 def test_no_leak_to_the_bit(device, operator):
     """A changed token, also in its modality, changes no row before it; and it changes its own row."""
     p = make_problem(num_modalities=3, queries=150, keys=150, device=device)
@@ -281,7 +283,7 @@ def test_no_leak_to_the_bit(device, operator):
 
 
 @pytest.mark.parametrize("normalize", ("trace", "frobenius", None))
-@pytest.mark.parametrize("operator", OPERATORS[1:])
+@pytest.mark.parametrize("operator", BOTH_CAUSAL)
 def test_one_call_equals_chunks_equals_token_by_token(device, operator, normalize):
     p = make_problem(dtype=torch.float64, num_modalities=3, padding="scattered", normalize=normalize, device=device)
     weights = tuple(getattr(p, name) for name in WEIGHTS)
@@ -553,7 +555,6 @@ def arguments_of(operator):
     return causal
 
 
-BOTH_CAUSAL = ("causal_gram_projection", "duplex_query_views")
 state = (torch.zeros(2, 2, 3, 16, 16), torch.zeros(2, 2, 3))
 ERRORS = [
     (("modality_gram",), {"key": [1.0]}, TypeError, "key must be a tensor, got list"),

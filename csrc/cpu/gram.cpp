@@ -7,10 +7,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/adapter.h"
 #include "cpu/isa.h"
@@ -77,11 +78,14 @@ void fill_args(const DuplexInputs& in, const GramShape& shape, DuplexArgs& args)
   args.b2 = in.b2.const_data_ptr();
 }
 
-// work(batch, kv_head, thread) for every key head.
+// work(batch, kv_head, scratch) for every key head.
 template <class Work>
-void run_heads(const GramShape& shape, const Work& work) {
-  run_items(shape.batch * shape.kv_heads,
-            [&](int64_t item, int64_t thread) { work(item / shape.kv_heads, item % shape.kv_heads, thread); });
+void run_heads(const GramShape& shape, int64_t scratch_bytes, const Work& work) {
+  const int64_t heads = shape.batch * shape.kv_heads;
+  const Scratch scratch(scratch_bytes, heads);
+  run_items(heads, [&](int64_t item, int64_t thread) {
+    work(item / shape.kv_heads, item % shape.kv_heads, scratch.of(thread));
+  });
 }
 
 // The largest scratch that any batch element needs: what is logged for it depends on its modalities.
@@ -100,6 +104,10 @@ Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
 Tensor gradient_like(const Tensor& tensor) {
   return result_like(tensor, {tensor.sizes().begin(), tensor.sizes().end()});
 }
+// A contiguous result of the compute type; without elements where it is not wanted.
+Tensor sums(const Tensor& key, const std::vector<int64_t>& sizes, bool wanted = true) {
+  return torch::stable::new_empty(key, wanted ? sizes : std::vector<int64_t>{0}, compute_dtype(key.scalar_type()));
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // modality_gram
@@ -109,7 +117,7 @@ Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_moda
   const GramInputs in{key, modality, num_modalities, unit_keys, eps};
   const GramShape shape = check_gram(check, in);
   check_ids("modality_gram", modality, num_modalities);
-  const Tensor gram = torch::stable::new_empty(key, shape.gram(), compute_dtype(key.scalar_type()));
+  const Tensor gram = sums(key, shape.gram());
   const int64_t heads = shape.batch * shape.kv_heads;
   if (heads == 0) return gram;
   GramArgs args;
@@ -149,17 +157,15 @@ Tensor modality_gram_backward(const Tensor& grad_gram, const Tensor& key, const 
   const GramInputs in{key, modality, num_modalities, unit_keys, eps};
   const GramShape shape = check_gram(check, in);
   check_ids("modality_gram_backward", modality, num_modalities);
-  check_tensor(check, in, "grad_gram", grad_gram, shape.gram(), Numbers::kSums);
-  check.require(grad_gram.is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
+  check_tensor(check, in, "grad_gram", grad_gram, shape.gram(), Numbers::kContiguousSums);
   const Tensor grad_key = gradient_like(key);
   ModalityGramBackwardArgs args;
   fill_args(in, shape, args);
   args.grad_gram = grad_gram.const_data_ptr();
   args.grad_key = rows_out(grad_key);
   const GramKernels& kernels = select_gram_kernels(key);
-  const Scratch scratch(kernels.modality_gram_scratch_bytes(args), shape.batch * shape.kv_heads);
-  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
-    kernels.modality_gram_backward(args, batch, head, scratch.of(thread));
+  run_heads(shape, kernels.modality_gram_scratch_bytes(args), [&](int64_t batch, int64_t head, void* scratch) {
+    kernels.modality_gram_backward(args, batch, head, scratch);
   });
   return grad_key;
 }
@@ -175,16 +181,14 @@ std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Ten
   const GramShape shape = check_causal(check, in);
   check_ids("causal_gram_projection", key_modality, num_modalities);
   const Tensor projection = result_like(query, shape.views());
-  const Tensor gram = torch::stable::new_empty(key, shape.gram(), compute_dtype(key.scalar_type()));
+  const Tensor gram = sums(key, shape.gram());
   ProjectionForwardArgs args;
   fill_args(in, shape, args);
   args.projection = rows_out(projection);
   args.gram = gram.mutable_data_ptr();
   const GramKernels& kernels = select_gram_kernels(key);
-  const Scratch scratch(kernels.projection_scratch_bytes(args), shape.batch * shape.kv_heads);
-  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
-    kernels.projection(args, batch, head, scratch.of(thread));
-  });
+  run_heads(shape, kernels.projection_scratch_bytes(args),
+            [&](int64_t batch, int64_t head, void* scratch) { kernels.projection(args, batch, head, scratch); });
   return {projection, gram};
 }
 
@@ -197,14 +201,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
   const GramShape shape = check_causal(check, in);
   check_ids("causal_gram_projection_backward", key_modality, num_modalities);
   check_tensor(check, in, "grad_projection", grad_projection, shape.views(), Numbers::kStored);
-  if (grad_gram) {
-    check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kSums);
-    check.require(grad_gram->is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
-  }
-  const ScalarType compute = compute_dtype(key.scalar_type());
+  if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
   const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const Tensor grad_scale = torch::stable::new_empty(key, shape.row_scale(), compute);
-  const Tensor grad_initial = torch::stable::new_empty(key, initial ? shape.gram() : std::vector<int64_t>{0}, compute);
+  const Tensor grad_scale = sums(key, shape.row_scale());
+  const Tensor grad_initial = sums(key, shape.gram(), initial.has_value());
   ProjectionBackwardArgs args;
   fill_args(in, shape, args);
   args.grad_projection = rows(grad_projection);
@@ -214,11 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
   args.grad_row_scale = rows_out(grad_scale);
   args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
   const GramKernels& kernels = select_gram_kernels(key);
-  const Scratch scratch(
-      largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); }),
-      shape.batch * shape.kv_heads);
-  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
-    kernels.projection_backward(args, batch, head, scratch.of(thread));
+  const int64_t scratch_bytes =
+      largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); });
+  run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
+    kernels.projection_backward(args, batch, head, scratch);
   });
   return {grad_query, grad_key, grad_scale, grad_initial};
 }
@@ -237,11 +236,9 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
       {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
   const GramShape shape = check_duplex(check, in);
   check_ids("duplex_query_views", key_modality, num_modalities);
-  const ScalarType compute = compute_dtype(key.scalar_type());
   const Tensor views = result_like(query, shape.views());
-  const Tensor indicator =
-      torch::stable::new_empty(key, with_indicator ? shape.indicator() : std::vector<int64_t>{0}, compute);
-  const Tensor gram = torch::stable::new_empty(key, with_gram ? shape.gram() : std::vector<int64_t>{0}, compute);
+  const Tensor indicator = sums(key, shape.indicator(), with_indicator);
+  const Tensor gram = sums(key, shape.gram(), with_gram);
   DuplexForwardArgs args;
   fill_args(in, shape, args);
   args.views = rows_out(views);
@@ -252,10 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
   const Workspace weights(kernels.weights_bytes(args));
   kernels.pack_weights(args, weights.at());
   args.weights = weights.at();
-  const Scratch scratch(kernels.duplex_scratch_bytes(args), shape.batch * shape.kv_heads);
-  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
-    kernels.duplex(args, batch, head, scratch.of(thread));
-  });
+  run_heads(shape, kernels.duplex_scratch_bytes(args),
+            [&](int64_t batch, int64_t head, void* scratch) { kernels.duplex(args, batch, head, scratch); });
   return {views, indicator, gram};
 }
 
@@ -274,17 +269,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duple
     check_tensor(check, in, "grad_indicator", *grad_indicator, shape.indicator(), Numbers::kSums);
     check_tensor(check, in, "indicator", indicator, shape.indicator(), Numbers::kSums);
   }
-  if (grad_gram) {
-    check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kSums);
-    check.require(grad_gram->is_contiguous(), "grad_gram", "a contiguous tensor", "strides");
-  }
-  const ScalarType compute = compute_dtype(key.scalar_type());
+  if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
   const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const auto sums = [&](const std::vector<int64_t>& sizes) { return torch::stable::new_empty(key, sizes, compute); };
-  const Tensor grad_scale = sums(shape.row_scale());
-  const Tensor grad_a1 = sums(shape.down()), grad_b1 = sums(shape.up());
-  const Tensor grad_a2 = sums(shape.down()), grad_b2 = sums(shape.up());
-  const Tensor grad_initial = sums(initial ? shape.gram() : std::vector<int64_t>{0});
+  const Tensor grad_scale = sums(key, shape.row_scale());
+  const Tensor grad_a1 = sums(key, shape.down()), grad_b1 = sums(key, shape.up());
+  const Tensor grad_a2 = sums(key, shape.down()), grad_b2 = sums(key, shape.up());
+  const Tensor grad_initial = sums(key, shape.gram(), initial.has_value());
   DuplexBackwardArgs args;
   fill_args(in, shape, args);
   args.grad_views = rows(grad_views);
@@ -304,11 +294,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duple
   const int64_t heads = shape.batch * shape.kv_heads;
   const int64_t partial_bytes = weight_gradient_elements(args) * kernels.compute_bytes;
   const Workspace partials(heads * partial_bytes);
-  const Scratch scratch(largest(shape.batch, [&](int64_t b) { return kernels.duplex_backward_scratch_bytes(args, b); }),
-                        heads);
-  run_heads(shape, [&](int64_t batch, int64_t head, int64_t thread) {
-    kernels.duplex_backward(args, batch, head, partials.at((batch * shape.kv_heads + head) * partial_bytes),
-                            scratch.of(thread));
+  const int64_t scratch_bytes =
+      largest(shape.batch, [&](int64_t b) { return kernels.duplex_backward_scratch_bytes(args, b); });
+  run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
+    kernels.duplex_backward(args, batch, head, partials.at((batch * shape.kv_heads + head) * partial_bytes), scratch);
   });
   kernels.reduce_weight_gradients(args, partials.at(), heads, grad_a1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
                                   grad_a2.mutable_data_ptr(), grad_b2.mutable_data_ptr());

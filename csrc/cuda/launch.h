@@ -1,6 +1,6 @@
 // Launches a kernel: a class with
 //   struct Params                                    passed by value
-//   static constexpr int kThreads, kBlocksPerSM      of a block; resident blocks that registers must leave room for
+//   static constexpr int kThreads                    of a block
 //   static int64_t blocks(const Params&)             grid size, one-dimensional; 0 launches nothing
 //   static size_t shared_bytes(const Params&)        dynamic shared memory of a block
 //   static MODA_EXT_DEVICE void run(const Params&, char* shared)
@@ -34,8 +34,7 @@ void launch(const typename Kernel::Params& params, void*) {
 #else
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSM)
-    kernel(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) kernel(const __grid_constant__ typename Kernel::Params params) {
   extern __shared__ __align__(16) char shared[];
   Kernel::run(params, shared);
 }

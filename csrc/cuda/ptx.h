@@ -57,7 +57,6 @@ MODA_EXT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_syn
 MODA_EXT_DEVICE float shuffle(float value, int source) { return __shfl_sync(0xffffffffu, value, source); }
 MODA_EXT_DEVICE uint32_t warp_or(uint32_t value) { return __reduce_or_sync(0xffffffffu, value); }
 
-MODA_EXT_DEVICE int count_bits(uint32_t value) { return __popc(value); }
 MODA_EXT_DEVICE int lowest_bit(uint32_t value) { return __ffs(static_cast<int>(value)) - 1; }
 MODA_EXT_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 

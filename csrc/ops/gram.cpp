@@ -1,21 +1,16 @@
 #include "ops/gram.h"
 
 namespace moda_ext {
-namespace {
-
-void check_contiguous(const ArgumentCheck& check, const char* name, const Tensor& tensor) {
-  check.require(tensor.is_contiguous(), name, "a contiguous tensor", "strides");
-}
-
-}  // namespace
 
 void check_tensor(const ArgumentCheck& check, const GramInputs& in, const char* name, const Tensor& tensor,
                   const std::vector<int64_t>& sizes, Numbers numbers) {
   const ScalarType dtype = in.key.scalar_type();
   check.sizes(name, tensor, sizes);
-  check.dtype(name, tensor, numbers == Numbers::kSums ? compute_dtype(dtype) : dtype);
+  check.dtype(name, tensor, numbers == Numbers::kStored ? dtype : compute_dtype(dtype));
   check.device(name, tensor, in.key);
   if (numbers == Numbers::kStored) check.contiguous_last(name, tensor);
+  if (numbers == Numbers::kContiguousSums)
+    check.require(tensor.is_contiguous(), name, "a contiguous tensor", "strides");
 }
 
 GramShape check_gram(const ArgumentCheck& check, const GramInputs& in) {
@@ -46,10 +41,7 @@ GramShape check_causal(const ArgumentCheck& check, const CausalInputs& in) {
   check.require(shape.num_queries <= shape.num_keys, "query", "at most as many tokens as key has", in.query);
   check_tensor(check, in, "query", in.query, shape.query(), Numbers::kStored);
   check_tensor(check, in, "row_scale", in.row_scale, shape.row_scale(), Numbers::kSums);
-  if (in.initial) {
-    check_tensor(check, in, "initial", *in.initial, shape.gram(), Numbers::kSums);
-    check_contiguous(check, "initial", *in.initial);
-  }
+  if (in.initial) check_tensor(check, in, "initial", *in.initial, shape.gram(), Numbers::kContiguousSums);
   return shape;
 }
 
@@ -58,14 +50,10 @@ GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
   check.require(in.a1.dim() == 3, "a1", "3 dimensions", in.a1);
   shape.rank = in.a1.size(2);
   check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", in.a1);
-  const auto weight = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes) {
-    check_tensor(check, in, name, tensor, sizes, Numbers::kSums);
-    check_contiguous(check, name, tensor);
-  };
-  weight("a1", in.a1, shape.down());
-  weight("b1", in.b1, shape.up());
-  weight("a2", in.a2, shape.down());
-  weight("b2", in.b2, shape.up());
+  check_tensor(check, in, "a1", in.a1, shape.down(), Numbers::kContiguousSums);
+  check_tensor(check, in, "b1", in.b1, shape.up(), Numbers::kContiguousSums);
+  check_tensor(check, in, "a2", in.a2, shape.down(), Numbers::kContiguousSums);
+  check_tensor(check, in, "b2", in.b2, shape.up(), Numbers::kContiguousSums);
   return shape;
 }
 

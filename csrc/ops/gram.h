@@ -12,7 +12,6 @@ struct GramShape {
   int64_t batch, query_heads, kv_heads, num_queries, num_keys, head_dim, num_modalities, rank;
 
   std::vector<int64_t> gram() const { return {batch, kv_heads, num_modalities, head_dim, head_dim}; }
-  std::vector<int64_t> key() const { return {batch, kv_heads, num_keys, head_dim}; }
   std::vector<int64_t> query() const { return {batch, query_heads, num_queries, head_dim}; }
   std::vector<int64_t> views() const { return {num_modalities, batch, query_heads, num_queries, head_dim}; }
   std::vector<int64_t> row_scale() const { return {batch, kv_heads, num_queries, num_modalities}; }
@@ -43,8 +42,9 @@ constexpr int64_t kMaxRank = 128;
 GramShape check_gram(const ArgumentCheck& check, const GramInputs& inputs);
 GramShape check_causal(const ArgumentCheck& check, const CausalInputs& inputs);
 GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& inputs);
-// A tensor that comes with the inputs, of this shape, in the compute dtype of the key (`sums`) or in its own.
-enum class Numbers { kStored, kSums };
+// A tensor that comes with the inputs, of this shape: in the dtype of the key, with a contiguous last dimension; or in
+// its compute dtype, of any strides or contiguous.
+enum class Numbers { kStored, kSums, kContiguousSums };
 void check_tensor(const ArgumentCheck& check, const GramInputs& inputs, const char* name, const Tensor& tensor,
                   const std::vector<int64_t>& sizes, Numbers numbers);
 

@@ -1,4 +1,5 @@
-// Attention problems for the CUDA kernels in emulation, and what plain loops in double precision make of them.
+// Attention problems for the CUDA kernels in emulation, what plain loops in double precision make of them, and the
+// cases that both directions are checked on.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -311,6 +312,76 @@ void expect_close(const char* name, const std::vector<Element>& got, const std::
     }
   }
   EXPECT_EQ(wrong, 0) << "of " << got.size() << " numbers of " << name;
+}
+
+// Below, a Direction has static check<Element, kHeadDim>(shape, options...), which runs its kernels on the problem and
+// compares.
+template <class Direction, class Element, int kHeadDim, class... Options>
+void check_under_every_schedule(const Shape& shape, const Options&... options) {
+  using emulation::Schedule;
+  for (const Schedule schedule : {Schedule::kFirstWarp, Schedule::kLastWarp, Schedule::kRandom}) {
+    emulation::set_schedule(schedule, shape.seed);
+    Direction::template check<Element, kHeadDim>(shape, options...);
+    if (testing::Test::HasFailure()) break;
+  }
+  emulation::set_schedule(Schedule::kFirstWarp);
+}
+
+template <class Direction>
+void check_every_head_size(Shape shape) {
+  const auto of = [&](int head_dim) {
+    shape.head_dim = head_dim;
+    return shape;
+  };
+  Direction::template check<BFloat16, 32>(of(32));
+  Direction::template check<BFloat16, 96>(of(96));
+  Direction::template check<BFloat16, 128>(of(128));
+  Direction::template check<BFloat16, 192>(of(192));
+  Direction::template check<BFloat16, 256>(of(256));
+  Direction::template check<float, 32>(of(32));
+  Direction::template check<float, 64>(of(64));
+  Direction::template check<float, 96>(of(96));
+  Direction::template check<float, 128>(of(128));
+  Direction::template check<float, 192>(of(192));
+  Direction::template check<float, 256>(of(256));
+}
+template <class Direction>
+void check_head_sizes_between() {
+  Direction::template check<BFloat16, 32>(dense({20}, {90}, 8));
+  Direction::template check<BFloat16, 96>(dense({20}, {90}, 72));
+  Direction::template check<Float16, 256>(dense({20}, {90}, 200));
+  Direction::template check<Float16, 192>(dense({20}, {60}, 136));
+  Direction::template check<float, 64>(dense({20}, {90}, 40));
+}
+template <class Direction>
+void check_tiles_of_several_modalities() {
+  Shape shape = dense({90}, {170}, 32);
+  shape.layout = Layout::kShuffled;
+  shape.modalities = 4;
+  shape.padding = 0.2;
+  check_under_every_schedule<Direction, BFloat16, 32>(shape);
+  shape.modalities = 16;
+  Direction::template check<float, 32>(shape);
+}
+template <class Direction>
+void check_padding() {
+  Shape shape = dense({80, 80}, {200, 200}, 64);
+  shape.padding = 0.5;
+  Direction::template check<BFloat16, 64>(shape);
+  shape.padding = 2.0;  // nothing but padding
+  Direction::template check<BFloat16, 64>(shape);
+  shape.sink = false;
+  Direction::template check<float, 64>(shape);
+}
+template <class Direction>
+void check_hidden_modalities(Shape shape) {
+  shape.hidden = 0.5;
+  shape.sink = false;
+  check_under_every_schedule<Direction, BFloat16, 64>(shape);
+  shape.hidden = 4;  // every row sees nothing
+  Direction::template check<BFloat16, 64>(shape);
+  shape.sink = true;
+  Direction::template check<float, 64>(shape);
 }
 
 }  // namespace cuda

@@ -11,8 +11,6 @@ namespace moda_ext {
 namespace cuda {
 namespace {
 
-using emulation::Schedule;
-
 struct Incoming {
   bool out = true, lse = true, mass = true;
 };
@@ -28,179 +26,129 @@ Array<T> rounded(const Array<U>& from) {
   return to;
 }
 
-template <class Element, int kHeadDim>
-void check(const Shape& shape, const Incoming& incoming = {}) {
-  Problem<Element> problem(shape);
-  const auto drop = [](auto& array) {
-    std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(0));
-  };
-  if (!incoming.out) drop(problem.grad_out);
-  if (!incoming.lse) drop(problem.grad_lse);
-  if (!incoming.mass) drop(problem.grad_mass);
-  const Oracle<Element> oracle(problem);
-  Array<Element> out = rounded<Element>(oracle.out);
-  Array<float> lse = rounded<float>(oracle.lse), mass = rounded<float>(oracle.mass);
-  const auto poisoned = [](auto array) {
-    std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(NAN));
-    return array;
-  };
-  Array<Element> grad_query = poisoned(problem.query), grad_key = poisoned(problem.key);
-  Array<Element> grad_value = grad_key;
-  Array<float> grad_bias = poisoned(problem.bias), grad_sink = poisoned(problem.sink);
+struct Backward {
+  template <class Element, int kHeadDim>
+  static void check(const Shape& shape, const Incoming& incoming = {}) {
+    Problem<Element> problem(shape);
+    const auto drop = [](auto& array) {
+      std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(0));
+    };
+    if (!incoming.out) drop(problem.grad_out);
+    if (!incoming.lse) drop(problem.grad_lse);
+    if (!incoming.mass) drop(problem.grad_mass);
+    const Oracle<Element> oracle(problem);
+    Array<Element> out = rounded<Element>(oracle.out);
+    Array<float> lse = rounded<float>(oracle.lse), mass = rounded<float>(oracle.mass);
+    const auto poisoned = [](auto array) {
+      std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(NAN));
+      return array;
+    };
+    Array<Element> grad_query = poisoned(problem.query), grad_key = poisoned(problem.key);
+    Array<Element> grad_value = grad_key;
+    Array<float> grad_bias = poisoned(problem.bias), grad_sink = poisoned(problem.sink);
 
-  BackwardArgs args;
-  problem.fill(args);
-  args.saved_out = out.template operand<Input>(1);
-  args.saved_lse = lse.operand<Input>(1);
-  args.saved_mass = mass.operand<Input>(1);
-  if (incoming.out) args.grad_out = problem.grad_out.template operand<Input>(1);
-  if (incoming.lse) args.grad_lse = problem.grad_lse.template operand<Input>(1);
-  if (incoming.mass) args.grad_mass = problem.grad_mass.template operand<Input>(1);
-  args.grad_query = grad_query.template operand<Output>(problem.num_views);
-  args.grad_key = grad_key.template operand<Output>(1);
-  args.grad_value = grad_value.template operand<Output>(1);
-  if (shape.bias) args.grad_bias = grad_bias.operand<Output>(1);
-  if (shape.sink) args.grad_sink = grad_sink.operand<Output>(1);
-  std::vector<char> workspace(static_cast<size_t>(backward_workspace<Element, kHeadDim>(args)), '\xff');
-  backward<Element, kHeadDim>(args, workspace.data(), nullptr);
+    BackwardArgs args;
+    problem.fill(args);
+    args.saved_out = out.template operand<Input>(1);
+    args.saved_lse = lse.operand<Input>(1);
+    args.saved_mass = mass.operand<Input>(1);
+    if (incoming.out) args.grad_out = problem.grad_out.template operand<Input>(1);
+    if (incoming.lse) args.grad_lse = problem.grad_lse.template operand<Input>(1);
+    if (incoming.mass) args.grad_mass = problem.grad_mass.template operand<Input>(1);
+    args.grad_query = grad_query.template operand<Output>(problem.num_views);
+    args.grad_key = grad_key.template operand<Output>(1);
+    args.grad_value = grad_value.template operand<Output>(1);
+    if (shape.bias) args.grad_bias = grad_bias.operand<Output>(1);
+    if (shape.sink) args.grad_sink = grad_sink.operand<Output>(1);
+    std::vector<char> workspace(static_cast<size_t>(backward_workspace<Element, kHeadDim>(args)), '\xff');
+    backward<Element, kHeadDim>(args, workspace.data(), nullptr);
 
-  const double unit = ElementTraits<Element>::kUnit + 2.4e-7 * oracle.largest;
-  expect_close("grad_query", grad_query.data, oracle.grad_query.data, oracle.grad_query_size.data, unit, 1e-6);
-  expect_close("grad_key", grad_key.data, oracle.grad_key.data, oracle.grad_key_size.data, unit, 1e-6);
-  expect_close("grad_value", grad_value.data, oracle.grad_value.data, oracle.grad_value_size.data, unit, 1e-6);
-  if (shape.bias)
-    expect_close("grad_bias", grad_bias.data, oracle.grad_bias.data, oracle.grad_bias_size.data,
-                 2e-6 + 2.4e-7 * oracle.largest, 1e-6);
-  if (shape.sink)
-    expect_close("grad_sink", grad_sink.data, oracle.grad_sink.data, oracle.grad_sink_size.data, unit, 1e-6);
-}
-
-template <class Element, int kHeadDim>
-void check_under_every_schedule(const Shape& shape) {
-  for (const Schedule schedule : {Schedule::kFirstWarp, Schedule::kLastWarp, Schedule::kRandom}) {
-    emulation::set_schedule(schedule, shape.seed);
-    check<Element, kHeadDim>(shape);
-    if (testing::Test::HasFailure()) break;
+    const double unit = ElementTraits<Element>::kUnit + 2.4e-7 * oracle.largest;
+    expect_close("grad_query", grad_query.data, oracle.grad_query.data, oracle.grad_query_size.data, unit, 1e-6);
+    expect_close("grad_key", grad_key.data, oracle.grad_key.data, oracle.grad_key_size.data, unit, 1e-6);
+    expect_close("grad_value", grad_value.data, oracle.grad_value.data, oracle.grad_value_size.data, unit, 1e-6);
+    if (shape.bias)
+      expect_close("grad_bias", grad_bias.data, oracle.grad_bias.data, oracle.grad_bias_size.data,
+                   2e-6 + 2.4e-7 * oracle.largest, 1e-6);
+    if (shape.sink)
+      expect_close("grad_sink", grad_sink.data, oracle.grad_sink.data, oracle.grad_sink_size.data, unit, 1e-6);
   }
-  emulation::set_schedule(Schedule::kFirstWarp);
-}
+};
 
 TEST(CudaBackward, PlainAttention) {
   Shape shape = dense({100}, {150}, 64);
   shape.bias = shape.sink = false;
   shape.modalities = 1;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Backward, BFloat16, 64>(shape);
 }
-TEST(CudaBackward, BiasSinkAndMass) { check_under_every_schedule<BFloat16, 64>(dense({70, 70}, {100, 100}, 64)); }
+TEST(CudaBackward, BiasSinkAndMass) {
+  check_under_every_schedule<Backward, BFloat16, 64>(dense({70, 70}, {100, 100}, 64));
+}
 TEST(CudaBackward, Causal) {
   Shape shape = dense({150}, {150}, 64);
   shape.causal = true;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Backward, BFloat16, 64>(shape);
   shape.queries = {70};
   shape.tokens_first = true;
-  check<Float16, 64>(shape);
+  Backward::check<Float16, 64>(shape);
   shape.queries = {200};
   shape.keys = {70};
-  check<BFloat16, 64>(shape);
+  Backward::check<BFloat16, 64>(shape);
 }
 TEST(CudaBackward, EveryHeadSize) {
-  const auto shape = [](int head_dim) {
-    Shape shape = dense({80}, {90}, head_dim);
-    shape.causal = true;
-    return shape;
-  };
-  check<BFloat16, 32>(shape(32));
-  check<BFloat16, 96>(shape(96));
-  check<BFloat16, 128>(shape(128));
-  check<BFloat16, 192>(shape(192));
-  check<BFloat16, 256>(shape(256));
-  check<float, 32>(shape(32));
-  check<float, 64>(shape(64));
-  check<float, 96>(shape(96));
-  check<float, 128>(shape(128));
-  check<float, 192>(shape(192));
-  check<float, 256>(shape(256));
+  Shape shape = dense({80}, {90}, 0);
+  shape.causal = true;
+  check_every_head_size<Backward>(shape);
 }
-TEST(CudaBackward, HeadSizesBetween) {
-  check<BFloat16, 32>(dense({20}, {90}, 8));
-  check<BFloat16, 96>(dense({20}, {90}, 72));
-  check<Float16, 256>(dense({20}, {60}, 200));
-  check<Float16, 192>(dense({20}, {60}, 136));
-  check<float, 64>(dense({20}, {90}, 40));
-}
-TEST(CudaBackward, TilesOfSeveralModalities) {
-  Shape shape = dense({90}, {170}, 32);
-  shape.layout = Layout::kShuffled;
-  shape.modalities = 4;
-  shape.padding = 0.2;
-  check_under_every_schedule<BFloat16, 32>(shape);
-  shape.modalities = 16;
-  check<float, 32>(shape);
-}
+TEST(CudaBackward, HeadSizesBetween) { check_head_sizes_between<Backward>(); }
+TEST(CudaBackward, TilesOfSeveralModalities) { check_tiles_of_several_modalities<Backward>(); }
 TEST(CudaBackward, Views) {
   Shape shape = dense({90}, {200}, 32);
   shape.views = shape.causal = true;
   shape.modalities = 3;
-  check_under_every_schedule<BFloat16, 32>(shape);
+  check_under_every_schedule<Backward, BFloat16, 32>(shape);
   shape.layout = Layout::kShuffled;
   shape.padding = 0.2;
   shape.hidden = 0.5;
-  check_under_every_schedule<Float16, 32>(shape);
-  check<float, 32>(shape);
+  check_under_every_schedule<Backward, Float16, 32>(shape);
+  Backward::check<float, 32>(shape);
 }
-TEST(CudaBackward, PaddingHoldsAnything) {
-  Shape shape = dense({80, 80}, {200, 200}, 64);
-  shape.padding = 0.5;
-  check<BFloat16, 64>(shape);
-  shape.padding = 2.0;  // nothing but padding
-  check<BFloat16, 64>(shape);
-  shape.sink = false;
-  check<float, 64>(shape);
-}
-TEST(CudaBackward, HiddenModalities) {
-  Shape shape = dense({150}, {150}, 64);
-  shape.hidden = 0.5;
-  shape.sink = false;
-  check_under_every_schedule<BFloat16, 64>(shape);
-  shape.hidden = 4;  // every row sees nothing
-  check<BFloat16, 64>(shape);
-  shape.sink = true;
-  check<float, 64>(shape);
-}
+TEST(CudaBackward, PaddingHoldsAnything) { check_padding<Backward>(); }
+TEST(CudaBackward, HiddenModalities) { check_hidden_modalities<Backward>(dense({150}, {150}, 64)); }
 TEST(CudaBackward, GroupsOfQueryHeads) {
   Shape shape = dense({70, 70}, {130, 130}, 32);
   shape.causal = true;
   shape.query_heads = 6;
   shape.kv_heads = 2;
-  check_under_every_schedule<BFloat16, 32>(shape);
+  check_under_every_schedule<Backward, BFloat16, 32>(shape);
 }
 TEST(CudaBackward, PackedSequences) {
   Shape shape = dense({40, 0, 1, 110, 33}, {60, 20, 100, 110, 0}, 64);
   shape.packed = true;
   shape.query_heads = 4;
   shape.kv_heads = 2;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Backward, BFloat16, 64>(shape);
   shape.causal = shape.views = true;
   shape.padding = 0.2;
-  check<BFloat16, 64>(shape);
-  check<float, 64>(shape);
+  Backward::check<BFloat16, 64>(shape);
+  Backward::check<float, 64>(shape);
 }
 TEST(CudaBackward, GradientsThatAreNotThere) {
   const Shape shape = dense({40}, {80}, 32);
-  check<BFloat16, 32>(shape, {true, false, false});
-  check<BFloat16, 32>(shape, {false, true, false});
-  check<BFloat16, 32>(shape, {false, false, true});
+  Backward::check<BFloat16, 32>(shape, {true, false, false});
+  Backward::check<BFloat16, 32>(shape, {false, true, false});
+  Backward::check<BFloat16, 32>(shape, {false, false, true});
 }
 TEST(CudaBackward, ScalesOfEitherSign) {
   Shape shape = dense({40}, {80}, 32);
   shape.scale = -0.3;
-  check<BFloat16, 32>(shape);
+  Backward::check<BFloat16, 32>(shape);
   shape.scale = 0;
-  check<BFloat16, 32>(shape);
+  Backward::check<BFloat16, 32>(shape);
 }
 TEST(CudaBackward, NothingToDo) {
-  check<BFloat16, 32>(dense({0}, {10}, 32));
-  check<BFloat16, 32>(dense({10}, {0}, 32));
+  Backward::check<BFloat16, 32>(dense({0}, {10}, 32));
+  Backward::check<BFloat16, 32>(dense({10}, {0}, 32));
 }
 
 }  // namespace

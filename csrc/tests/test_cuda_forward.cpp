@@ -11,191 +11,140 @@ namespace moda_ext {
 namespace cuda {
 namespace {
 
-using emulation::Schedule;
-
-template <class Element, int kHeadDim>
-void check(const Shape& shape, int multiprocessors = 1) {
-  Problem<Element> problem(shape);
-  const Oracle<Element> oracle(problem);
-  const Element poison = from_float<Element>(NAN);
-  Array<Element> out(shape, shape.query_heads, problem.total_queries, shape.head_dim, 1, poison);
-  Array<float> lse(shape, shape.query_heads, problem.total_queries, 1, 1, NAN);
-  Array<float> mass(shape, shape.query_heads, problem.total_queries, shape.modalities, 1, NAN);
-  ForwardArgs args;
-  problem.fill(args);
-  args.out = out.template operand<Output>(1);
-  args.lse = lse.operand<Output>(1);
-  args.mass = mass.operand<Output>(1);
-  const int64_t bytes = forward_workspace<Element, kHeadDim>(args, multiprocessors);
-  std::vector<char> workspace(static_cast<size_t>(bytes), '\xff');
-  forward<Element, kHeadDim>(args, multiprocessors, workspace.data(), nullptr);
-  const double exponent_error = 1.2e-7 * oracle.largest;
-  expect_close("out", out.data, oracle.out.data, oracle.out_size.data, ElementTraits<Element>::kUnit + exponent_error,
-               1e-6);
-  expect_close("lse", lse.data, oracle.lse.data, std::vector<double>(oracle.lse.data.size(), 0.0), 2e-7,
-               2e-7 + exponent_error);
-  expect_close("mass", mass.data, oracle.mass.data, std::vector<double>(oracle.mass.data.size(), 0.0),
-               5e-7 + exponent_error, 1e-7);
-}
-
-template <class Element, int kHeadDim>
-void check_under_every_schedule(const Shape& shape, int multiprocessors = 1) {
-  for (const Schedule schedule : {Schedule::kFirstWarp, Schedule::kLastWarp, Schedule::kRandom}) {
-    emulation::set_schedule(schedule, shape.seed);
-    check<Element, kHeadDim>(shape, multiprocessors);
-    if (testing::Test::HasFailure()) break;
+struct Forward {
+  template <class Element, int kHeadDim>
+  static void check(const Shape& shape, int multiprocessors = 1) {
+    Problem<Element> problem(shape);
+    const Oracle<Element> oracle(problem);
+    const Element poison = from_float<Element>(NAN);
+    Array<Element> out(shape, shape.query_heads, problem.total_queries, shape.head_dim, 1, poison);
+    Array<float> lse(shape, shape.query_heads, problem.total_queries, 1, 1, NAN);
+    Array<float> mass(shape, shape.query_heads, problem.total_queries, shape.modalities, 1, NAN);
+    ForwardArgs args;
+    problem.fill(args);
+    args.out = out.template operand<Output>(1);
+    args.lse = lse.operand<Output>(1);
+    args.mass = mass.operand<Output>(1);
+    const int64_t bytes = forward_workspace<Element, kHeadDim>(args, multiprocessors);
+    std::vector<char> workspace(static_cast<size_t>(bytes), '\xff');
+    forward<Element, kHeadDim>(args, multiprocessors, workspace.data(), nullptr);
+    const double exponent_error = 1.2e-7 * oracle.largest;
+    expect_close("out", out.data, oracle.out.data, oracle.out_size.data, ElementTraits<Element>::kUnit + exponent_error,
+                 1e-6);
+    expect_close("lse", lse.data, oracle.lse.data, std::vector<double>(oracle.lse.data.size(), 0.0), 2e-7,
+                 2e-7 + exponent_error);
+    expect_close("mass", mass.data, oracle.mass.data, std::vector<double>(oracle.mass.data.size(), 0.0),
+                 5e-7 + exponent_error, 1e-7);
   }
-  emulation::set_schedule(Schedule::kFirstWarp);
-}
+};
 
 TEST(CudaForward, PlainAttention) {
   Shape shape = dense({150}, {150}, 64);
   shape.bias = shape.sink = false;
   shape.modalities = 1;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Forward, BFloat16, 64>(shape);
 }
-TEST(CudaForward, BiasSinkAndMass) { check_under_every_schedule<BFloat16, 64>(dense({100, 100}, {170, 170}, 64)); }
+TEST(CudaForward, BiasSinkAndMass) {
+  check_under_every_schedule<Forward, BFloat16, 64>(dense({100, 100}, {170, 170}, 64));
+}
 TEST(CudaForward, Causal) {
   Shape shape = dense({150}, {150}, 64);
   shape.causal = true;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Forward, BFloat16, 64>(shape);
 }
 TEST(CudaForward, CausalWithMoreKeysThanQueries) {
   Shape shape = dense({70}, {200}, 64);
   shape.causal = shape.tokens_first = true;
-  check<Float16, 64>(shape);
+  Forward::check<Float16, 64>(shape);
 }
 TEST(CudaForward, CausalWithMoreQueriesThanKeys) {
   Shape shape = dense({200}, {70}, 64);
   shape.causal = true;
-  check<Float16, 64>(shape);
+  Forward::check<Float16, 64>(shape);
 }
 TEST(CudaForward, EveryHeadSize) {
-  const auto shape = [](int head_dim) {
-    Shape shape = dense({130}, {140}, head_dim);
-    shape.causal = true;
-    return shape;
-  };
-  check<BFloat16, 32>(shape(32));
-  check<BFloat16, 96>(shape(96));
-  check<BFloat16, 128>(shape(128));
-  check<BFloat16, 192>(shape(192));
-  check<BFloat16, 256>(shape(256));
-  check<float, 32>(shape(32));
-  check<float, 64>(shape(64));
-  check<float, 96>(shape(96));
-  check<float, 128>(shape(128));
-  check<float, 192>(shape(192));
-  check<float, 256>(shape(256));
+  Shape shape = dense({130}, {140}, 0);
+  shape.causal = true;
+  check_every_head_size<Forward>(shape);
 }
-TEST(CudaForward, HeadSizesBetween) {
-  check<BFloat16, 32>(dense({20}, {90}, 8));
-  check<BFloat16, 96>(dense({20}, {90}, 72));
-  check<Float16, 256>(dense({20}, {90}, 200));
-  check<float, 64>(dense({20}, {90}, 40));
-}
-TEST(CudaForward, TilesOfSeveralModalities) {
-  Shape shape = dense({90}, {170}, 32);
-  shape.layout = Layout::kShuffled;
-  shape.modalities = 4;
-  shape.padding = 0.2;
-  check_under_every_schedule<BFloat16, 32>(shape);
-  shape.modalities = 16;
-  check<float, 32>(shape);
-}
+TEST(CudaForward, HeadSizesBetween) { check_head_sizes_between<Forward>(); }
+TEST(CudaForward, TilesOfSeveralModalities) { check_tiles_of_several_modalities<Forward>(); }
 TEST(CudaForward, Views) {
   Shape shape = dense({90}, {300}, 32);
   shape.views = shape.causal = true;
   shape.modalities = 3;
-  check_under_every_schedule<BFloat16, 32>(shape);
+  check_under_every_schedule<Forward, BFloat16, 32>(shape);
   shape.layout = Layout::kShuffled;
   shape.padding = 0.2;
-  check_under_every_schedule<Float16, 32>(shape);
-  check<float, 32>(shape);
+  check_under_every_schedule<Forward, Float16, 32>(shape);
+  Forward::check<float, 32>(shape);
 }
-TEST(CudaForward, PaddingHoldsAnything) {
-  Shape shape = dense({80, 80}, {200, 200}, 64);
-  shape.padding = 0.5;
-  check<BFloat16, 64>(shape);
-  shape.padding = 2.0;  // nothing but padding
-  check<BFloat16, 64>(shape);
-  shape.sink = false;
-  check<float, 64>(shape);
-}
-TEST(CudaForward, HiddenModalities) {
-  Shape shape = dense({200}, {200}, 64);
-  shape.hidden = 0.5;
-  shape.sink = false;
-  check_under_every_schedule<BFloat16, 64>(shape);
-  shape.hidden = 4;  // every row sees nothing
-  check<BFloat16, 64>(shape);
-  shape.sink = true;
-  check<float, 64>(shape);
-}
+TEST(CudaForward, PaddingHoldsAnything) { check_padding<Forward>(); }
+TEST(CudaForward, HiddenModalities) { check_hidden_modalities<Forward>(dense({200}, {200}, 64)); }
 TEST(CudaForward, HiddenModalitiesWithViewsInMixedTiles) {
   Shape shape = dense({100}, {150}, 32);
   shape.hidden = 0.5;
   shape.views = true;
   shape.layout = Layout::kShuffled;
-  check_under_every_schedule<BFloat16, 32>(shape);
+  check_under_every_schedule<Forward, BFloat16, 32>(shape);
 }
 TEST(CudaForward, GroupsOfQueryHeads) {
   Shape shape = dense({70, 70}, {130, 130}, 32);
   shape.causal = true;
   shape.query_heads = 6;
   shape.kv_heads = 2;
-  check<BFloat16, 32>(shape);  // packed: 210 rows in two blocks instead of three
+  Forward::check<BFloat16, 32>(shape);  // packed: 210 rows in two blocks instead of three
   shape.query_heads = 8;
   shape.kv_heads = 1;
   shape.queries = {128, 128};
-  check<BFloat16, 32>(shape);  // not packed
+  Forward::check<BFloat16, 32>(shape);  // not packed
 }
 TEST(CudaForward, DecodingSplitsKeys) {
   Shape shape = dense({1, 1}, {900, 900}, 64);
   shape.query_heads = 8;
   shape.kv_heads = 2;
   shape.causal = true;
-  check_under_every_schedule<BFloat16, 64>(shape, 100);
+  check_under_every_schedule<Forward, BFloat16, 64>(shape, 100);
   shape.views = true;
-  check<Float16, 64>(shape, 100);
+  Forward::check<Float16, 64>(shape, 100);
   shape.hidden = 2;
   shape.padding = 0.7;
-  check<float, 64>(shape, 7);
+  Forward::check<float, 64>(shape, 7);
 }
 TEST(CudaForward, ChunkedPrefillSplitsKeys) {
   Shape shape = dense({30}, {1100}, 128);
   shape.query_heads = 3;
   shape.causal = shape.tokens_first = true;
-  check<BFloat16, 128>(shape, 16);
+  Forward::check<BFloat16, 128>(shape, 16);
 }
 TEST(CudaForward, PackedSequences) {
   Shape shape = dense({40, 0, 1, 170, 33}, {60, 20, 300, 170, 0}, 64);
   shape.packed = true;
   shape.query_heads = 4;
   shape.kv_heads = 2;
-  check_under_every_schedule<BFloat16, 64>(shape);
+  check_under_every_schedule<Forward, BFloat16, 64>(shape);
   shape.causal = shape.views = true;
   shape.padding = 0.2;
-  check<BFloat16, 64>(shape);
-  check<float, 64>(shape, 100);
+  Forward::check<BFloat16, 64>(shape);
+  Forward::check<float, 64>(shape, 100);
 }
 TEST(CudaForward, ScalesOfEitherSign) {
   Shape shape = dense({40}, {80}, 32);
   shape.scale = -0.3;
-  check<BFloat16, 32>(shape);
+  Forward::check<BFloat16, 32>(shape);
   shape.scale = 0;
   shape.causal = true;
-  check<BFloat16, 32>(shape);
+  Forward::check<BFloat16, 32>(shape);
 }
 TEST(CudaForward, LargeScores) {
   Shape shape = dense({40}, {200}, 32);
   shape.scale = 40;
-  check<float, 32>(shape);
+  Forward::check<float, 32>(shape);
 }
 TEST(CudaForward, NothingToDo) {
-  check<BFloat16, 32>(dense({0}, {10}, 32));
-  check<BFloat16, 32>(dense({10}, {0}, 32));
-  check<BFloat16, 32>(dense({}, {}, 32));
+  Forward::check<BFloat16, 32>(dense({0}, {10}, 32));
+  Forward::check<BFloat16, 32>(dense({10}, {0}, 32));
+  Forward::check<BFloat16, 32>(dense({}, {}, 32));
 }
 
 }  // namespace

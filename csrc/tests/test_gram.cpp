@@ -139,14 +139,12 @@ TYPED_TEST(Gram, ViewsAndIndicatorEqualPlainLoops) {
     return static_cast<double>(weights[which][(m * D * r) + row * columns + column]);
   };
   for (int i = 0; i < queries; ++i) {
-    const double* q = nullptr;
-    std::vector<double> row(query.begin() + i * D, query.begin() + (i + 1) * D);
-    q = row.data();
+    const std::vector<double> q(query.begin() + i * D, query.begin() + (i + 1) * D);
     double norm = 0;
     for (int d = 0; d < D; ++d) norm += q[d] * q[d];
     std::vector<double> forms(M, 0.0);
     for (int a = 0; a < M; ++a) {
-      std::vector<double> y(r, 0.0), x(r, 0.0), aligned(D, 0.0), view(row);
+      std::vector<double> y(r, 0.0), x(r, 0.0), aligned(D, 0.0), view(q);
       for (int k = 0; k < r; ++k)
         for (int d = 0; d < D; ++d) {
           y[k] += q[d] * weight(1, a, k, d, D);

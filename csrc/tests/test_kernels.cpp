@@ -254,6 +254,16 @@ TEST(Conversion, Float16RoundsToNearestEven) {
 class Tiles : public testing::Test {
  protected:
   void SetUp() override { ASSERT_EQ(active_isa(), Isa::amx); }  // which also asks for the right to use tiles
+  // Of kDepth terms, `step` elements apart.
+  static void expect_product(const float* a, const float* b, int step, float got) {
+    double expected = 0, magnitude = 0;
+    for (int k = 0; k < TileProducts::kDepth; ++k) {
+      const double term = double{a[k * step]} * b[k * step];
+      expected += term;
+      magnitude += std::fabs(term);
+    }
+    ASSERT_NEAR(got, expected, 6e-8 * magnitude);
+  }
   // Random numbers that `parts` bfloat16 numbers hold exactly.
   static std::vector<float> random_matrix(int parts, int rows) {
     std::vector<float> values = random_values<float>(static_cast<size_t>(rows) * tile_products().stride);
@@ -307,20 +317,15 @@ TEST_F(Tiles, TinyNumbersStayTiny) {
 }
 // As accurate as a float product: half a unit in the last place of the sum of magnitudes, and a little.
 TEST_F(Tiles, ProductOverColumns) {
-  const int stride = tile_products().stride, depth = TileProducts::kDepth;
+  const int stride = tile_products().stride;
   for (int parts : {1, 2, 3}) {
     const std::vector<float> a = random_matrix(parts, 32), b = random_matrix(parts, 32);
     std::vector<float> c(32 * stride, 7);
     tile_products().by_columns[parts - 1](a.data(), b.data(), c.data());
     for (int i = 0; i < 32; ++i) {
       for (int j = 0; j < 32; ++j) {
-        double expected = 0, magnitude = 0;
-        for (int k = 0; k < depth; ++k) {
-          const double term = double{a[i * stride + k]} * b[j * stride + k];
-          expected += term;
-          magnitude += std::fabs(term);
-        }
-        ASSERT_NEAR(c[i * stride + j], expected, 6e-8 * magnitude) << i << ", " << j << ", parts " << parts;
+        ASSERT_NO_FATAL_FAILURE(expect_product(&a[i * stride], &b[j * stride], 1, c[i * stride + j]))
+            << i << ", " << j << ", parts " << parts;
       }
     }
   }
@@ -339,13 +344,8 @@ TEST_F(Tiles, ProductOverRowsOfEveryBlockShape) {
             ASSERT_EQ(c[i * stride + j], 7) << "wrote beyond its block";
             continue;
           }
-          double expected = 0, magnitude = 0;
-          for (int k = 0; k < depth; ++k) {
-            const double term = double{a[k * stride + i]} * b[k * stride + j];
-            expected += term;
-            magnitude += std::fabs(term);
-          }
-          ASSERT_NEAR(c[i * stride + j], expected, 6e-8 * magnitude) << i << ", " << j << ", parts " << parts;
+          ASSERT_NO_FATAL_FAILURE(expect_product(&a[i], &b[j], stride, c[i * stride + j]))
+              << i << ", " << j << ", parts " << parts;
         }
       }
     }

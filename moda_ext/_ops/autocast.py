@@ -15,10 +15,9 @@ _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 def cast_inputs(query, key, value, modality_bias, sink):
     """The five floating-point arguments as an autocast region wants them; unchanged outside one. Differentiable."""
-    device_type = query.device.type if isinstance(query, Tensor) else ""
-    if device_type not in _DEVICES or not torch.is_autocast_enabled(device_type):
+    dtype = _region_dtype(query)
+    if dtype is None:
         return query, key, value, modality_bias, sink
-    dtype = torch.get_autocast_dtype(device_type)
     query, key, value = (_cast(t, dtype) for t in (query, key, value))
     bias_dtype = accumulation_dtype(query.dtype)
     return query, key, value, _cast(modality_bias, bias_dtype), _cast(sink, bias_dtype)
@@ -26,10 +25,16 @@ def cast_inputs(query, key, value, modality_bias, sink):
 
 def cast_tokens(*tensors):
     """Queries and keys of the alignment operators as an autocast region wants them; unchanged outside one."""
-    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    dtype = _region_dtype(tensors[0])
+    return tensors if dtype is None else tuple(_cast(t, dtype) for t in tensors)
+
+
+def _region_dtype(tensor) -> torch.dtype | None:
+    """The dtype that an autocast region gives to tensors on the device of this one; None outside one."""
+    device_type = tensor.device.type if isinstance(tensor, Tensor) else ""
     if device_type not in _DEVICES or not torch.is_autocast_enabled(device_type):
-        return tensors
-    return tuple(_cast(t, torch.get_autocast_dtype(device_type)) for t in tensors)
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _cast(tensor, dtype: torch.dtype):

@@ -295,11 +295,11 @@ def _multiple_of(op, heads, kv_heads, name) -> None:
         )
 
 
-def _head_size(op, name, head_size) -> None:
+def _head_size(op, name, head_size, padding="Pad with zeros") -> None:
     if head_size < HEAD_SIZE_STEP or head_size > MAX_HEAD_SIZE or head_size % HEAD_SIZE_STEP != 0:
         raise NotImplementedError(
             f"{op}: {name} has head size {head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} from "
-            f"{HEAD_SIZE_STEP} to {MAX_HEAD_SIZE}. Pad with zeros, or call moda_ext.reference.{op}, which takes any"
+            f"{HEAD_SIZE_STEP} to {MAX_HEAD_SIZE}. {padding}, or call moda_ext.reference.{op}, which takes any size"
         )
 
 
@@ -362,12 +362,8 @@ def _kv_shapes(op, heads, head_size, kv_heads, key, value) -> None:
     if key.shape[-1] != head_size:
         _mismatch(op, "key", "the head size of query", head_size, key.shape[-1])
     _multiple_of(op, heads, kv_heads, "key")
-    if head_size < HEAD_SIZE_STEP or head_size > MAX_HEAD_SIZE or head_size % HEAD_SIZE_STEP != 0:
-        raise NotImplementedError(
-            f"{op}: query has head size {head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} from "
-            f"{HEAD_SIZE_STEP} to {MAX_HEAD_SIZE}. Pad query, key and value with zeros, pass the scale of the true "
-            f"head size and cut the output, or call moda_ext.reference.{op}, which takes any size"
-        )
+    padding = "Pad query, key and value with zeros, pass the scale of the true head size and cut the output"
+    _head_size(op, "query", head_size, padding)
 
 
 def _broadcastable(op, name, tensor, shape, layout) -> None:

@@ -147,15 +147,19 @@ def causal_gram_projection(
     return empty_in_layout_of(query, (num_modalities, *query.shape)), _gram(key, num_modalities)
 
 
-def causal_gram_projection_backward(
-    grad_projection, grad_gram, query, key, key_modality, row_scale, initial, num_modalities, unit_keys, eps
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _causal_gradients(query, key, row_scale, initial, weights=()) -> tuple[Tensor, ...]:
     return (
         empty_in_layout_of(query, query.shape),
         empty_in_layout_of(key, key.shape),
-        row_scale.new_empty(row_scale.shape),
+        *(row_scale.new_empty(tensor.shape) for tensor in (row_scale, *weights)),
         row_scale.new_empty(0 if initial is None else initial.shape),
     )
+
+
+def causal_gram_projection_backward(
+    grad_projection, grad_gram, query, key, key_modality, row_scale, initial, num_modalities, unit_keys, eps
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _causal_gradients(query, key, row_scale, initial)
 
 
 def duplex_query_views(
@@ -199,13 +203,7 @@ def duplex_query_views_backward(
     unit_keys,
     eps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        empty_in_layout_of(query, query.shape),
-        empty_in_layout_of(key, key.shape),
-        row_scale.new_empty(row_scale.shape),
-        *(row_scale.new_empty(weight.shape) for weight in (a1, b1, a2, b2)),
-        row_scale.new_empty(0 if initial is None else initial.shape),
-    )
+    return _causal_gradients(query, key, row_scale, initial, (a1, b1, a2, b2))
 
 
 def register() -> None:

@@ -56,13 +56,11 @@ def modular_attention_backward(info, in_dims, *args):
     return tuple(results), tuple(out_dims)
 
 
-def _one_by_one(op, contiguous: bool = False):
-    """The rule that calls ``op`` for every slice and stacks the results; ``contiguous``: it takes no other tensors."""
+def _one_by_one(op):
+    """The rule that calls ``op`` for every slice, made contiguous, and stacks the results."""
 
     def select(argument, dim, i):
-        if dim is None:
-            return argument
-        return argument.select(dim, i).contiguous() if contiguous else argument.select(dim, i)
+        return argument if dim is None else argument.select(dim, i).contiguous()
 
     def rule(info, in_dims, *args):
         slices = [op(*(select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
@@ -74,31 +72,25 @@ def _one_by_one(op, contiguous: bool = False):
 
 def pseudo_score_sink(info, in_dims, decay, base, num_rows, length, start):
     size = info.batch_size
-    decay, base = (_fold(t, d, -1, size) for t, d in zip((decay, base), in_dims, strict=False))
+    decay, base = _fold_all((decay, base), in_dims, (-1, -1), size)
     return _unfold(torch.ops.moda_ext.pseudo_score_sink(decay, base, num_rows, length, start), 0, size), 0
 
 
 def pseudo_score_sink_backward(info, in_dims, grad, decay, base, num_rows, length, start):
     size = info.batch_size
-    grad, decay, base = (
-        _fold(t, d, b, size) for t, d, b in zip((grad, decay, base), in_dims, (-2, -1, -1), strict=False)
-    )
+    grad, decay, base = _fold_all((grad, decay, base), in_dims, (-2, -1, -1), size)
     grads = torch.ops.moda_ext.pseudo_score_sink_backward(grad, decay, base, num_rows, length, start)
     return tuple(_unfold(g, 0, size) for g in grads), (0, 0)
 
 
 def modality_gram(info, in_dims, key, modality, *options):
-    key, modality = (
-        _fold(t, d, b, info.batch_size) for t, d, b in zip((key, modality), in_dims, (-4, -2), strict=False)
-    )
+    key, modality = _fold_all((key, modality), in_dims, (-4, -2), info.batch_size)
     return _unfold(torch.ops.moda_ext.modality_gram(key, modality, *options), 0, info.batch_size), 0
 
 
-def modality_gram_backward(info, in_dims, *args):
-    grad, key, modality = (
-        _fold(t, d, b, info.batch_size) for t, d, b in zip(args[:3], in_dims, (-5, -4, -2), strict=False)
-    )
-    grad_key = torch.ops.moda_ext.modality_gram_backward(grad.contiguous(), key, modality, *args[3:])
+def modality_gram_backward(info, in_dims, grad, key, modality, *options):
+    grad, key, modality = _fold_all((grad, key, modality), in_dims, (-5, -4, -2), info.batch_size)
+    grad_key = torch.ops.moda_ext.modality_gram_backward(grad.contiguous(), key, modality, *options)
     return _unfold(grad_key, 0, info.batch_size), 0
 
 
@@ -116,6 +108,6 @@ def register() -> None:
     }
     for name in ("causal_gram_projection", "duplex_query_views"):  # sums over the batch make weights' gradients
         for op in (name, f"{name}_backward"):
-            rules[op] = _one_by_one(getattr(ops, op).default, contiguous=True)
+            rules[op] = _one_by_one(getattr(ops, op).default)
     for name, rule in rules.items():
         torch.library.register_vmap(f"moda_ext::{name}", rule)

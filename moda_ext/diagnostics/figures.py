@@ -15,14 +15,8 @@ from moda_ext.diagnostics.results import Diagnosis
 
 __all__ = ["attention_by_layer", "disparity_by_layer", "heads", "image_attention", "similarity", "token_scores"]
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # Okabe and Ito: safe for colour-blind eyes
+# Okabe and Ito: safe for colour-blind eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1)))  # one for each diagnosis
 HATCHES = ("", "///", "...", "xxx")
 
@@ -38,7 +32,7 @@ def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "bot
         ValueError: no diagnosis, or modalities that differ.
     """
     diagnoses = _sequence(diagnoses)
-    figure, axes = _figure(1, 1, width=5.2)
+    figure, axes = _figure(1, width=5.2)
     axis = axes[0]
     width = 0.8 / len(diagnoses)
     names = diagnoses[0].modalities
@@ -75,7 +69,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
         ValueError: an unknown option.
     """
     names = diagnosis.modalities
-    figure, axes = _figure(1, len(names), width=4.2 * len(names))
+    figure, axes = _figure(len(names), width=4.2 * len(names))
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         options = {"rows": rows, "first_token": first_token}
         for measure, style, label in (("self", "-", f"{name} to {name}"), ("cross", "--", f"{name} to others")):
@@ -108,7 +102,7 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
     """
     diagnoses = _sequence(diagnoses)
     names = diagnoses[0].modalities
-    figure, axes = _figure(1, len(names), width=4.2 * len(names))
+    figure, axes = _figure(len(names), width=4.2 * len(names))
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         for k, diagnosis in enumerate(diagnoses):
             for null in (False, True):
@@ -141,7 +135,7 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
     """
     values = diagnosis.figure(measure, rows=rows, first_token=first_token, per_head=True)
     names = diagnosis.modalities
-    figure, axes = _figure(1, len(names), width=4.2 * len(names))
+    figure, axes = _figure(len(names), width=4.2 * len(names))
     top = 1.0 if measure == "disparity" else None
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         image = axis.imshow(
@@ -151,7 +145,7 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
         axis.set_xlabel("head")
         axis.set_yticks(range(len(diagnosis.layer_ids)), diagnosis.layer_ids)
         axis.yaxis.set_major_locator(_integer_locator())
-        axis.xaxis.set_major_locator(_integer_locator())
+        _integer_ticks(axis)
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("layer")
     return figure
@@ -178,7 +172,7 @@ def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: 
             f"{tuple(scores.shape)}"
         )
     ratio = (scores / (scores.mean() if uniform is None else uniform)).reshape(height, width)
-    figure, axes = _figure(1, 2, width=8.0)
+    figure, axes = _figure(2, width=8.0)
     for axis in axes:
         axis.imshow(picture.numpy() if isinstance(picture, Tensor) else picture)
         axis.set_axis_off()
@@ -199,7 +193,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
         ValueError: a diagnosis that was not measured with ``similarity=True``.
     """
     diagnoses = _sequence(diagnoses)
-    figure, axes = _figure(1, 1, width=5.2)
+    figure, axes = _figure(1, width=5.2)
     for k, diagnosis in enumerate(diagnoses):
         if diagnosis.similarity is None:
             raise ValueError(f"similarity: {diagnosis.name} was not measured with AttentionMeter(similarity=True)")
@@ -229,7 +223,8 @@ def _sequence(diagnoses) -> list[Diagnosis]:
     return diagnoses
 
 
-def _figure(rows: int, columns: int, width: float):
+def _figure(columns: int, width: float):
+    """A figure with one row of axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -237,8 +232,8 @@ def _figure(rows: int, columns: int, width: float):
             "moda_ext.diagnostics.figures needs matplotlib, which is not installed; install it with: "
             "pip install 'moda_ext[diagnostics]'"
         ) from error
-    figure = Figure(figsize=(width, 3.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    figure = Figure(figsize=(width, 3.5), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False).flatten().tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

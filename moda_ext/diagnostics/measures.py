@@ -69,7 +69,7 @@ def rows_that_see_all(counts: Tensor, key_modality: Tensor) -> Tensor:
     Returns:
         (B, Nq), bool.
     """
-    present = _one_hot(key_modality, counts.shape[-1], torch.bool).any(dim=1)[:, None]  # (B, 1, M)
+    present = _members(key_modality, counts.shape[-1]).any(dim=1)[:, None]  # (B, 1, M)
     return ((counts > 0) | ~present).all(dim=-1) & (present.sum(dim=-1) > 1)
 
 
@@ -84,7 +84,7 @@ def choose_rows(query_modality: Tensor, num_modalities: int, rows: Tensor | None
     Returns:
         (B, Nq, M), bool.
     """
-    chosen = _one_hot(query_modality, num_modalities, torch.bool)
+    chosen = _members(query_modality, num_modalities)
     return chosen if rows is None else chosen & rows[..., None]
 
 
@@ -223,9 +223,9 @@ def token_similarity(hidden: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(n > 1, total / (n * (n - 1)).clamp(min=1), torch.nan)
 
 
-def _one_hot(modality: Tensor, num_modalities: int, dtype: torch.dtype) -> Tensor:
-    """(..., N, M); a row of zeros for -1."""
-    return (modality[..., None] == torch.arange(num_modalities, device=modality.device)).to(dtype)
+def _members(modality: Tensor, num_modalities: int) -> Tensor:
+    """(..., N, M), bool: whether a token is of modality m; -1 is of none."""
+    return modality[..., None] == torch.arange(num_modalities, device=modality.device)
 
 
 def _off_diagonal_sum(values: Tensor) -> Tensor:

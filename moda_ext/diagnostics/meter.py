@@ -223,7 +223,6 @@ class _Call:
     """What the layers have in common in one forward pass: which row sees what."""
 
     def __init__(self, record: AttentionRecord):
-        self.layer = record.layer
         self.query_modality, self.key_modality, self.visible = (
             record.query_modality,
             record.key_modality,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moda_ext.diagnostics import figures
-from moda_ext.diagnostics.results import Diagnosis
+from moda_ext.diagnostics.results import VARIANTS, Diagnosis
 from moda_ext.diagnostics.runner import Picture
 
 __all__ = ["write_report"]
@@ -112,10 +112,10 @@ def write_report(
             caption = f"{name}. {picture.title} Mean over layers, heads and text rows after the image."
             parts.append(_chart(drawn, caption, "png"))
     parts.append("<h2>Numbers</h2>")
-    for rows, first_token in (("both", True), ("both", False), ("all", True), ("all", False)):
+    for rows, first_token in VARIANTS:
         title = f"{ROWS[rows]}, {'all keys' if first_token else 'without the first token as a key'}"
         table = _summary_table(diagnoses, rows, first_token)
-        opened = " open" if (rows, first_token) == ("both", True) else ""
+        opened = " open" if (rows, first_token) == VARIANTS[0] else ""
         parts.append(f"<details{opened}><summary>{title[0].upper() + title[1:]}</summary>{table}</details>")
     for d in diagnoses:
         parts.append(f"<details><summary>{_text(d.name)} by layer</summary>{_layer_table(d)}</details>")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from moda_ext.diagnostics import measures
 __all__ = ["Comparison", "Diagnosis", "LayerSums", "TokenScores"]
 
 ROWS = ("all", "both")
+VARIANTS = (("both", True), ("both", False), ("all", True), ("all", False))  # rows, first_token
 MEASURES = ("self", "cross", "disparity", "disparity_sum", "disparity_self", "score", "mdi", "sink")
 SUMMARY = ("avg_diff", "avg_diff_sum", "avg_diff_self", "decay", "self", "cross", "score", "mdi", "sink")
 
@@ -176,7 +178,7 @@ class Diagnosis:
     def to_dict(self) -> dict:
         """Plain numbers, lists and strings; None where a figure is not defined. :meth:`from_dict` reads it."""
         figures, summary = {}, {}
-        for rows, first_token, null in _variants():
+        for (rows, first_token), null in itertools.product(VARIANTS, (False, True)):
             key = _variant_name(rows, first_token, null)
             options = {"rows": rows, "first_token": first_token, "null": null}
             figures[key] = {measure: _plain(self.figure(measure, **options)) for measure in MEASURES}
@@ -251,9 +253,7 @@ class Diagnosis:
         """
         pandas = _import_pandas()
         lines = []
-        for rows, first_token, null in _variants():
-            if null:
-                continue
+        for rows, first_token in VARIANTS:
             options = {"rows": rows, "first_token": first_token}
             for measure in MEASURES:
                 uniform = self.figure(measure, **options, null=True)
@@ -348,13 +348,13 @@ class Comparison:
 
     def to_dict(self) -> dict:
         """Plain numbers, lists and strings: both diagnoses, and the lines of each variant."""
-        lines = {}
-        for rows, first_token, null in _variants():
-            if not null:
-                lines[_variant_name(rows, first_token, null)] = [
-                    {key: _plain(value) for key, value in line.items()}
-                    for line in self.lines(rows=rows, first_token=first_token)
-                ]
+        lines = {
+            _variant_name(rows, first_token): [
+                {key: _plain(value) for key, value in line.items()}
+                for line in self.lines(rows=rows, first_token=first_token)
+            ]
+            for rows, first_token in VARIANTS
+        }
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "lines": lines}
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -369,11 +369,7 @@ class Comparison:
         return _import_pandas().DataFrame(self.lines(rows=rows, first_token=first_token))
 
 
-def _variants():
-    return [(rows, first, null) for rows in ROWS[::-1] for first in (True, False) for null in (False, True)]
-
-
-def _variant_name(rows: str, first_token: bool, null: bool) -> str:
+def _variant_name(rows: str, first_token: bool, null: bool = False) -> str:
     return f"{rows} rows, {'with' if first_token else 'without'} first token" + (", uniform attention" if null else "")
 
 

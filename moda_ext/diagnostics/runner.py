@@ -161,15 +161,11 @@ def format_prompt(processor, prompt: str) -> str:
     return f"{processor.image_token}\n{prompt}"
 
 
-def image_token(model) -> int:
-    """The id of an image placeholder."""
-    config = model.config
-    return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-
-
 def _layout(model, processor, inputs, image):
     """(picture, grid, place of its first token, reason why there is none) of a prompt about one image."""
-    places = (inputs["input_ids"][0] == image_token(model)).nonzero()[:, 0].tolist()
+    from moda_ext.integrations.transformers.hooks import placeholder
+
+    places = (inputs["input_ids"][0] == placeholder(model.config, "image")).nonzero()[:, 0].tolist()
     pixels, kind = inputs.get("pixel_values"), model.config.model_type
     if inputs.get("image_grid_thw") is not None:  # Qwen: the whole image, in patches that are merged
         merge = model.config.vision_config.spatial_merge_size

@@ -36,9 +36,7 @@ struct ProjectionScratch {
 
 template <class T>
 int64_t projection_scratch_bytes(const ProjectionForwardArgs& args) {
-  Arena<T> arena(nullptr);
-  ProjectionScratch<T> scratch(args, arena);
-  return arena.used();
+  return scratch_bytes<ProjectionScratch<T>, T>(args);
 }
 
 // out = q G^m before the chunk, plus the chunk's own keys of modality m; scores are masked.
@@ -67,7 +65,7 @@ void projection(const ProjectionForwardArgs& args, int64_t batch, int64_t kv_hea
   constexpr int kStride = kScratchStride<T>;
   Arena<T> arena(memory);
   ProjectionScratch<T> s(args, arena);
-  start_state(args, initial_of<T>(args, args.initial, batch, kv_head), s.state);
+  start_state(args, grams_of<T>(args, args.initial, batch, kv_head), s.state);
   Chunk chunk;
   for (int64_t first = 0; first < args.num_keys; first += kChunk) {
     plan_chunk(args, batch, first, args.num_keys, chunk);
@@ -90,8 +88,7 @@ void projection(const ProjectionForwardArgs& args, int64_t batch, int64_t kv_hea
     add_chunk(args, chunk, s.features.rows, s.state);
     mirror_changed(args, chunk, s.state);
   }
-  const int64_t item = batch * args.kv_heads + kv_head;
-  store_state(args, s.state, static_cast<T*>(args.gram) + item * args.num_modalities * state_elements(args));
+  store_state(args, s.state, grams_of<T>(args, args.gram, batch, kv_head));
 }
 
 template <class T>
@@ -117,9 +114,7 @@ struct ProjectionBackwardScratch : ProjectionScratch<T> {
 
 template <class T>
 int64_t projection_backward_scratch_bytes(const ProjectionBackwardArgs& args, int64_t batch) {
-  Arena<T> arena(nullptr);
-  ProjectionBackwardScratch<T> scratch(args, count_states(args, batch), arena);
-  return arena.used();
+  return scratch_bytes<ProjectionBackwardScratch<T>, T>(args, count_states(args, batch));
 }
 
 template <class T>
@@ -150,7 +145,7 @@ void projection_backward(const ProjectionBackwardArgs& args, int64_t batch, int6
   const int D = args.head_dim;
   Arena<T> arena(memory);
   ProjectionBackwardScratch<T> s(args, count_states(args, batch), arena);
-  start_state(args, initial_of<T>(args, args.initial, batch, kv_head), s.state);
+  start_state(args, grams_of<T>(args, args.initial, batch, kv_head), s.state);
   Chunk chunk;
   int64_t entry = 0;
   for (int64_t first = 0; first < args.num_keys; first += kChunk) {
@@ -163,7 +158,7 @@ void projection_backward(const ProjectionBackwardArgs& args, int64_t batch, int6
 
   // The final Gram's gradient dG acts on every key as a later row would: dphi = phi (dG + dG^T).
   const auto later_of = [&](int m) { return s.later + int64_t{m} * D * kStride; };
-  const T* grad_gram = initial_of<T>(args, args.grad_gram, batch, kv_head);
+  const T* grad_gram = grams_of<T>(args, args.grad_gram, batch, kv_head);
   clear_rows(int64_t{args.num_modalities} * D, s.later);
   for (int m = 0; grad_gram != nullptr && m < args.num_modalities; ++m)
     copy_rows<T>(D, D, grad_gram + m * state_elements(args), D, later_of(m), kStride);
@@ -226,8 +221,7 @@ void projection_backward(const ProjectionBackwardArgs& args, int64_t batch, int6
 
   if (args.grad_initial == nullptr) return;
   // The initial Gram is symmetric, and so is its gradient.
-  T* grad_initial = static_cast<T*>(args.grad_initial) +
-                    (batch * args.kv_heads + kv_head) * args.num_modalities * state_elements(args);
+  T* grad_initial = grams_of<T>(args, args.grad_initial, batch, kv_head);
   for (int m = 0; m < args.num_modalities; ++m)
     for (int i = 0; i < D; ++i)
       for (int j = 0; j < D; ++j)

@@ -123,9 +123,7 @@ struct DuplexScratch {
 
 template <class T>
 int64_t duplex_scratch_bytes(const DuplexForwardArgs& args) {
-  Arena<T> arena(nullptr);
-  DuplexScratch<T> scratch(args, arena);
-  return arena.used();
+  return scratch_bytes<DuplexScratch<T>, T>(args);
 }
 
 // A row q + view as the output's row.
@@ -150,8 +148,7 @@ void scale_rows(const RowBlock& block, int columns, const T* x, const T (*scale)
 }
 
 // One past the last term of the view that contributes: terms of modalities not seen yet are zero.
-template <class T>
-int count_terms(const DuplexArgs& args, int view, const bool* seen) {
+inline int count_terms(const DuplexArgs& args, int view, const bool* seen) {
   int count = 1;
   for (int m = 0; m < args.num_modalities; ++m)
     if (m != view && seen[m]) count = term_of_modality(view, m) + 1;
@@ -166,7 +163,7 @@ void make_view(const DuplexArgs& args, const Chunk& chunk, const RowBlock& block
   const ViewWeights<T> w = ViewWeights<T>::of(args, a, args.weights);
   multiply<T, Order::kRowMajor, Accumulate::kStore>(block.count, 2 * R, D, s.query, w.down, w.down_stride, s.low_rank,
                                                     kStride);
-  const int terms = count_terms<T>(args, a, seen), per_block = terms_per_block<T>(args);
+  const int terms = count_terms(args, a, seen), per_block = terms_per_block<T>(args);
   const T* stack = s.stack + int64_t{a} * args.num_modalities * R * kStride;
   for (int first = 0; first < terms; first += per_block) {
     const int count = smaller(per_block, terms - first);
@@ -253,20 +250,6 @@ void latent_keys(const DuplexArgs& args, const Chunk& chunk, const T* transposed
         latent + int64_t{a} * R * kScratchStride<T>, kScratchStride<T>);
 }
 
-// Asks for the query rows that come next: the next head's of the chunk, or the first head's of the next chunk.
-template <class Storage>
-void prefetch_next(const CausalArgs& args, const Input& operand, int64_t batch, int64_t kv_head, int64_t head,
-                   const RowBlock& block) {
-  if (head + 1 < (kv_head + 1) * args.group) {
-    prefetch_rows(at<Storage>(operand, batch, head + 1, block.row), operand.row, block.count, args.head_dim);
-    return;
-  }
-  const int64_t row = block.row + block.count, left = args.num_queries - row;
-  if (left > 0)
-    prefetch_rows(at<Storage>(operand, batch, kv_head * args.group, row), operand.row, left < kChunk ? left : kChunk,
-                  args.head_dim);
-}
-
 template <class Storage, class T>
 void duplex(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head, void* memory) {
   constexpr int kStride = kScratchStride<T>;
@@ -274,7 +257,7 @@ void duplex(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head, void*
   Arena<T> arena(memory);
   DuplexScratch<T> s(args, arena);
   const bool needs_gram = DuplexScratch<T>::needs_gram(args);
-  const T* initial = initial_of<T>(args, args.initial, batch, kv_head);
+  const T* initial = grams_of<T>(args, args.initial, batch, kv_head);
   if (needs_gram) start_state(args, initial, s.state);
   bool seen[kMaxModalities];
   for (int m = 0; m < M; ++m) seen[m] = initial != nullptr;
@@ -328,9 +311,7 @@ void duplex(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head, void*
     }
   }
   stream_fence();
-  if (args.gram != nullptr)
-    store_state(args, s.state,
-                static_cast<T*>(args.gram) + (batch * args.kv_heads + kv_head) * M * state_elements(args));
+  if (args.gram != nullptr) store_state(args, s.state, grams_of<T>(args, args.gram, batch, kv_head));
 }
 
 }  // namespace MODA_EXT_TIER

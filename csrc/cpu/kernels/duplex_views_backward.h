@@ -91,9 +91,7 @@ struct DuplexBackwardScratch {
 
 template <class T>
 int64_t duplex_backward_scratch_bytes(const DuplexBackwardArgs& args, int64_t batch) {
-  Arena<T> arena(nullptr);
-  DuplexBackwardScratch<T> scratch(args, count_states(args, batch), arena);
-  return arena.used();
+  return scratch_bytes<DuplexBackwardScratch<T>, T>(args, count_states(args, batch));
 }
 
 // The states before the first token.
@@ -238,7 +236,7 @@ void differentiate_view(const DuplexBackwardArgs& args, const Chunk& chunk, cons
   }
   T* grad_x = s.grad_low_rank + R;
   for (int i = 0; i < block.count; ++i) memset(grad_x + i * kStride, 0, sizeof(T) * static_cast<size_t>(R));
-  const int terms = count_terms<T>(args, a, reached), per_block = terms_per_block<T>(args);
+  const int terms = count_terms(args, a, reached), per_block = terms_per_block<T>(args);
   for (int first = 0; first < terms; first += per_block) {
     const int count = smaller(per_block, terms - first);
     multiply<T, Order::kRowMajor, Accumulate::kStore>(
@@ -317,10 +315,9 @@ void differentiate_indicator(const DuplexBackwardArgs& args, int64_t batch, int6
   }
 }
 
-// What the states before the first token pass on: to A2 through H_0 = A2^T G_0, and to G_0.
+// What the states before the first token pass on: to A2 through H_0 = A2^T G_0, and to G_0 (`grad`; null: not wanted).
 template <class T>
-void differentiate_initial(const DuplexBackwardArgs& args, int64_t item, const T* initial,
-                           DuplexBackwardScratch<T>& s) {
+void differentiate_initial(const DuplexBackwardArgs& args, const T* initial, T* grad, DuplexBackwardScratch<T>& s) {
   constexpr int kStride = kScratchStride<T>;
   const int D = args.head_dim, M = args.num_modalities, R = padded_rank<T>(args);
   for (int m = 0; initial != nullptr && m < M; ++m) {
@@ -330,8 +327,7 @@ void differentiate_initial(const DuplexBackwardArgs& args, int64_t item, const T
         multiply<T, Order::kRowMajor, Accumulate::kAdd>(R, D, D, s.later_of(args, a, term_of_modality(a, m)), s.block,
                                                         kStride, s.grad_key_down + int64_t{a} * R * kStride, kStride);
   }
-  if (args.grad_initial == nullptr) return;
-  T* grad = static_cast<T*>(args.grad_initial) + item * M * state_elements(args);
+  if (grad == nullptr) return;
   for (int m = 0; m < M; ++m, grad += state_elements(args)) {
     clear_rows(D, s.block);
     for (int a = 0; a < M; ++a)
@@ -352,10 +348,9 @@ template <class Storage, class T>
 void duplex_backward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_head, void* partial, void* memory) {
   constexpr int kStride = kScratchStride<T>;
   const int D = args.head_dim, M = args.num_modalities, R = padded_rank<T>(args);
-  const int64_t item = batch * args.kv_heads + kv_head;
   Arena<T> arena(memory);
   DuplexBackwardScratch<T> s(args, count_states(args, batch), arena);
-  const T* initial = initial_of<T>(args, args.initial, batch, kv_head);
+  const T* initial = grams_of<T>(args, args.initial, batch, kv_head);
   bool seen[kMaxModalities];
   start_states(args, initial, seen, s);
   int64_t entry = walk_forward<Storage>(args, batch, kv_head, seen, s);
@@ -363,15 +358,14 @@ void duplex_backward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
   clear_rows(int64_t{M} * M * R, s.later);
   clear_rows(int64_t{M} * 2 * R, s.grad_back);
   clear_rows(int64_t{M} * R, s.grad_key_down);
-  const T* grad_gram = initial_of<T>(args, args.grad_gram, batch, kv_head);
+  const T* grad_gram = grams_of<T>(args, args.grad_gram, batch, kv_head);
   for (int m = 0; s.later_gram != nullptr && m < M; ++m) {
     // The final Gram's gradient dG acts on every key as later rows would: dphi = phi (dG + dG^T).
     T* later = s.later_gram_of(args, m);
+    const T* grad = grad_gram == nullptr ? nullptr : grad_gram + m * state_elements(args);
     for (int i = 0; i < D; ++i)
-      for (int j = 0; j < D; ++j) {
-        const T* grad = grad_gram == nullptr ? nullptr : grad_gram + m * state_elements(args);
+      for (int j = 0; j < D; ++j)
         *symmetric_at(later, D, i, j) = grad == nullptr ? T(0) : grad[i * D + j] + grad[j * D + i];
-      }
   }
 
   Chunk chunk;
@@ -427,7 +421,7 @@ void duplex_backward(const DuplexBackwardArgs& args, int64_t batch, int64_t kv_h
     store_key_gradient<Storage>(args, args.grad_key, batch, kv_head, chunk, s.features, s.grad_key);
   }
 
-  differentiate_initial(args, item, initial, s);
+  differentiate_initial(args, initial, grams_of<T>(args, args.grad_initial, batch, kv_head), s);
   const int64_t elements = int64_t{args.rank} * D;
   T* out = static_cast<T*>(partial);
   for (int a = 0; a < M; ++a, out += elements) {

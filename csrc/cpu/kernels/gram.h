@@ -11,7 +11,6 @@ namespace cpu {
 // compute type, and are contiguous unless they come as an operand.
 struct GramArgs {
   int head_dim = 0, num_modalities = 0;
-  int group = 1;  // query heads for each key/value head
   bool unit_keys = true;
   double eps = 0;
   int64_t kv_heads = 0, num_keys = 0;
@@ -20,8 +19,7 @@ struct GramArgs {
   int64_t modality_batch = 0, modality_token = 0;
 };
 
-// One modality's raw Gram over a stretch of the sequence: `gram` receives upper panels (see gram_chunk.h), for
-// reduce_grams to sum, and mirror. [num_modalities][head_dim][head_dim]
+// A stretch of the sequence, whose raw Grams go to `gram` (M, D, D); reduce_grams sums those of several stretches.
 struct ModalityGramItem {
   int64_t batch, kv_head, first, last;
   void* gram;
@@ -34,6 +32,7 @@ struct ModalityGramBackwardArgs : GramArgs {
 
 // Causal operators: one work item is one (batch, kv head). Queries are the last num_queries of the num_keys tokens.
 struct CausalArgs : GramArgs {
+  int group = 1;  // query heads for each key/value head
   int64_t num_queries = 0;
   Input query;
   Input row_scale;                // (B, Hkv, Nq, M)

@@ -42,6 +42,14 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// What a scratch structure takes, made with these arguments and an arena.
+template <class Scratch, class T, class... Args>
+int64_t scratch_bytes(const Args&... args) {
+  Arena<T> arena(nullptr);
+  Scratch scratch(args..., arena);
+  return arena.used();
+}
+
 template <class Element>
 MODA_EXT_INLINE const Element* at(const Input& operand, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const Element*>(operand.data) + operand.batch * batch + operand.head * head + operand.row * row;
@@ -380,6 +388,17 @@ struct GramState {
 
 inline int64_t state_elements(const GramArgs& args) { return int64_t{args.head_dim} * args.head_dim; }
 
+// The Grams (M, D, D) of one batch element and key head out of (B, Hkv, M, D, D), or null of null.
+template <class T>
+const T* grams_of(const GramArgs& args, const void* grams, int64_t batch, int64_t kv_head) {
+  if (grams == nullptr) return nullptr;
+  return static_cast<const T*>(grams) + (batch * args.kv_heads + kv_head) * args.num_modalities * state_elements(args);
+}
+template <class T>
+T* grams_of(const GramArgs& args, void* grams, int64_t batch, int64_t kv_head) {
+  return const_cast<T*>(grams_of<T>(args, static_cast<const void*>(grams), batch, kv_head));
+}
+
 // Start of the sequence: `initial` (M, D, D) of this batch element and head, or null.
 template <class T>
 void start_state(const GramArgs& args, const T* initial, GramState<T>& state) {
@@ -392,12 +411,6 @@ void start_state(const GramArgs& args, const T* initial, GramState<T>& state) {
       memset(state.of(args, m), 0, sizeof(T) * static_cast<size_t>(symmetric_elements<T>(args.head_dim)));
     }
   }
-}
-template <class T>
-const T* initial_of(const CausalArgs& args, const void* initial, int64_t batch, int64_t kv_head) {
-  if (initial == nullptr) return nullptr;
-  return static_cast<const T*>(initial) +
-         (batch * args.kv_heads + kv_head) * args.num_modalities * state_elements(args);
 }
 template <class T>
 void add_chunk(const GramArgs& args, const Chunk& chunk, const T* features, GramState<T>& state) {

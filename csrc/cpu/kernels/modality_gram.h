@@ -28,9 +28,7 @@ struct ModalityGramScratch {
 
 template <class T>
 int64_t modality_gram_scratch_bytes(const GramArgs& args) {
-  Arena<T> arena(nullptr);
-  ModalityGramScratch<T> scratch(args, arena);
-  return arena.used();
+  return scratch_bytes<ModalityGramScratch<T>, T>(args);
 }
 
 template <class Storage, class T>
@@ -63,8 +61,7 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, int64_t batch,
   Arena<T> arena(memory);
   ModalityGramScratch<T> scratch(args, arena);
   const int D = args.head_dim;
-  const T* grad = static_cast<const T*>(args.grad_gram) +
-                  (batch * args.kv_heads + kv_head) * args.num_modalities * state_elements(args);
+  const T* grad = grams_of<T>(args, args.grad_gram, batch, kv_head);
   for (int m = 0; m < args.num_modalities; ++m) {
     T* sum = scratch.gram_sums + int64_t{m} * D * kScratchStride<T>;
     transpose(D, D, grad + m * state_elements(args), D, sum, kScratchStride<T>);

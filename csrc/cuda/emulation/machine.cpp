@@ -96,11 +96,9 @@ void thread_main() {
 #endif
   (*machine.body)(machine.shared);
   Thread& self = *machine.threads[machine.current];
-  if (!self.open_copies.empty() || !self.committed.empty()) {
-    for (const std::vector<Copy>& group : self.committed)
-      if (!group.empty()) fail("ended with asynchronous copies in flight");
-    if (!self.open_copies.empty()) fail("ended with asynchronous copies that were never committed");
-  }
+  for (const std::vector<Copy>& group : self.committed)
+    if (!group.empty()) fail("ended with asynchronous copies in flight");
+  if (!self.open_copies.empty()) fail("ended with asynchronous copies that were never committed");
   self.state = State::kDone;
   switch_to_scheduler(true);
 }

@@ -45,7 +45,6 @@ inline uint32_t warp_or(uint32_t value) {
   return value;
 }
 
-inline int count_bits(uint32_t value) { return __builtin_popcount(value); }
 inline int lowest_bit(uint32_t value) { return __builtin_ffs(static_cast<int>(value)) - 1; }
 inline float infinity() { return INFINITY; }
 inline float exp2_fast(float x) {

@@ -31,6 +31,17 @@ template <class Element, int kHeadDim>
 struct Fragments {
   static constexpr int kStride = kRowStride<Element, kHeadDim>;
 
+  // Column tiles n and n + 1 of C += A B, B as load_matrices brings it: two fragments.
+  template <int kRowTiles, int kColumnTiles>
+  static MODA_EXT_DEVICE void multiply_two_columns(float (&c)[kRowTiles][kColumnTiles][4], int n,
+                                                   const uint32_t (&a)[kRowTiles][4], const uint32_t (&b)[4]) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      multiply_add<Element>(c[r][n], a[r], b[0], b[1]);
+      multiply_add<Element>(c[r][n + 1], a[r], b[2], b[3]);
+    }
+  }
+
   // a: first of 16 kRowTiles rows, b: first of 8 kColumnTiles rows.
   template <int kRowTiles, int kColumnTiles>
   static MODA_EXT_DEVICE void multiply_rows(float (&c)[kRowTiles][kColumnTiles][4], const char* a, const char* b) {
@@ -47,11 +58,7 @@ struct Fragments {
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t b_fragment[4];
         load_matrices(b_fragment, b_lane + n * 8 * kStride + k * 32);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          multiply_add<Element>(c[r][n], a_fragment[r], b_fragment[0], b_fragment[1]);
-          multiply_add<Element>(c[r][n + 1], a_fragment[r], b_fragment[2], b_fragment[3]);
-        }
+        multiply_two_columns(c, n, a_fragment, b_fragment);
       }
     }
   }
@@ -77,11 +84,7 @@ struct Fragments {
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t b_fragment[4];
         load_matrices_transposed(b_fragment, b_lane + k * 8 * kStride + n * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          multiply_add<Element>(c[r][n], a_fragment[r], b_fragment[0], b_fragment[1]);
-          multiply_add<Element>(c[r][n + 1], a_fragment[r], b_fragment[2], b_fragment[3]);
-        }
+        multiply_two_columns(c, n, a_fragment, b_fragment);
       }
     }
   }

@@ -67,7 +67,7 @@ template <class Element, int kHeadDim>
 struct RowKernel {
   using Params = BackwardParams;
   static constexpr int kTileRows = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>::kStream;
-  static constexpr int kThreads = 128, kBlocksPerSM = 1, kWarps = kThreads / 32;
+  static constexpr int kThreads = 128, kWarps = kThreads / 32;
 
   static int64_t blocks(const Params& p) {
     return static_cast<int64_t>(p.args.num_sequences) * p.args.query_heads * p.row_tiles;
@@ -109,8 +109,7 @@ struct RowKernel {
       grad_mass = row_of<float>(args.grad_mass, sequence, head, token)[m * args.grad_mass.last];
       sum += grad_mass * row_of<float>(args.saved_mass, sequence, head, token)[m * args.saved_mass.last];
     }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    sum = warp_sum(sum);
     if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, sequence, head, token);
 
     const float lse = *row_of<float>(args.saved_lse, sequence, head, token);
@@ -147,7 +146,7 @@ class KeyKernel {
 
  public:
   static constexpr int kOwn = Tile::kOwn;
-  static constexpr int kWarps = Tile::kOwnWarps * kParts, kThreads = 32 * kWarps, kBlocksPerSM = 1;
+  static constexpr int kWarps = Tile::kOwnWarps * kParts, kThreads = 32 * kWarps;
   using Params = BackwardParams;
 
   static int64_t blocks(const Params& p) {
@@ -379,7 +378,7 @@ class QueryKernel {
 
  public:
   static constexpr int kOwn = Tile::kOwn;
-  static constexpr int kThreads = 32 * Tile::kOwnWarps, kBlocksPerSM = 1;
+  static constexpr int kThreads = 32 * Tile::kOwnWarps;
   using Params = BackwardParams;
 
   static int64_t blocks(const Params& p) {
@@ -656,8 +655,6 @@ struct BackwardPlan {
 };
 
 inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream) {
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const auto round_up = [&](int64_t bytes) { return divide_up(bytes, 16) * 16; };
   BackwardPlan plan{};
   plan.row_tiles = static_cast<int>(divide_up(args.num_queries, stream));
   plan.row_blocks = static_cast<int>(divide_up(args.num_queries, own));

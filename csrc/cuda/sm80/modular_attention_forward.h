@@ -75,7 +75,7 @@ class ForwardKernel {
   static constexpr int kWarpRows = 16 * kRowTiles;
 
  public:
-  static constexpr int kThreads = 32 * Tile::kWarps, kBlocksPerSM = 1;
+  static constexpr int kThreads = 32 * Tile::kWarps;
   static constexpr int kRows = kWarpRows * Tile::kWarps, kKeys = Tile::kKeys;
   using Params = ForwardParams;
 
@@ -469,8 +469,8 @@ class ForwardKernel {
 template <class Element>
 struct MergeKernel {
   using Params = ForwardParams;
-  static constexpr int kThreads = 128, kBlocksPerSM = 1;
-  static int64_t blocks(const Params& p) { return (p.rows * 32 + kThreads - 1) / kThreads; }
+  static constexpr int kThreads = 128;
+  static int64_t blocks(const Params& p) { return divide_up(p.rows * 32, kThreads); }
   static size_t shared_bytes(const Params&) { return 0; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char*) {
@@ -495,8 +495,8 @@ struct MergeKernel {
                 exp2_fast(p.partial_maximum[s * rows + index] - highest);
       return mass;
     };
-    float total = exp2_fast(sink - highest);
-    for (int m = 0; m < args.num_modalities; ++m) total += mass_of(m);
+    const float own_mass = lane_index() < args.num_modalities ? mass_of(lane_index()) : 0.0f;
+    const float total = warp_sum(own_mass) + exp2_fast(sink - highest);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
 
     Element* out = row_of<Element>(args.out, sequence, head, token);
@@ -508,7 +508,7 @@ struct MergeKernel {
       out[d] = from_float<Element>(sum * inverse);
     }
     float* mass = row_of<float>(args.mass, sequence, head, token);
-    if (lane_index() < args.num_modalities) mass[lane_index() * args.mass.last] = mass_of(lane_index()) * inverse;
+    if (lane_index() < args.num_modalities) mass[lane_index() * args.mass.last] = own_mass * inverse;
     if (lane_index() == 0)
       *row_of<float>(args.lse, sequence, head, token) = total == 0.0f ? -infinity() : (highest + log2f(total)) * kLn2;
   }
@@ -524,8 +524,6 @@ struct ForwardPlan {
 // Heads of a group are packed into blocks where that makes fewer of them, and few blocks are split over the keys until
 // every multiprocessor has two, in pieces of at least four tiles: below that the merge costs more than it brings.
 inline ForwardPlan plan_forward(const ForwardArgs& args, int block_rows, int tile_keys, int multiprocessors) {
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const auto round_up = [&](int64_t bytes) { return divide_up(bytes, 16) * 16; };
   ForwardPlan plan{};
   const int group = args.query_heads / args.kv_heads;
   const int64_t apart = group * divide_up(args.num_queries, block_rows);
@@ -586,9 +584,8 @@ void forward(const ForwardArgs& args, int multiprocessors, void* workspace, void
 
 template <int kHeadDim>
 int64_t ForwardKernels<kHeadDim>::workspace(const ForwardArgs& args, Storage storage, int multiprocessors) {
-  return storage == Storage::kBFloat16  ? forward_workspace<BFloat16, kHeadDim>(args, multiprocessors)
-         : storage == Storage::kFloat16 ? forward_workspace<Float16, kHeadDim>(args, multiprocessors)
-                                        : forward_workspace<float, kHeadDim>(args, multiprocessors);
+  return storage == Storage::kFloat32 ? forward_workspace<float, kHeadDim>(args, multiprocessors)
+                                      : forward_workspace<BFloat16, kHeadDim>(args, multiprocessors);
 }
 template <int kHeadDim>
 void ForwardKernels<kHeadDim>::run(const ForwardArgs& args, Storage storage, int multiprocessors, void* workspace,

@@ -26,6 +26,10 @@ MODA_EXT_DEVICE int minimum(int a, int b) { return a < b ? a : b; }
 MODA_EXT_DEVICE int maximum(int a, int b) { return a > b ? a : b; }
 MODA_EXT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 
+// For the host's plans of grids and workspaces, whose parts start at multiples of 16 bytes.
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t bytes) { return divide_up(bytes, 16) * 16; }
+
 // One sequence: a batch element, or a stretch of the packed tokens.
 struct Sequence {
   int64_t batch;
@@ -114,6 +118,11 @@ MODA_EXT_DEVICE void store_rows(const char* shared, int begin, int end, const Po
   }
 }
 
+MODA_EXT_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
 // Sum and maximum over the four lanes that share a row of a C fragment.
 MODA_EXT_DEVICE float quad_sum(float x) {
   x += shuffle_xor(x, 1);
@@ -159,9 +168,9 @@ struct DescribeTiles {
     int tile_keys, tiles_per_sequence;
     uint32_t* words;
   };
-  static constexpr int kThreads = 128, kBlocksPerSM = 1;
+  static constexpr int kThreads = 128;
   static int64_t blocks(const Params& p) {
-    return (static_cast<int64_t>(p.args.num_sequences) * p.tiles_per_sequence * 32 + kThreads - 1) / kThreads;
+    return divide_up(static_cast<int64_t>(p.args.num_sequences) * p.tiles_per_sequence * 32, kThreads);
   }
   static size_t shared_bytes(const Params&) { return 0; }
 

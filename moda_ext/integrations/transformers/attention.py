@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from moda_ext import reference
 from moda_ext._ops.checks import accumulation_dtype
 from moda_ext.alignment import DuplexAligner, GramState
 from moda_ext.attention import modular_attention
@@ -147,56 +148,15 @@ class MODAAttention(nn.Module):
 
 
 def attend(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Tensor | None, num_modalities: int):
-    """``(out, lse, mass)`` of modular attention, causal or under a mask of the model's own."""
-    if tokens.visible is not None:
-        return dense_attention(tokens, views, bias, sink, num_modalities)
-    return modular_attention(
-        views,
-        tokens.key,
-        tokens.value,
-        tokens.key_modality,
-        num_modalities=num_modalities,
-        modality_bias=bias,
-        sink=sink,
-        is_causal=True,
-        scale=tokens.scale,
-        return_lse=True,
-        return_mass=True,
-    )
-
-
-def dense_attention(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Tensor | None, num_modalities: int):
-    """Modular attention under any mask, by N x N scores: for masks that the operators do not know.
-
-    The equations are those of :func:`moda_ext.attention.modular_attention`, with ``tokens.visible`` (B, 1, Nq, Nk)
-    instead of the causal mask.
-    """
+    """``(out, lse, mass)`` of modular attention, causal or, by N x N scores, under a mask of the model's own."""
+    options = {"num_modalities": num_modalities, "modality_bias": bias, "sink": sink, "scale": tokens.scale}
+    if tokens.visible is None:
+        arguments = views, tokens.key, tokens.value, tokens.key_modality
+        return modular_attention(*arguments, **options, is_causal=True, return_lse=True, return_mass=True)
     dtype = accumulation_dtype(views.dtype)
-    views = views.expand(num_modalities, *views.shape[-4:]) if views.dim() == 4 else views
-    group = views.shape[2] // tokens.key.shape[1]
-    key, value = (t.to(dtype).repeat_interleave(group, dim=1) for t in (tokens.key, tokens.value))
-    columns = tokens.key_modality[:, None, None]  # (B, 1, 1, Nk)
-    members = (columns == torch.arange(num_modalities, device=columns.device)[:, None, None, None, None]).to(dtype)
-    scores = torch.zeros((), dtype=dtype, device=key.device)
-    for m in range(num_modalities):
-        of_view = (views[m].to(dtype) @ key.mT) * tokens.scale
-        if bias is not None:
-            of_view = of_view + bias[..., m, None].to(dtype)
-        scores = torch.where(columns == m, of_view, scores)
-    scores = scores.masked_fill(~(tokens.visible & (columns >= 0)), -torch.inf)
-    if sink is None:
-        sink = torch.full((), -torch.inf, dtype=dtype, device=key.device)
-    sink = sink.to(dtype).expand(scores.shape[:-1])[..., None]
-    top = torch.maximum(scores.amax(dim=-1, keepdim=True), sink).detach()
-    top = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing
-    unnormalised = (scores - top).exp()
-    total = unnormalised.sum(dim=-1, keepdim=True) + (sink - top).exp()
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    weights = unnormalised / total
-    mass = torch.stack([(weights * member).sum(dim=-1) for member in members], dim=-1)
-    lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
-    return (weights @ value).to(tokens.value.dtype), lse, mass
+    arguments = *(t.to(dtype) for t in (views, tokens.key, tokens.value)), tokens.key_modality.long()
+    out, lse, mass = reference.dense_attention(*arguments, **options, visible=tokens.visible)
+    return out.to(tokens.value.dtype), lse, mass
 
 
 def moda_attention(

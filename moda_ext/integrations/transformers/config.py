@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from moda_ext.mask import VARIANTS
+from moda_ext.mask import CONDITIONAL, VARIANTS
 
 __all__ = ["MODAConfig"]
 
@@ -74,7 +74,7 @@ class MODAConfig:
             variant = self.mask.get("variant", "attn")
             if variant not in VARIANTS:
                 raise ValueError(f"MODAConfig: mask variant must be one of {VARIANTS}, got {variant!r}")
-            if self.aligner is None and variant in ("attn", "learned"):
+            if self.aligner is None and variant in CONDITIONAL:
                 raise ValueError(
                     f"MODAConfig: mask variant {variant!r} is conditioned on the aligner's Gram; give an aligner, or "
                     "use variant 'fix' or 'inf'"

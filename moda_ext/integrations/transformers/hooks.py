@@ -15,13 +15,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache
 
-__all__ = ["BaseModelHook", "TextStackHook", "token_modalities"]
+__all__ = ["BaseModelHook", "TextStackHook", "placeholder", "token_modalities"]
 
 TOKEN_ID_NAMES = {
     "image": ("image_token_id", "image_token_index"),
     "video": ("video_token_id", "video_token_index"),
     "audio": ("audio_token_id", "audio_token_index"),
 }
+
+
+def placeholder(config, kind: str) -> int | None:
+    """The id of the placeholder token of a kind ("image", ...), or None for a model that has no such tokens."""
+    names = TOKEN_ID_NAMES[kind]
+    return next((int(value) for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def token_modalities(config, modalities: dict[str, int]) -> dict[int, int]:
@@ -31,13 +37,13 @@ def token_modalities(config, modalities: dict[str, int]) -> dict[int, int]:
         ValueError: the model has a kind of token that ``modalities`` lacks.
     """
     result = {}
-    for kind, names in TOKEN_ID_NAMES.items():
-        token = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    for kind in TOKEN_ID_NAMES:
+        token = placeholder(config, kind)
         if token is None:
             continue
         if kind not in modalities:
             raise ValueError(f"modalities must say what {kind!r} is, which {config.model_type} has; got {modalities}")
-        result[int(token)] = modalities[kind]
+        result[token] = modalities[kind]
     return result
 
 
