@@ -15,6 +15,9 @@ namespace cpu {
 namespace {
 
 const GramKernels& kernels(Storage storage) {
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64) return gram_kernels_amx(storage);
+#endif
 #if defined(MODA_EXT_X86_TIERS)
   if (active_isa() >= Isa::avx512) return gram_kernels_avx512(storage);
   if (active_isa() == Isa::avx2) return gram_kernels_avx2(storage);
