@@ -14,7 +14,12 @@ namespace moda_ext {
 namespace cpu {
 namespace {
 
-const GramKernels& kernels(Storage storage) { return MODA_EXT_VECTOR_TIER(gram_kernels)(storage); }
+const GramKernels& kernels(Storage storage) {
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64) return gram_kernels_amx(storage);
+#endif
+  return MODA_EXT_VECTOR_TIER(gram_kernels)(storage);
+}
 
 template <class T>
 class Gram : public testing::Test {

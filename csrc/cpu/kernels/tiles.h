@@ -170,6 +170,23 @@ __attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, i
   }
 }
 
+// Calls row(0) .. row(15), spread evenly over the first `groups` groups of a tile product: vector work that runs while
+// the tile unit is busy.
+template <class Row>
+class Slices {
+ public:
+  Slices(int groups, const Row& row) : groups_(groups), row_(row) {}
+  MODA_EXT_INLINE void operator()() {
+    for (credit_ += kTileRows; credit_ >= groups_ && next_ < kTileRows; credit_ -= groups_) row_(next_++);
+    finish_stores();
+  }
+
+ private:
+  const int groups_;
+  const Row& row_;
+  int credit_ = 0, next_ = 0;
+};
+
 // x as a sum of `parts` bfloat16 numbers, in the upper halves of words, rounded to nearest (ties away from zero). A
 // third part needs no rounding, 8 of 24 bits are left; only where it is subnormal there is something below, which join
 // drops.
