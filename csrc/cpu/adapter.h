@@ -56,8 +56,7 @@ inline void prefer_huge_pages(const Tensor& fresh) {
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
   if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
   run_items(static_cast<int64_t>((last - first) / kHugePage), [&](int64_t page, int64_t) {
-    volatile char* byte = reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(page) * kHugePage);
-    *byte = *byte;
+    *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(page) * kHugePage) = 0;
   });
 #else
   (void)fresh;

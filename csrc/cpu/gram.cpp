@@ -130,7 +130,7 @@ Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_moda
   if (heads == 0) return gram;
   GramArgs args;
   fill_args(in, shape, args);
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, shape.num_keys);
 
   const int64_t wanted = std::max(kGramItems, 2 * num_threads());
   const int64_t pieces = std::max<int64_t>(1, std::min((wanted + heads - 1) / heads, shape.num_keys / kGramKeys));

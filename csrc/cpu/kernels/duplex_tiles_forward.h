@@ -21,12 +21,8 @@ namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_TIER {
 
-constexpr int kStripRows = 2 * kTileRows;  // rows, or columns, of a block of 2 x 2 tiles
 constexpr int kTileChunk = 2 * kStripRows;
 constexpr int kKeySteps = kTileChunk / kTileDepth;
-constexpr int kFullParts = 3;  // of what is computed: float32 accuracy
-constexpr int kFullWords = kFullParts * kTileWords;
-constexpr int kBlockElements = kStripRows * kStripRows;
 
 // The keys of a chunk by position, and what is known of their modalities.
 struct TileChunk {
@@ -62,26 +58,6 @@ MODA_EXT_INLINE Vector<float> keep_lanes(__mmask16 lanes, Vector<float> v) {
   return (Vector<float>)_mm512_maskz_mov_ps(lanes, (__m512)v);
 }
 
-// One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and r
-// + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one.
-template <int PA, int PB, class Steps, class Epilogue>
-MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a, int64_t a_row_step, const Word* b,
-                                    int64_t b_column_step, float* products, const Epilogue& epilogue) {
-  const auto product_of = [&](int pair) { return products + pair % 2 * kBlockElements; };
-  for (int pair = 0; pair < pairs; ++pair) {
-    const Word* columns = b + 2 * pair * b_column_step;
-    if (pair == 0) {
-      multiply_tiles<PA, PB>(2, 2, steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows);
-      continue;
-    }
-    const auto row = [&](int r) { epilogue(pair - 1, product_of(pair - 1), r); };
-    multiply_tiles<PA, PB, 2, 2>(steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows,
-                                 Slices(steps(pair) * num_groups(PA, PB), row));
-  }
-  finish_stores();
-  for (int r = 0; r < kTileRows; ++r) epilogue(pairs - 1, product_of(pairs - 1), r);
-}
-
 // Sums of 16 vectors each, as lanes.
 MODA_EXT_INLINE Vector<float> reduce_rows(const float* rows) {
   Vector<float> square[kTileRows];
@@ -94,25 +70,20 @@ MODA_EXT_INLINE Vector<float> reduce_rows(const float* rows) {
 
 // Keys of a chunk as rows (stride kScratchColumns), up to whole steps; zero for padding and beyond.
 template <class Storage>
-void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const TileChunk& chunk, float* rows,
-                   float* factor, bool* normalised) {
+void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const TileChunk& chunk, float* rows) {
   uint64_t keys = 0;
   for (int p = 0; p < chunk.num_present; ++p) keys |= chunk.keys[chunk.present[p]];
   for (int j = 0; j < kTileChunk; ++j) {
     float* row = rows + j * kScratchColumns;
-    factor[j] = 1;
-    normalised[j] = false;
     if ((keys >> j & 1) == 0) {
       memset(row, 0, sizeof(float) * static_cast<size_t>(steps_of(args.head_dim) * kTileDepth));
       continue;
     }
-    load_row(at<Storage>(args.key, batch, kv_head, chunk.first + j), 1.0f, row, args.head_dim);
+    const Storage* key = at<Storage>(args.key, batch, kv_head, chunk.first + j);
+    float factor;
+    bool normalised;
+    load_feature(args, key, row, &factor, &normalised);
     memset(row + args.head_dim, 0, sizeof(float) * static_cast<size_t>(-args.head_dim & (kTileDepth - 1)));
-    if (!args.unit_keys) continue;
-    const float norm = sqrtf(dot(row, row, args.head_dim)), eps = static_cast<float>(args.eps);
-    normalised[j] = norm > eps;
-    factor[j] = 1 / (norm > eps ? norm : eps);
-    for (int d = 0; d < args.head_dim; ++d) row[d] *= factor[j];
   }
 }
 
@@ -233,8 +204,6 @@ struct DuplexTileScratch {
   float* latent;                      // [terms] rows, a column for each key: Z^T of one view
   float* key_latent;                  // [rank] rows: z^T of one view
   float* forms;                       // [M + 1][kStripRows] vectors, the sums over their lanes: q G^m q^T; |q|^2
-  float factor[kTileChunk];
-  bool normalised[kTileChunk];
   float (*scale)[kMaxModalities];
 
   Word* query_tiles;   // first operands [row tile][step][part]
@@ -648,7 +617,7 @@ void duplex_tiles(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head,
   Arena<float> arena(memory);
   DuplexTileScratch s(shape, needs_gram, arena);
   const TileUnit unit;
-  const float* initial = initial_of<float>(args, args.initial, batch, kv_head);
+  const float* initial = grams_of<float>(args, args.initial, batch, kv_head);
   start_tiles(args, shape, initial, s);
   for (int a = 0; a < shape.M; ++a) make_stack_tiles(shape, a, s);
   if (needs_gram) s.gram.start(shape, args.head_dim, initial);
@@ -656,7 +625,7 @@ void duplex_tiles(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head,
   TileChunk chunk;
   for (int64_t first = 0; first < args.num_keys; first += kTileChunk) {
     plan_chunk(args, batch, first, chunk);
-    load_features<Storage>(args, batch, kv_head, chunk, s.keys, s.factor, s.normalised);
+    load_features<Storage>(args, batch, kv_head, chunk, s.keys);
     make_key_tiles(args, shape, chunk, s);
     const RowBlock block = rows_of(args, chunk);
     if (block.count > 0) load_scale_by_position(args, batch, kv_head, block, s.scale);
@@ -680,9 +649,7 @@ void duplex_tiles(const DuplexForwardArgs& args, int64_t batch, int64_t kv_head,
     add_chunk(args, shape, chunk, needs_gram, s);
   }
   stream_fence();
-  if (args.gram != nullptr)
-    s.gram.write(shape, args.head_dim,
-                 static_cast<float*>(args.gram) + (batch * args.kv_heads + kv_head) * shape.M * state_elements(args));
+  if (args.gram != nullptr) s.gram.write(shape, args.head_dim, grams_of<float>(args, args.gram, batch, kv_head));
 }
 
 }  // namespace MODA_EXT_TIER

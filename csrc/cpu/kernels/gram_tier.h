@@ -5,8 +5,10 @@
 #include "duplex_views_backward.h"
 #if defined(__AMX_BF16__)
 #include "duplex_tiles_forward.h"
-#endif
+#include "modality_gram_tiles.h"
+#else
 #include "modality_gram.h"
+#endif
 
 namespace moda_ext {
 namespace cpu {
@@ -15,10 +17,17 @@ namespace MODA_EXT_TIER {
 template <class Storage, class T>
 const GramKernels& gram_kernels() {
   static const GramKernels table = {
+#if defined(__AMX_BF16__)
+      kTileChunk,
+      static_cast<int>(sizeof(T)),
+      modality_gram_tile_bytes,
+      modality_gram_tiles<Storage>,
+#else
       kChunk,
       static_cast<int>(sizeof(T)),
       modality_gram_scratch_bytes<T>,
       modality_gram<Storage, T>,
+#endif
       reduce_grams<T>,
       modality_gram_backward<Storage, T>,
       projection_scratch_bytes<T>,
