@@ -51,6 +51,9 @@ GOALS = [
     Goal("ours-plain", 1.03, mode="train"),
     Goal("ours", 1.10, numerator="ours-bf16"),
     Goal("sdpa", 1.00, "decode"),
+    # The projection and the views alone, and with the indicator that a conditional mask asks for.
+    Goal("attention", 0.15, "aligned", numerator="aligner-plain"),
+    Goal("attention", 0.15, "aligned", "train", "aligner-plain"),
     Goal("attention", 0.15, "aligned", numerator="aligner"),
     Goal("attention", 0.15, "aligned", "train", "aligner"),
     # The release aligns keys: the aligner as it is used in a causal model, and its form that aligns keys too.

@@ -339,16 +339,24 @@ class DuplexAligner(nn.Module):
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         gram = modality_gram(key, modality, self.num_modalities, **keywords)
         raised = torch.where((modality >= 0)[:, None, :, None], key.to(gram.dtype), 0.0)  # padding may hold anything
-        others, result = self._others(gram), key
-        for a in range(self.num_modalities):
-            aligned, mapped = raised, raised @ others[a]
-            if self.fusion == "add":
-                aligned = aligned + self.ratio[a] * mapped
-            aligned = aligned + aligned @ self.a1[a].to(gram.dtype) @ self.b1[a].to(gram.dtype)
-            if self.fusion == "concat":
-                aligned = aligned + mapped @ self.a2[a].to(gram.dtype) @ self.b2[a].to(gram.dtype)
-            result = torch.where((modality == a)[:, None, :, None], aligned.to(key.dtype), result)
-        return result
+        down, up = self._factors(self._others(gram))
+        # The products of all modalities in one, of which each key keeps those of its own.
+        members = modality[..., None] == torch.arange(self.num_modalities, device=modality.device)
+        low_rank = (raised @ down.movedim(0, 3).flatten(3)).unflatten(3, (self.num_modalities, -1))
+        low_rank = torch.where(members[:, None, :, :, None], low_rank, 0.0)
+        return (key + low_rank.flatten(3) @ up.flatten(0, 1)).to(key.dtype)
+
+    def _factors(self, others: Tensor) -> tuple[Tensor, Tensor]:
+        """down (M, B, Hkv, D, R) and up (M, R, D): a key k of modality a becomes k + k down_a up_a."""
+        a1, b1 = self.a1.to(others.dtype)[:, None, None], self.b1.to(others.dtype)
+        if self.fusion == "concat":
+            down = torch.cat(
+                [a1.expand(*others.shape[:-1], -1), others @ self.a2.to(others.dtype)[:, None, None]], dim=-1
+            )
+            return down, torch.cat([b1, self.b2.to(others.dtype)], dim=1)
+        gated = others * self.ratio.to(others.dtype)[:, None, None, None]
+        identity = torch.eye(self.head_dim, dtype=others.dtype, device=others.device)
+        return torch.cat([gated, a1 + gated @ a1], dim=-1), torch.cat([identity.expand(len(b1), -1, -1), b1], dim=1)
 
     def extra_repr(self) -> str:
         return (
@@ -371,7 +379,9 @@ class DuplexAligner(nn.Module):
 
         dtype = accumulation_dtype(query.dtype)
         raised = query.to(dtype)
-        own, cross = self._maps(dtype)
+        # view_a = q + q own_a + sum_{m != a} q cross_a (Ghat^m)^T
+        own = (self.a1.to(dtype) @ self.b1.to(dtype)).mT
+        cross = (torch.eye(self.head_dim, dtype=dtype, device=own.device) + own) * self.ratio.to(dtype)[:, None]
         asked = [raised @ cross[a] for a in range(self.num_modalities)] + [raised] * return_indicator
         # As many more query heads of the same group, so that one pass over the keys serves all of them.
         group = query.shape[1] // key.shape[1]
@@ -389,20 +399,12 @@ class DuplexAligner(nn.Module):
 
     def _fixed(self, query: Tensor, gram: Tensor, return_indicator: bool) -> tuple[Tensor, ...]:
         """Views through one Gram for all rows: the small matrices first, then one product for each view."""
-        own, cross = self._maps(gram.dtype)
-        maps = own[:, None, None] + cross[:, None, None] @ self._others(gram).mT  # (M, B, Hkv, D, D)
+        down, up = self._factors(self._others(gram))
+        maps = (down @ up[:, None, None]).mT  # (M, B, Hkv, D, D)
         group = query.shape[1] // gram.shape[1]
         grouped = query.to(gram.dtype).unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group * Nq, D)
         views = (grouped + grouped @ maps).unflatten(3, (group, -1)).flatten(2, 3).to(query.dtype)
         return (views, gram_indicator(query, project_queries(query, gram))) if return_indicator else (views,)
-
-    def _maps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(own, cross), each (M, D, D): view_a = q + q own_a + sum_{m != a} q cross_a (Ghat^m)^T."""
-        own = (self.a1.to(dtype) @ self.b1.to(dtype)).mT
-        if self.fusion == "concat":
-            return own, (self.a2.to(dtype) @ self.b2.to(dtype)).mT
-        identity = torch.eye(self.head_dim, dtype=dtype, device=own.device)
-        return own, (identity + own) * self.ratio.to(dtype)[:, None]
 
     def _others(self, gram: Tensor) -> Tensor:
         """(M, B, Hkv, D, D): for each modality the sum of the others' Grams."""

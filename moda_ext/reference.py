@@ -440,11 +440,13 @@ def causal_gram_scale(
     its derivative is taken as 0.
     """
     dtype = accumulation_dtype(key.dtype)
-    key = key if key_norm is None else key.detach()
     rows, columns = query_modality.shape[1], key.shape[2]
-    key = torch.where((key_modality >= 0)[:, None, :, None], key, 0.0)  # padding may hold anything
-    norm = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)  # (B, Hkv, Nk)
-    square = norm.square() if key_norm is None else (norm.clamp(max=eps) / eps).square()
+    if key_norm is None:
+        key = torch.where((key_modality >= 0)[:, None, :, None], key, 0.0)  # padding may hold anything
+        square = torch.linalg.vector_norm(key, dim=-1, dtype=dtype).square()  # (B, Hkv, Nk)
+    else:
+        norm = torch.linalg.vector_norm(key.detach(), dim=-1, dtype=dtype)
+        square = (norm.clamp(max=eps) / eps).square()
     members = key_modality[..., None] == torch.arange(num_modalities, device=key.device)
     parts = torch.where(members[:, None], square[..., None], 0.0)  # (B, Hkv, Nk, M)
     total, seen = parts.sum(dim=2), parts.cumsum(dim=2)[:, :, columns - rows :]

@@ -34,6 +34,17 @@ inline Storage storage_of(ScalarType dtype) {
 
 inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// Runs work(index, thread) for every index, in order of index as far as threads allow.
+template <class Work>
+void run_items(int64_t count, const Work& work) {
+  const int64_t threads = std::min(num_threads(), count);
+  if (threads <= 0) return;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
+  });
+}
+
 // Asks for huge pages under a large result that is about to be written: fresh memory costs a page fault for each 4 KB,
 // which for 100 MB of query views is twice the time of writing them. Advice only: nothing depends on it.
 inline void prefer_huge_pages(const Tensor& fresh) {
@@ -44,24 +55,12 @@ inline void prefer_huge_pages(const Tensor& fresh) {
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
   if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
-  for (uintptr_t page = first; page < last; page += kHugePage) {
-    volatile char* byte = reinterpret_cast<volatile char*>(page);
-    *byte = *byte;
-  }
+  run_items(static_cast<int64_t>((last - first) / kHugePage), [&](int64_t page, int64_t) {
+    *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(page) * kHugePage) = 0;
+  });
 #else
   (void)fresh;
 #endif
-}
-
-// Runs work(index, thread) for every index, in order of index as far as threads allow.
-template <class Work>
-void run_items(int64_t count, const Work& work) {
-  const int64_t threads = std::min(num_threads(), count);
-  if (threads <= 0) return;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
-  });
 }
 
 // Uninitialised, aligned scratch memory. Each thread that calls operators keeps its last few blocks, up to

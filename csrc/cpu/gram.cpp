@@ -27,8 +27,16 @@ constexpr int64_t kGramKeys = 512;
 // Results beyond this do not stay in a second-level cache until they are read.
 constexpr int64_t kCachedBytes = int64_t{8} << 20;
 
-const GramKernels& select_gram_kernels(const Tensor& key) {
-  return MODA_EXT_VECTOR_TIER(gram_kernels)(storage_of(key.scalar_type()));
+// Tile instructions work on 32 rows at a time: for fewer rows per key head (decoding) most of that would be padding.
+constexpr int64_t kTileRowsWanted = 64;
+
+const GramKernels& select_gram_kernels(const Tensor& key, [[maybe_unused]] int64_t rows_per_key_head = 0) {
+  const Storage storage = storage_of(key.scalar_type());
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
+    return gram_kernels_amx(storage);
+#endif
+  return MODA_EXT_VECTOR_TIER(gram_kernels)(storage);
 }
 
 void check_ids(const char* op, const Tensor& modality, int64_t num_modalities) {
@@ -122,7 +130,7 @@ Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_moda
   if (heads == 0) return gram;
   GramArgs args;
   fill_args(in, shape, args);
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, shape.num_keys);
 
   const int64_t wanted = std::max(kGramItems, 2 * num_threads());
   const int64_t pieces = std::max<int64_t>(1, std::min((wanted + heads - 1) / heads, shape.num_keys / kGramKeys));
@@ -245,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
   args.past_caches = views.numel() * static_cast<int64_t>(views.element_size()) > kCachedBytes;
   if (with_indicator) args.indicator = rows_out(indicator);
   if (with_gram) args.gram = gram.mutable_data_ptr();
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, args.num_queries * args.group);
   const Workspace weights(kernels.weights_bytes(args));
   kernels.pack_weights(args, weights.at());
   args.weights = weights.at();
@@ -287,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duple
   args.grad_key = rows_out(grad_key);
   args.grad_row_scale = rows_out(grad_scale);
   args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, args.num_queries * args.group);
   const Workspace weights(kernels.weights_bytes(args));
   kernels.pack_weights(args, weights.at());
   args.weights = weights.at();

@@ -14,7 +14,12 @@ namespace moda_ext {
 namespace cpu {
 namespace {
 
-const GramKernels& kernels(Storage storage) { return MODA_EXT_VECTOR_TIER(gram_kernels)(storage); }
+const GramKernels& kernels(Storage storage) {
+#if defined(MODA_EXT_AMX_TIER)
+  if (active_isa() == Isa::amx && storage != Storage::kFloat64) return gram_kernels_amx(storage);
+#endif
+  return MODA_EXT_VECTOR_TIER(gram_kernels)(storage);
+}
 
 template <class T>
 class Gram : public testing::Test {
@@ -65,7 +70,7 @@ TYPED_TEST_SUITE(Gram, Types);
 TYPED_TEST(Gram, EqualsTheSumOfOuterProductsAtEveryLength) {
   using T = TypeParam;
   for (int head_dim : {8, 24, 128, 256}) {
-    for (int tokens : {0, 1, 7, this->k.chunk, this->k.chunk + 1, 150}) {
+    for (int tokens : {0, 1, 7, this->k.chunk, this->k.chunk + 1, 150, 700}) {
       const std::vector<T> key = this->random_values(static_cast<size_t>(tokens) * head_dim);
       const std::vector<int32_t> modality = this->random_modalities(tokens);
       GramArgs args;

@@ -108,6 +108,7 @@ inline int64_t weight_gradient_elements(const DuplexArgs& args) {
 const GramKernels& gram_kernels_baseline(Storage);
 const GramKernels& gram_kernels_avx2(Storage);
 const GramKernels& gram_kernels_avx512(Storage);
+const GramKernels& gram_kernels_amx(Storage);  // no kFloat64
 
 }  // namespace cpu
 }  // namespace moda_ext

@@ -221,17 +221,22 @@ struct Features {
 };
 
 template <class Storage, class T>
+MODA_EXT_INLINE void load_feature(const GramArgs& args, const Storage* key, T* row, T* factor, bool* normalised) {
+  load_row(key, T(1), row, args.head_dim);
+  *factor = 1;
+  *normalised = false;
+  if (!args.unit_keys) return;
+  const T norm = sqrt(dot(row, row, args.head_dim)), eps = static_cast<T>(args.eps);
+  *normalised = norm > eps;
+  const T scale = *factor = 1 / (norm > eps ? norm : eps);
+  for (int d = 0; d < args.head_dim; ++d) row[d] *= scale;
+}
+
+template <class Storage, class T>
 void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const Chunk& chunk, Features<T>& features) {
   for (int j = 0; j < chunk.count; ++j) {
-    T* row = features.rows + j * kScratchStride<T>;
-    load_row(at<Storage>(args.key, batch, kv_head, chunk.first + chunk.position[j]), T(1), row, args.head_dim);
-    features.factor[j] = 1;
-    features.normalised[j] = false;
-    if (!args.unit_keys) continue;
-    const T norm = sqrt(dot(row, row, args.head_dim)), eps = static_cast<T>(args.eps);
-    features.normalised[j] = norm > eps;
-    features.factor[j] = 1 / (norm > eps ? norm : eps);
-    for (int d = 0; d < args.head_dim; ++d) row[d] *= features.factor[j];
+    const Storage* key = at<Storage>(args.key, batch, kv_head, chunk.first + chunk.position[j]);
+    load_feature(args, key, features.rows + j * kScratchStride<T>, &features.factor[j], &features.normalised[j]);
   }
   for (int j = chunk.count; j % kLanes<T> != 0; ++j)
     memset(features.rows + j * kScratchStride<T>, 0, sizeof(T) * kScratchStride<T>);

@@ -83,23 +83,6 @@ MODA_EXT_INLINE void transpose_columns(const float* from, int columns, float* to
   }
 }
 
-// Calls row(0) .. row(15), spread evenly over the first `groups` groups of a tile product: vector work that runs while
-// the tile unit is busy.
-template <class Row>
-class Slices {
- public:
-  Slices(int groups, const Row& row) : groups_(groups), row_(row) {}
-  MODA_EXT_INLINE void operator()() {
-    for (credit_ += kTileRows; credit_ >= groups_ && next_ < kTileRows; credit_ -= groups_) row_(next_++);
-    finish_stores();
-  }
-
- private:
-  const int groups_;
-  const Row& row_;
-  int credit_ = 0, next_ = 0;
-};
-
 template <class StorageType>
 class TileEngine {
  public:

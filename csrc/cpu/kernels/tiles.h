@@ -24,9 +24,11 @@ namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_TIER {
 
-constexpr int kTileRows = 16;    // of a tile register; also words in a row
-constexpr int kTileDepth = 32;   // bfloat16 numbers in a row of a first operand
-constexpr int kTileWords = 256;  // 1 KB
+constexpr int kTileRows = 16;              // of a tile register; also words in a row
+constexpr int kTileDepth = 32;             // bfloat16 numbers in a row of a first operand
+constexpr int kTileWords = 256;            // 1 KB
+constexpr int kStripRows = 2 * kTileRows;  // rows, or columns, of a block of 2 x 2 tiles
+constexpr int kBlockElements = kStripRows * kStripRows;
 
 typedef uint32_t Word;
 typedef Word Words __attribute__((vector_size(64)));
@@ -41,6 +43,8 @@ template <>
 constexpr int kInputParts<BFloat16> = 1;
 template <class Storage>
 constexpr int kInnerParts = sizeof(Storage) == 4 ? 3 : 2;
+constexpr int kFullParts = 3;  // of what is to have float32 accuracy
+constexpr int kFullWords = kFullParts * kTileWords;
 
 MODA_EXT_INLINE constexpr int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 MODA_EXT_INLINE constexpr int steps_of(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
@@ -54,6 +58,7 @@ class TileUnit {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC believes that only eight bytes of it are read
     _tile_loadconfig(&config);
   }
   ~TileUnit() { _tile_release(); }
@@ -168,6 +173,43 @@ __attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, i
   } else {
     multiply_tiles<PA, PB, 1, 1>(steps, a, a_row_step, b, b_column_step, c, c_stride, [] {});
   }
+}
+
+// Calls row(0) .. row(15), spread evenly over the first `groups` groups of a tile product: vector work that runs while
+// the tile unit is busy.
+template <class Row>
+class Slices {
+ public:
+  Slices(int groups, const Row& row) : groups_(groups), row_(row) {}
+  MODA_EXT_INLINE void operator()() {
+    for (credit_ += kTileRows; credit_ >= groups_ && next_ < kTileRows; credit_ -= groups_) row_(next_++);
+    finish_stores();
+  }
+
+ private:
+  const int groups_;
+  const Row& row_;
+  int credit_ = 0, next_ = 0;
+};
+
+// One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and r
+// + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one.
+template <int PA, int PB, class Steps, class Epilogue>
+MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a, int64_t a_row_step, const Word* b,
+                                    int64_t b_column_step, float* products, const Epilogue& epilogue) {
+  const auto product_of = [&](int pair) { return products + pair % 2 * kBlockElements; };
+  for (int pair = 0; pair < pairs; ++pair) {
+    const Word* columns = b + 2 * pair * b_column_step;
+    if (pair == 0) {
+      multiply_tiles<PA, PB>(2, 2, steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows);
+      continue;
+    }
+    const auto row = [&](int r) { epilogue(pair - 1, product_of(pair - 1), r); };
+    multiply_tiles<PA, PB, 2, 2>(steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows,
+                                 Slices(steps(pair) * num_groups(PA, PB), row));
+  }
+  finish_stores();
+  for (int r = 0; r < kTileRows; ++r) epilogue(pairs - 1, product_of(pairs - 1), r);
 }
 
 // x as a sum of `parts` bfloat16 numbers, in the upper halves of words, rounded to nearest (ties away from zero). A
