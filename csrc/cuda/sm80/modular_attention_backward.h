@@ -220,7 +220,8 @@ class KeyKernel {
       if (Tile::kStages == 2) stage ^= 1;
     }
     wait_copies<0>();
-    sync_threads();  // the gradients take the place of the keys and values
+    // The gradients take the place of the keys and values; where no row sees these, nobody has waited for them yet.
+    sync_threads();
     if (args.grad_key.data != nullptr) write(grad_key, args.scale, keys, args.grad_key);
     if (args.grad_value.data != nullptr) write(grad_value, 1.0f, values, args.grad_value);
   }
@@ -420,7 +421,6 @@ class QueryKernel {
   MODA_EXT_DEVICE void run() {
     if (block_row >= sequence.num_queries) return;
     for (int i = lane_index(); i < 16 * args.num_modalities; i += 32) probability_table[i] = grad_table[i] = 0.0f;
-    sync_warp();
     uint32_t seen = 0;
     const int last_row = minimum(block_row + kOwn, sequence.num_queries) - 1;
     const int64_t row_words = (sequence_index * args.query_heads + head) * p.row_tiles;
@@ -429,7 +429,7 @@ class QueryKernel {
 
     copy_own(args.grad_out, grad_outs, 0);
     for (int view = 0; view < args.num_views; ++view) {
-      sync_warp();  // every lane is done with the view before
+      sync_warp();  // every lane is done with the tables, and with the view before
       copy_own(args.query, queries, view);
       set_zero(grad_query);
       run_tiles(args.num_views > 1 ? seen & 1u << view : seen);
