@@ -5,7 +5,6 @@ Results are compared with those of the same operator called plainly; that these 
 
 import pytest
 import torch
-from tolerance import assert_close
 
 from moda_ext import alignment, attention
 
@@ -97,8 +96,11 @@ def overwrite(targets, sources):
 
 
 def assert_all_close(found, expected):
-    for result, other in zip(found, expected, strict=True):
-        assert_close(result, other.to(result.device))
+    """The same up to a few roundings of the largest number: a matrix library may sum in another order."""
+    for i, (result, other) in enumerate(zip(found, expected, strict=True)):
+        roundings = 4 if result.dtype == torch.bfloat16 else 128
+        error = (result.double() - other.to(result.device).double()).abs().max()
+        assert error <= roundings * torch.finfo(result.dtype).eps * other.abs().max(), f"result {i} is off by {error}"
 
 
 @every_call
@@ -197,6 +199,7 @@ def hidden_but_last(tokens):
 
 
 def skip_unless_free(gigabytes):
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if free < gigabytes * 1e9:
         pytest.skip(f"needs {gigabytes} GB of GPU memory, {free / 1e9:.0f} GB are free")
