@@ -211,8 +211,8 @@ class KeyKernel {
       } else {
         copy_rows_of(current, 0, present);
         commit_copies();
-        wait_copies<0>();
         more = advance(item, present);
+        wait_copies<0>();
       }
       sync_threads();
       differentiate(current, stage);
@@ -446,14 +446,15 @@ class QueryKernel {
     int stage = 0;
     while (tile < end_tile) {
       const int current = tile;
-      tile = next_tile(tile + 1, seen);
       if (Tile::kStages == 2) {
+        tile = next_tile(tile + 1, seen);
         if (tile < end_tile) copy_stream(tile, stage ^ 1);
         commit_copies();
         wait_copies<1>();
       } else {
         copy_stream(current, 0);
         commit_copies();
+        tile = next_tile(tile + 1, seen);
         wait_copies<0>();
       }
       sync_threads();
