@@ -12,9 +12,9 @@ import torch
 
 from . import goals
 from .aligner import ALIGNER, CONTENDERS
-from .gate import WRONG_FACTOR, Gate
+from .gate import checked_call, forget_gates
 from .memory import measure_in_subprocess
-from .peers import OURS, Contender
+from .peers import OURS
 from .timing import available_memory, callable_for, interleave, keep_memory, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
@@ -118,42 +118,6 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-_gates: dict = {}
-
-
-def gate_for(case: Case, mode: str) -> Gate:
-    """The gate of a case, shared by its contenders; only the last two (float32 and bfloat16) are kept."""
-    key = (case, mode)
-    if key not in _gates:
-        while len(_gates) > 1:
-            _gates.pop(next(iter(_gates)))
-        inputs = make_inputs(case)
-        inputs.require_grad(mode == "train")
-        _gates[key] = Gate(case, inputs, mode)
-    return _gates[key]
-
-
-def checked_call(contender: Contender, case: Case, mode: str, row: dict):
-    """The timed call, or None with row["reason"] when it fails or is wrong."""
-    gate = gate_for(case, mode)
-    try:
-        forward = contender.build(case, gate.inputs)
-        with torch.set_grad_enabled(mode == "train"):
-            verdict = gate.check(contender, forward)
-    except Exception as error:  # a peer that this torch or machine cannot run; ours must not be forgiven
-        if contender.ours:
-            raise
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        row["reason"] = f"failed: {type(error).__name__}: {first[0][:160]}"
-        return None
-    row.update(error=verdict.error, bound=verdict.bound, worst=verdict.worst)
-    row["ok"] = verdict.excess <= (1.0 if contender.ours else WRONG_FACTOR)
-    if verdict.excess > WRONG_FACTOR:
-        row["reason"] = f"WRONG: {verdict}"
-        return None
-    return callable_for(contender, forward, gate.inputs, mode)
-
-
 def print_rows(rows: list[dict]) -> None:
     say("")
     if not rows:
@@ -213,16 +177,6 @@ def run_memory() -> dict[str, float | None]:
     return table
 
 
-def print_goals(verdicts: list[dict]) -> None:
-    """With the number of those that a run of some workloads only says nothing about."""
-    print("\ngoals")
-    for v in (v for v in verdicts if v["figures"]):
-        word = "met" if v["met"] else "MISSED"
-        figures = ", ".join(f"{case.removeprefix('small-cpu ')}: {value:.2f}" for case, value in v["figures"].items())
-        print(f"  {word:6} <= {v['limit']:<5.3g} {v['goal']}: {figures}")
-    print(f"  no figure for {sum(v['met'] is None for v in verdicts)} of {len(verdicts)}")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.threads:
@@ -244,12 +198,12 @@ def main(argv: list[str] | None = None) -> int:
                 rows = run_case(replace(case, dtype=DTYPES[args.dtype]), mode, args)
                 print_rows(rows)
                 results += rows
-    _gates.clear()
+    forget_gates()
     memory = run_memory() if args.memory else {}
     growth = run_growth(args.growth, args.quick)
     verdicts = goals.judge(results, memory, growth) if args.check_goals else []
     if verdicts:
-        print_goals(verdicts)
+        goals.print_goals(verdicts)
     if args.json:
         command = ["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]
         record = {"machine": about, "command": command, "results": results, "memory_mb": memory, "growth": growth}

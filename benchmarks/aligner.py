@@ -105,11 +105,11 @@ class SdpaLayer(ModularDuplexAttention):
 
 
 def _key_aligner(case: Case) -> KeyAligner:
-    return KeyAligner(case.head_dim, case.num_modalities, rank=case.rank, scope="full").to(case.dtype)
+    return KeyAligner(case.head_dim, case.num_modalities, rank=case.rank, scope="full").to(case.device, case.dtype)
 
 
 def _release_aligner(case: Case) -> ReleaseAligner:
-    return ReleaseAligner(case.head_dim).to(case.dtype)
+    return ReleaseAligner(case.head_dim).to(case.device, case.dtype)
 
 
 def _layer(cls: type, **options) -> Callable[[Case], torch.nn.Module]:

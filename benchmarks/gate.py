@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from .peers import Call, Contender
-from .workloads import Case, Inputs
+from .timing import callable_for
+from .workloads import Case, Inputs, make_inputs
 
 BLOCK_ROWS = 64
 WRONG_FACTOR = 10.0
@@ -74,7 +75,7 @@ def dense_reference(case: Case, x: Inputs, contender: Contender, mode: str, dtyp
     """Outputs on the sampled rows, then gradients, each step of the mathematics in ``dtype``; pieces add in float64."""
     names, leaves = contender.leaves, x.leaves(contender.leaves)
     outputs: list[list[torch.Tensor]] = []
-    grads = [torch.zeros(t.shape, dtype=torch.float64) for t in leaves]
+    grads = [torch.zeros_like(t, dtype=torch.float64) for t in leaves]
     incoming = zip(*(sampled(case, contender, x.grad[name]) for name in contender.outputs), strict=True)
     for (batch, rows, keys), given in zip(pieces(case, contender), incoming, strict=True):
         where = {"key": keys, "value": keys} | dict.fromkeys(("query", "views", "bias", "sink"), rows)
@@ -175,5 +176,46 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Max norm of the difference; equal infinities (a row that sees nothing) are equal."""
     if a.numel() == 0:
         return 0.0
-    difference = torch.where(a == b, torch.zeros((), dtype=torch.float64), (a - b).abs())
+    difference = torch.where(a == b, 0.0, (a - b).abs())
     return float("inf") if bool(difference.isnan().any()) else difference.max().item()
+
+
+_gates: dict = {}
+
+
+def gate_for(case: Case, mode: str) -> Gate:
+    """The gate of a case, shared by its contenders; only the last two (float32 and bfloat16) are kept."""
+    key = (case, mode)
+    if key not in _gates:
+        while len(_gates) > 1:
+            _gates.pop(next(iter(_gates)))
+        inputs = make_inputs(case)
+        inputs.require_grad(mode == "train")
+        _gates[key] = Gate(case, inputs, mode)
+    return _gates[key]
+
+
+def checked_call(contender: Contender, case: Case, mode: str, row: dict):
+    """The timed call, or None with row["reason"] when it fails or is wrong."""
+    gate = gate_for(case, mode)
+    try:
+        forward = contender.build(case, gate.inputs)
+        with torch.set_grad_enabled(mode == "train"):
+            verdict = gate.check(contender, forward)
+    except Exception as error:  # a peer that this torch or machine cannot run; ours must not be forgiven
+        if contender.ours:
+            raise
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        row["reason"] = f"failed: {type(error).__name__}: {first[0][:160]}"
+        return None
+    row.update(error=verdict.error, bound=verdict.bound, worst=verdict.worst)
+    row["ok"] = verdict.excess <= (1.0 if contender.ours else WRONG_FACTOR)
+    if verdict.excess > WRONG_FACTOR:
+        row["reason"] = f"WRONG: {verdict}"
+        return None
+    return callable_for(contender, forward, gate.inputs, mode)
+
+
+def forget_gates() -> None:
+    """Frees their inputs and references."""
+    _gates.clear()

@@ -1,4 +1,4 @@
-"""The project's CPU goals (float32, 2 threads) and what a run says about them."""
+"""The project's goals, on a CPU (float32, 2 threads) and on an H200 (bfloat16), and what a run says about them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Goal:
         return row["mode"] == self.mode and set(self.where.split()) <= set(row["case"].split())
 
     def __str__(self) -> str:
-        return f"{self.mode}, {self.where}: {self.numerator} / {self.peer}" + ", per FLOP" * self.per_flop
+        where = self.where or "every case"
+        return f"{self.mode}, {where}: {self.numerator} / {self.peer}" + ", per FLOP" * self.per_flop
 
 
 # The dense mask and the merge are each held against their two forms: one that does the whole work, one that is tuned.
@@ -62,11 +63,33 @@ GOALS = [
     Goal("mm", 1 / 0.60, "gram", per_flop=True),  # 60 % of its rate
 ]
 
+CUDA_GOALS = [
+    Goal("cudnn", 1.05, "llava-next"),
+    Goal("cudnn", 1.05, "causal"),
+    Goal("cudnn", 1.10, "llava-next", "train"),
+    Goal("cudnn", 1.10, "causal", "train"),
+    Goal("flex", 0.60, ""),
+    Goal("sdpa-mask", 0.25, ""),
+    Goal("merge", 0.60, ""),
+    Goal("merge-runs", 0.60, ""),
+    Goal("ours-plain", 1.03, ""),
+    Goal("ours-plain", 1.03, "", "train"),
+    Goal("cudnn", 1.10, "decode"),
+    Goal("attention", 0.15, "aligned", numerator="aligner"),
+    Goal("release-loop", 0.05, "aligner-batch B=8", numerator="aligner"),
+    Goal("release-loop", 0.05, "aligner-batch B=8", numerator="align-keys"),
+]
 
-def judge(results: list[dict], memory: dict[str, float | None], growth: dict[str, dict[int, float]]) -> list[dict]:
+
+def judge(
+    results: list[dict],
+    memory: dict[str, float | None],
+    growth: dict[str, dict[int, float]],
+    goals: list[Goal] = GOALS,
+) -> list[dict]:
     """One entry per goal: text, limit, figures, met (None when the run holds no figure for it)."""
     verdicts = []
-    for goal in GOALS:
+    for goal in goals:
         cases: dict[str, dict[str, dict]] = {}
         for row in filter(goal.applies, results):
             if row["samples"]:
@@ -89,3 +112,13 @@ def judge(results: list[dict], memory: dict[str, float | None], growth: dict[str
 def verdict(text: str, limit: float, figures: dict[str, float]) -> dict:
     met = max(figures.values()) <= limit if figures else None
     return {"goal": text, "limit": limit, "figures": figures, "met": met}
+
+
+def print_goals(verdicts: list[dict]) -> None:
+    """With the number of those that a run of some workloads only says nothing about."""
+    print("\ngoals")
+    for v in (v for v in verdicts if v["figures"]):
+        word = "met" if v["met"] else "MISSED"
+        figures = ", ".join(f"{case.removeprefix('small-cpu ')}: {value:.2f}" for case, value in v["figures"].items())
+        print(f"  {word:6} <= {v['limit']:<5.3g} {v['goal']}: {figures}")
+    print(f"  no figure for {sum(v['met'] is None for v in verdicts)} of {len(verdicts)}")

@@ -1,8 +1,9 @@
 """Ours and every peer behind one interface: ``build(case, inputs)`` returns a call without arguments.
 
-Every peer is written the way that is fastest for it on a CPU; what depends on the token layout alone (causal masks,
-block masks, index lists) is made once, outside the timed call. What depends on bias and sink is made inside it, because
-they are inputs of the operator. ``outputs`` names what the call returns, ``leaves`` the inputs it is differentiated by.
+Every peer is written the way that is fastest for it on the case's device; what depends on the token layout alone
+(causal masks, block masks, index lists) is made once, outside the timed call. What depends on bias and sink is made
+inside it, because they are inputs of the operator. ``outputs`` names what the call returns, ``leaves`` the inputs it is
+differentiated by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moda_ext import reference
 from moda_ext.attention import modular_attention
@@ -45,7 +47,7 @@ class Contender:
     backward: float = 2.0  # FLOPs of the backward pass for one forward
     matrices: tuple[int, int] = (0, 0)  # dense score matrices alive at the peak: forward, train
     copies: int = 0  # copies it makes of key and value
-    no_train: str | None = None  # why it cannot train on a CPU
+    no_train: str | None = None  # why it cannot train
     ours: bool = False
 
     def useful_flops(self, case: Case, mode: str) -> float:
@@ -63,14 +65,15 @@ class Contender:
                 f"skipped: needs about {need / 1e9:.0f} GB for dense scores and copies, {memory / 1e9:.0f} GB are free"
             )
         if self.name == "flex" and case.dtype == torch.float64:
-            return "n/a: FlexAttention on CPU has no float64"
+            return "n/a: FlexAttention has no float64"
         return None
 
 
 def causal_mask(case: Case) -> torch.Tensor:
     """Additive (Nq, Nk) mask, bottom-right aligned."""
-    visible = torch.ones(case.rows, case.num_keys, dtype=torch.bool).tril(case.num_keys - case.rows)
-    return torch.zeros(visible.shape, dtype=case.dtype).masked_fill(~visible, -math.inf)
+    visible = torch.ones(case.rows, case.num_keys, dtype=torch.bool, device=case.device)
+    visible = visible.tril(case.num_keys - case.rows)
+    return torch.zeros_like(visible, dtype=case.dtype).masked_fill(~visible, -math.inf)
 
 
 # Ours -----------------------------------------------------------------------------------------------------------------
@@ -116,10 +119,54 @@ def build_sdpa(case: Case, x: Inputs) -> Call:
     return lambda: (F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=causal, enable_gqa=True),)
 
 
+def build_backend(backend: SDPBackend) -> Callable[[Case, Inputs], Call]:
+    """``build_sdpa`` on one of torch's backends."""
+
+    def build(case: Case, x: Inputs) -> Call:
+        plain = build_sdpa(case, x)
+
+        def call():
+            with sdpa_kernel(backend):
+                return plain()
+
+        return call
+
+    return build
+
+
+def build_fa4(case: Case, x: Inputs) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    def call():
+        tokens_first = (t.transpose(1, 2) for t in (x.query, x.key, x.value))
+        result = flash_attn_func(*tokens_first, causal=True)
+        out = result[0] if isinstance(result, tuple) else result  # some versions return the lse as well
+        return (out.transpose(1, 2),)
+
+    return call
+
+
+def fused_kernels_are_strict(case: Case) -> bool:
+    """On a GPU, the fused kernels that take a mask want its rows 16 bytes apart or a multiple, and equal heads."""
+    return case.device != "cpu"
+
+
+def masked_sdpa(case: Case, query, key, value, mask, **options) -> torch.Tensor:
+    if fused_kernels_are_strict(case):
+        key, value = (t.repeat_interleave(case.query_heads // case.key_heads, dim=1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, **options)
+
+
+def columns_beside(case: Case) -> int:
+    """Keys that are none: one for the sink, and as many as make the mask's rows a multiple of 8 numbers."""
+    return 8 - case.num_keys % 8 if fused_kernels_are_strict(case) else 1
+
+
 def dense_mask(case: Case, x: Inputs, causal: torch.Tensor, is_vision: torch.Tensor) -> torch.Tensor:
-    """(B, Hq, Nq, Nk + 1): the bias of each key's modality, -inf above the diagonal, and the sink as last column."""
+    """(B, Hq, Nq, Nk + columns_beside): each key's bias, -inf above the diagonal, then the sink, then -inf."""
     bias = torch.where(is_vision, x.bias[..., 1:2], x.bias[..., 0:1]) + causal
-    return torch.cat([bias, x.sink[..., None]], dim=-1).to(case.dtype)
+    beside = F.pad(x.sink[..., None], (0, columns_beside(case) - 1), value=-math.inf)
+    return torch.cat([bias, beside], dim=-1).to(case.dtype)
 
 
 def _dense(case: Case, x: Inputs) -> Callable[[], torch.Tensor]:
@@ -129,22 +176,22 @@ def _dense(case: Case, x: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def build_sdpa_mask(case: Case, x: Inputs) -> Call:
-    mask = _dense(case, x)
+    mask, beside = _dense(case, x), columns_beside(case)
 
     def call():
-        key, value = F.pad(x.key, (0, 0, 0, 1)), F.pad(x.value, (0, 0, 0, 1))  # the sink: a key and a value of zeros
-        return (F.scaled_dot_product_attention(x.query, key, value, attn_mask=mask(), enable_gqa=True),)
+        key, value = (F.pad(t, (0, 0, 0, beside)) for t in (x.key, x.value))  # the sink: a key and a value of zeros
+        return (masked_sdpa(case, x.query, key, value, mask()),)
 
     return call
 
 
 def build_sdpa_mask_given(case: Case, x: Inputs) -> Call:
     with torch.no_grad():
-        mask = _dense(case, x)()
+        mask, beside = _dense(case, x)(), columns_beside(case)
 
     def call():
-        key, value = F.pad(x.key, (0, 0, 0, 1)), F.pad(x.value, (0, 0, 0, 1))
-        return (F.scaled_dot_product_attention(x.query, key, value, attn_mask=mask, enable_gqa=True),)
+        key, value = (F.pad(t, (0, 0, 0, beside)) for t in (x.key, x.value))
+        return (masked_sdpa(case, x.query, key, value, mask),)
 
     return call
 
@@ -152,16 +199,46 @@ def build_sdpa_mask_given(case: Case, x: Inputs) -> Call:
 def build_onehot_v(case: Case, x: Inputs) -> Call:
     mask, m, d = _dense(case, x), case.num_modalities, case.head_dim
     onehot = F.one_hot(x.key_modality.long(), m).to(case.dtype)[:, None].expand(-1, case.key_heads, -1, -1)
+    beside = columns_beside(case)
     extra = 8  # torch's flash kernel wants equal head sizes; without the padding the call is 5 to 20 times slower
 
     def call():
-        value = F.pad(torch.cat([x.value, onehot], dim=-1), (0, extra - m, 0, 1))
-        key = F.pad(x.key, (0, extra, 0, 1))
+        value = F.pad(torch.cat([x.value, onehot], dim=-1), (0, extra - m, 0, beside))
+        key = F.pad(x.key, (0, extra, 0, beside))
         query = F.pad(x.query, (0, extra))
-        both = F.scaled_dot_product_attention(query, key, value, attn_mask=mask(), enable_gqa=True, scale=d**-0.5)
+        both = masked_sdpa(case, query, key, value, mask(), scale=d**-0.5)
         return both[..., :d], both[..., d : d + m]
 
     return call
+
+
+def build_flex_lse(backend: str) -> Callable[[Case, Inputs], Call]:
+    """FlexAttention where it returns its lse: the sink is one factor for each row."""
+
+    def build(case: Case, x: Inputs) -> Call:
+        from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+        offset, modality, bias = case.num_keys - case.rows, x.key_modality, x.bias
+
+        def mask_mod(b, h, i, j):
+            return j <= i + offset
+
+        def score_mod(score, b, h, i, j):
+            return score + bias[b, h, i, modality[b, j]]
+
+        block_mask = create_block_mask(mask_mod, None, None, case.rows, case.num_keys, device=case.device)
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        options = {"block_mask": block_mask, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+
+        def call():
+            kernel = {"kernel_options": {"BACKEND": backend}}
+            out, aux = compiled(x.query, x.key, x.value, score_mod=score_mod, **options, **kernel)
+            lse = torch.logaddexp(aux.lse, x.sink)
+            return out * torch.exp(aux.lse - lse)[..., None].to(case.dtype), lse
+
+        return call
+
+    return build
 
 
 def build_flex(case: Case, x: Inputs) -> Call:
@@ -177,7 +254,7 @@ def build_flex(case: Case, x: Inputs) -> Call:
     def score_mod(score, b, h, i, j):
         return torch.where(j == n, sink[b, h, i], score + bias[b, h, i, modality[b, j]])
 
-    block_mask = create_block_mask(mask_mod, None, None, case.rows, n + 1, device="cpu")
+    block_mask = create_block_mask(mask_mod, None, None, case.rows, n + 1, device=case.device)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call():
@@ -188,9 +265,17 @@ def build_flex(case: Case, x: Inputs) -> Call:
 
 
 def _plain_with_lse(query, key, value, *, is_causal=False, attn_mask=None):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=attn_mask
-    )
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=attn_mask)
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[:2]
+    rows = query.shape[2]
+    mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 8))[..., : attn_mask.shape[-1]]  # rows at multiples of 16 bytes
+    mask = mask.expand(query.shape[0], query.shape[1], rows, -1)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)
+    return out, lse[..., :rows]  # its rows are padded
 
 
 def build_merge(case: Case, x: Inputs) -> Call:
@@ -269,7 +354,7 @@ def build_eager(case: Case, x: Inputs) -> Call:
 
 
 ALL = ("out", "lse", "mass")
-_NO_LSE_GRADIENT = "torch's CPU attention gives its lse no gradient"
+_NO_LSE_GRADIENT = "torch's attention gives its lse no gradient"
 
 OURS = [
     Contender("ours", "bias, sink, lse and mass", build_ours, ALL, ours=True),
@@ -317,4 +402,24 @@ PEERS = [
         copies=2,
     ),
     Contender("eager", "dense PyTorch: everything", build_eager, ALL, matrices=(6, 9), copies=4),
+]
+
+# On a GPU: plain attention by every library, FlexAttention as it is there, and the same as above for the rest.
+CUDA_PEERS = [
+    Contender(
+        "cudnn",
+        "cuDNN through SDPA, causal, nothing else: less work",
+        build_backend(SDPBackend.CUDNN_ATTENTION),
+        leaves=TOKENS,
+    ),
+    Contender(
+        "flash",
+        "FlashAttention 2 through SDPA, causal, nothing else: less work",
+        build_backend(SDPBackend.FLASH_ATTENTION),
+        leaves=TOKENS,
+    ),
+    Contender("fa4", "flash-attn-4, causal, nothing else: less work", build_fa4, leaves=TOKENS),
+    Contender("flex", "compiled FlexAttention, score_mod, sink by its lse: no mass", build_flex_lse("AUTO"), ALL[:2]),
+    Contender("flex-fa4", "the same through flash-attn-4", build_flex_lse("FLASH"), ALL[:2]),
+    *(peer for peer in PEERS if peer.name not in ("sdpa", "flex")),
 ]

@@ -34,6 +34,7 @@ class Case:
     kind: str = "attention"
     rank: int = 16  # of the aligner
     embedding: int = 4096  # of a whole layer
+    device: str = "cpu"
 
     @property
     def num_keys(self) -> int:
@@ -150,11 +151,11 @@ class Inputs:
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Random inputs of a case, the same for every contender."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(case.device).manual_seed(seed)
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
 
     def normal(*shape, dtype=acc):
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=case.device).to(dtype)
 
     def heads(tokens, number):
         return normal(case.batch, tokens, number, case.head_dim, dtype=case.dtype).transpose(1, 2)
@@ -163,12 +164,12 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     rows = (case.batch, case.query_heads, case.rows)
     bias = normal(*rows, case.num_modalities)
     if case.hidden:
-        bias[torch.rand(bias.shape, generator=generator) < 0.1] = -torch.inf
+        bias[torch.rand(bias.shape, generator=generator, device=case.device) < 0.1] = -torch.inf
     inputs = Inputs(
         query=heads(case.rows, case.query_heads),
         key=heads(case.num_keys, case.key_heads),
         value=heads(case.num_keys, case.key_heads),
-        key_modality=modality.expand(case.batch, -1).contiguous(),
+        key_modality=modality.expand(case.batch, -1).to(case.device).contiguous(),
         bias=bias,
         sink=normal(*rows),
         grad={
@@ -208,4 +209,4 @@ PRODUCT = (2048, 2048)  # the matrices that show the machine's rate
 def make_layer(case: Case, cls: type = ModularDuplexAttention, **options) -> ModularDuplexAttention:
     """The layer of a case. Its calls take their weights from the inputs."""
     sizes = (case.embedding, case.query_heads, case.key_heads, case.num_modalities)
-    return cls(*sizes, head_dim=case.head_dim, **options).to(case.dtype)
+    return cls(*sizes, head_dim=case.head_dim, **options).to(case.device, case.dtype)

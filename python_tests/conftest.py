@@ -31,6 +31,14 @@ def pytest_report_header(config):
     )
 
 
+def pytest_terminal_summary(terminalreporter):
+    reason = unavailable("cuda")
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    number = sum(isinstance(text, tuple) and text[2] == f"Skipped: {reason}" for text in skipped)
+    if number:
+        terminalreporter.write_line(f"{number} tests for a GPU were skipped: {reason}")
+
+
 def unavailable(device: str) -> str | None:
     """Why the tests cannot run on this device, or None."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -49,6 +57,14 @@ def device(request) -> str:
     if reason:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cuda() -> None:
+    """Skips a test of what only a GPU has where there is none, or no kernels for it."""
+    reason = unavailable("cuda")
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

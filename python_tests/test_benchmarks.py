@@ -43,11 +43,38 @@ def test_every_contender_is_right_and_timed(bench, monkeypatch, tmp_path, native
     assert len(figures) >= GOALS[workload]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("workload", "mode"),
+    [("llava-next", "forward"), ("llava-next", "train"), ("decode", "forward"), ("aligner-batch", "forward")],
+)
+def test_contenders_of_a_gpu_agree_on_a_cpu(bench, monkeypatch, native, workload, mode):
+    import benchmarks.cuda as cuda
+
+    monkeypatch.setattr("benchmarks.peers.fused_kernels_are_strict", lambda case: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(cuda, "free_memory", lambda: 1e12)
+    monkeypatch.setattr(cuda, "extra_bytes", lambda call: len(call()))
+    monkeypatch.setattr(cuda, "measure", lambda calls, rounds: {name: [1.0] * rounds for name in calls})
+    case = replace(cuda.CASES[workload][0], **TINY)
+    rows = cuda.run_case(case, mode, rounds=2)
+    only_there = {"cudnn", "fa4", "flex-fa4"} | ({"flex"} if mode == "train" else set())
+    for row in rows:
+        excused = row["contender"] in only_there or (row["reason"] or "").startswith("n/a")
+        assert excused or (row["ok"] and row["samples"] == [1.0, 1.0]), row
+    cuda.print_rows(rows, rate=1e12)
+    verdicts = bench.goals.judge(rows, {}, {}, bench.goals.CUDA_GOALS)
+    found = sum(bool(verdict["figures"]) for verdict in verdicts)
+    assert found == {"llava-next": 5, "decode": 5, "aligner-batch": 2}[workload] if mode == "forward" else found <= 1
+
+
 def test_gate_finds_a_wrong_view(bench, native):
+    from benchmarks.gate import Gate
+
     case = replace(bench.WORKLOADS["aligned"][0], **TINY)
     inputs = bench.make_inputs(case)
     inputs.require_grad(False)
-    gate = bench.Gate(case, inputs, "forward")
+    gate = Gate(case, inputs, "forward")
     views, indicator = bench.ALIGNER.build(case, inputs)()
     assert gate.check(bench.ALIGNER, lambda: (views, indicator)).excess <= 1
     views[1, 0, 0, -1, 0] += 0.01

@@ -3,9 +3,14 @@
 python3 tools/cuda_report.py [--arch 80 90a] [--json FILE] [--check]     needs nvcc, no GPU
 
 Compiles every .cu file of csrc/sources.json and prints a line for each kernel and architecture: registers, bytes
-spilled, and how many tensor-core products (HMMA), matrix loads from shared memory (LDSM), 128-bit asynchronous copies
-(LDGSTS.128) and 128-bit loads and stores are in its machine code (- without cuobjdump). --check, which needs cuobjdump,
-fails where a 16-bit attention kernel spills registers, or lacks tensor-core products, matrix loads or 128-bit copies.
+spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared memory
+(LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
+cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memory is what the launch asks for in a call
+with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions.
+
+--check fails where a kernel spills registers or asks for more shared memory than a block may have on every GPU that it
+runs on, and, where cuobjdump is, where a 16-bit attention kernel lacks tensor-core products, matrix loads or 128-bit
+copies.
 """
 
 import argparse
@@ -31,64 +36,118 @@ INSTRUCTIONS = {
     "STL": r"\bSTL\b",
 }
 MAIN = ("ForwardKernel", "KeyKernel", "QueryKernel")
+MODALITIES = {"shared": 2, "of 16": 16}
+LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; others have more
+# The host's side of a kernel as the emulation compiles it: no CUDA header, and nothing of a device is called.
+SHARED_PROGRAM = """
+#include <stdio.h>
+%(includes)s
+using namespace moda_ext::cuda;
+template <class Params>
+auto set_modalities(Params& params, int modalities) -> decltype(void(params.args.num_modalities = modalities)) {
+  params.args.num_modalities = modalities;
+}
+template <class Params>
+void set_modalities(Params&, ...) {}
+template <class Kernel>
+void report(const char* name) {
+  printf("%%s", name);
+  for (const int modalities : {%(modalities)s}) {
+    typename Kernel::Params params{};
+    set_modalities(params, modalities);
+    printf("\\t%%zu", Kernel::shared_bytes(params));
+  }
+  printf("\\n");
+}
+int main() {
+%(reports)s
+}
+"""
 
 
-def tool(name: str, required: bool = True) -> str | None:
-    """nvcc or cuobjdump: of CUDA_HOME, else of the path, else (cuobjdump) the copy in Triton's wheel."""
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: of CUDA_HOME, else of the path, else of NVIDIA's or Triton's wheels."""
     if os.environ.get("CUDA_HOME"):
         path = Path(os.environ["CUDA_HOME"]) / "bin" / name
         if path.exists():
             return str(path)
     if shutil.which(name):
-        return name
+        return shutil.which(name)
     for folder in map(Path, sys.path):
-        path = folder / "triton" / "backends" / "nvidia" / "bin" / name
-        if path.exists():
-            return str(path)
-    if not required:
-        return None
-    raise SystemExit(f"cuda_report.py: {name} not found. Fix: set CUDA_HOME to a CUDA toolkit, or install triton.")
+        for path in (*folder.glob(f"nvidia/cu*/bin/{name}"), folder / "triton/backends/nvidia/bin" / name):
+            if path.exists():
+                return str(path)
+    return None
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run(*command: object, **options) -> str:
+    words = [str(word) for word in command]
+    result = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     if result.returncode != 0:
-        raise SystemExit(f"cuda_report.py: failed: {' '.join(command)}\n{result.stdout}")
+        raise SystemExit(f"cuda_report.py: failed: {' '.join(words)}\n{result.stdout}")
     return result.stdout
 
 
 def readable(symbols: list[str]) -> dict[str, str]:
     """KeyKernel<BFloat16, 128> for a mangled entry point."""
-    names = subprocess.run(["c++filt"], input="\n".join(symbols), text=True, capture_output=True).stdout.splitlines()
     short = {}
-    for symbol, name in zip(symbols, names, strict=True):
+    for symbol, name in zip(symbols, run("c++filt", input="\n".join(symbols)).splitlines(), strict=True):
         match = re.search(r"kernel<(.+?) ?>\(", name.replace("moda_ext::cuda::", ""))
         short[symbol] = match[1] if match else name
     return short
 
 
-def compile_and_count(source: str, arch: str, folder: Path, check: bool) -> list[dict]:
-    target = str(folder / f"{Path(source).stem}_{arch}.cubin")
+def shared_bytes(source: str, kernels: list[str], folder: Path) -> dict[str, dict[str, int]]:
+    """Dynamic shared memory of a block, by kernel and column."""
+    program, binary = folder / "shared.cpp", folder / "shared"
+    program.write_text(
+        SHARED_PROGRAM
+        % {
+            "includes": "\n".join(re.findall(r'#include ".*"', (ROOT / source).read_text())),
+            "modalities": ", ".join(map(str, MODALITIES.values())),
+            "reports": "\n".join(f'  report<{kernel}>("{kernel}");' for kernel in kernels),
+        }
+    )
+    options = ("-std=c++17", "-O1", "-DMODA_EXT_CUDA_EMULATION", "-Wno-unknown-pragmas", "-Icsrc")
+    run(os.environ.get("CXX", "c++"), *options, program, "-o", binary)
+    lines = [line.split("\t") for line in run(binary).splitlines()]
+    return {kernel: dict(zip(MODALITIES, map(int, sizes), strict=True)) for kernel, *sizes in lines}
+
+
+def compile_and_count(source: str, arch: str, folder: Path, disassembler: str | None) -> list[dict]:
+    target = folder / f"{Path(source).stem}_{arch}.cubin"
     log = run(tool("nvcc"), *FLAGS, f"-arch=sm_{arch}", "-Icsrc", "-cubin", source, "-o", target)
     rows = {}
     for symbol, text in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL):
         stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
-        registers = re.search(r"Used (\d+) registers", text)[1]
-        rows[symbol] = {"registers": int(registers), "spill_stores": int(stores), "spill_loads": int(loads)}
-    disassembler = tool("cuobjdump", required=check)
+        own = re.search(r"(\d+) bytes smem", text)
+        rows[symbol] = {
+            "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+            "spill_stores": int(stores),
+            "spill_loads": int(loads),
+            "static_shared": int(own[1]) if own else 0,
+        }
     machine_code = run(disassembler, "-sass", target) if disassembler else ""
     for symbol, text in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", machine_code, re.DOTALL):
         rows[symbol] |= {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()}
     names = readable(list(rows))
+    dynamic = shared_bytes(source, list(names.values()), folder)
+    for symbol, row in rows.items():
+        row |= {column: row["static_shared"] + size for column, size in dynamic[names[symbol]].items()}
     return [{"kernel": names[symbol], "arch": arch, **row} for symbol, row in rows.items()]
 
 
 def problems(row: dict) -> list[str]:
-    if not row["kernel"].startswith(MAIN) or "float," in row["kernel"]:
-        return []
-    found = [f"has no {name}" for name in ("HMMA", "LDSM", "LDGSTS.128") if row.get(name) == 0]
+    found = []
     if row["spill_stores"] or row["spill_loads"]:
         found.append(f"spills {row['spill_stores']} bytes")
+    found += [
+        f"asks for {row[column]} bytes of shared memory with {modalities} modalities, {LARGEST_SHARED} are there"
+        for column, modalities in MODALITIES.items()
+        if row[column] > LARGEST_SHARED
+    ]
+    if row["kernel"].startswith(MAIN) and "float," not in row["kernel"]:
+        found += [f"has no {name}" for name in ("HMMA", "LDSM", "LDGSTS.128") if row.get(name) == 0]
     return [f"{row['kernel']} (sm_{row['arch']}) {text}" for text in found]
 
 
@@ -99,14 +158,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    if tool("nvcc") is None:
+        raise SystemExit("cuda_report.py: nvcc not found. Fix: set CUDA_HOME to a CUDA toolkit.")
+    disassembler = tool("cuobjdump")
     sources = json.loads((ROOT / "csrc/sources.json").read_text())["cuda"]
     rows = []
-    columns = ["registers", "spill_stores", *INSTRUCTIONS]
+    columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':34}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for source in (s for s in sources if s.endswith(".cu") and arguments.only in s):
             for arch in arguments.arch:
-                for row in compile_and_count(source, arch, Path(folder), arguments.check):
+                for row in compile_and_count(source, arch, Path(folder), disassembler):
                     rows.append(row)
                     print(
                         f"{row['kernel']:34}{arch:>4}" + "".join(f"{row.get(c, '-'):>13}" for c in columns), flush=True
@@ -114,7 +176,10 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     faults = [text for row in rows for text in problems(row)]
-    print("\n".join(faults) or "every 16-bit attention kernel is as it should be in what was looked at")
+    looked_at = "registers, shared memory and instructions" if disassembler else "registers and shared memory"
+    print("\n".join(faults) or f"{looked_at}: every kernel is as it should be")
+    if not disassembler:
+        print("Instructions were not looked at. Fix: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     if arguments.check and faults:
         raise SystemExit(1)
 

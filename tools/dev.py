@@ -4,10 +4,11 @@ python3 tools/dev.py demo        set up, then run the demo
 python3 tools/dev.py test        set up, then C++ tests (plain, then with sanitizers), then Python tests
 python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
+python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 
-Further arguments go to the demo, pytest or the benchmarks. Uses the active virtual environment if there is one, else
-.venv in the checkout; uses the torch that is there, else installs one (the CPU build on a machine without an NVIDIA
-GPU). Run it as often as you like: what is done already is not done again.
+Further arguments go to the demo, pytest, the benchmarks or the report on the kernels. Uses the active virtual
+environment if there is one, else .venv in the checkout; uses the torch that is there, else installs one (the CPU build
+on a machine without an NVIDIA GPU). Run it as often as you like: what is done already is not done again.
 """
 
 import argparse
@@ -25,6 +26,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's CPU builds; PyPI has CUDA builds for Linux
 BUILD_TOOLS = ["setuptools>=77", "wheel", "ninja"]  # [build-system] of pyproject.toml, for builds without isolation
+DISASSEMBLER = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]  # a minimal CUDA toolkit has none
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 
 
@@ -169,8 +171,14 @@ def lint(python: Path, arguments: list[str]) -> None:
     run(python.parent / "clang-format", "--dry-run", "-Werror", *cpp)
 
 
+def kernels(python: Path, arguments: list[str]) -> None:
+    step("CUDA kernels")
+    pip_install(python, "--quiet", *DISASSEMBLER)
+    run(python, "tools/cuda_report.py", "--check", *arguments)
+
+
 def main() -> None:
-    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint}
+    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "kernels": kernels}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parsed, arguments = parser.parse_known_args()

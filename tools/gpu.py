@@ -2,27 +2,31 @@
 
 python3 tools/gpu.py [--out build/gpu] [--minutes 10] [--only build pytest ...]      in an environment with a CUDA torch
 
-Steps, each with a share of the time, none skipped because another failed:
+Steps, each with a share of the time, none skipped because another failed; what does not fit into the time is cut off:
     build        the native libraries, for the GPUs of this machine
-    report       registers, spills and instructions of the kernels (tools/cuda_report.py)
     smoke        every kernel against the reference (tools/gpu_smoke.py)
-    pytest       the whole Python test suite with MODA_EXT_CUDA=native
-    memcheck, racecheck, initcheck    compute-sanitizer on the smoke run, where it is installed
-    benchmarks   forward and backward beside PyTorch's attention (benchmarks/cuda.py)
+    pytest-gpu   the Python tests that use a GPU, with MODA_EXT_CUDA=native; graphs, streams, large tensors among them
+    memcheck, racecheck, initcheck    compute-sanitizer on the smoke run (pip install nvidia-cuda-sanitizer-api)
+    benchmarks   beside every peer (benchmarks/cuda.py)
+    report       registers, spills, shared memory and instructions of the kernels (tools/cuda_report.py)
+    pytest-cpu   the rest of the Python tests
 
-What a step printed is in OUT/<step>.log, the outcome of all in OUT/gpu.json. The exit status is 1 if any step failed.
-When pytest and the sanitizers pass, add the compute capability to VERIFIED_CAPABILITIES in moda_ext/_ops/library.py:
-that makes the kernels the default on such GPUs.
+What a step printed is in OUT/<step>.log, the outcome of all, with the number of tests that passed, failed and were
+skipped, in OUT/gpu.json, and figures in OUT/benchmarks.json and OUT/kernels.json. The exit status is 1 if any step
+failed. When pytest and the sanitizers pass, add the compute capability to VERIFIED_CAPABILITIES in
+moda_ext/_ops/library.py: that makes the kernels the default on such GPUs.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
+
+from cuda_report import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -40,6 +44,15 @@ def device_facts() -> dict:
     return json.loads(result.stdout)
 
 
+def count_tests(report: Path) -> dict:
+    """What pytest's report says, nothing without one."""
+    if not report.exists():
+        return {}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {what: int(suite.get(what)) for what in ("tests", "failures", "errors", "skipped")}
+    return {"tests": {"run": counts.pop("tests"), **counts}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
@@ -48,26 +61,31 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("pytest-*.xml"):
+        old.unlink()
     smoke = ROOT / "tools" / "gpu_smoke.py"
     facts = device_facts()
     major, minor = facts["capability"]
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
 
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = tool("compute-sanitizer")
+    pytest = [PYTHON, "-m", "pytest", "-q", "-rs", "python_tests"]
     steps = [  # name, share of the time, command (None: cannot run)
         ("build", 0.3, [PYTHON, "setup.py", "build_clib", "build_ext", "--inplace"]),
-        (
-            "report",
-            0.1,
-            [PYTHON, "tools/cuda_report.py", "--arch", arch, "--only", "128", "--json", out / "kernels.json"],
-        ),
         ("smoke", 0.1, [PYTHON, smoke]),
-        ("pytest", 0.2, [PYTHON, "-m", "pytest", "-q", "--junitxml", out / "pytest.xml", "python_tests"]),
+        ("pytest-gpu", 0.3, [*pytest, "-k", "cuda", "--junitxml", out / "pytest-gpu.xml"]),
         *(
-            (tool, 0.07, [sanitizer, "--tool", tool, "--error-exitcode", "1", PYTHON, smoke] if sanitizer else None)
-            for tool in ("memcheck", "racecheck", "initcheck")
+            (name, 0.07, [sanitizer, "--tool", name, "--error-exitcode", "1", PYTHON, smoke] if sanitizer else None)
+            for name in ("memcheck", "racecheck", "initcheck")
         ),
-        ("benchmarks", 0.2, [PYTHON, "-m", "benchmarks.cuda", "--json", out / "benchmarks.json"]),
+        (
+            "benchmarks",
+            0.25,
+            # Compiling FlexAttention can take longer than the calls: the last case may overrun by as much.
+            [PYTHON, "-m", "benchmarks.cuda", "--minutes", 0.15 * arguments.minutes, "--json", out / "benchmarks.json"],
+        ),
+        ("report", 0.15, [PYTHON, "tools/cuda_report.py", "--arch", arch, "--check", "--json", out / "kernels.json"]),
+        ("pytest-cpu", 0.5, [*pytest, "-k", "not cuda", "--junitxml", out / "pytest-cpu.xml"]),
     ]
     env = {
         **os.environ,
@@ -89,7 +107,8 @@ def main() -> None:
                 own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
             with open(out / f"{name}.log", "w") as log:
                 try:
-                    limit = share * arguments.minutes * 60
+                    left = arguments.minutes * 60 - (time.monotonic() - start)
+                    limit = max(1.0, min(share * arguments.minutes * 60, left))
                     words = [str(word) for word in command]
                     status = subprocess.run(
                         words, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, timeout=limit
@@ -98,7 +117,9 @@ def main() -> None:
                 except subprocess.TimeoutExpired:
                     outcome = f"failed: not done after {limit:.0f} s"
         results.append({"step": name, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)})
-        print(f"{name:12}{outcome} ({results[-1]['seconds']} s)", flush=True)
+        results[-1] |= count_tests(out / f"{name}.xml")
+        counts = "".join(f", {number} {what}" for what, number in results[-1].get("tests", {}).items() if number)
+        print(f"{name:12}{outcome} ({results[-1]['seconds']} s{counts})", flush=True)
         (out / "gpu.json").write_text(json.dumps({"device": facts, "steps": results}, indent=1) + "\n")
     print(f"{time.monotonic() - start:.0f} s; results in {out}")
     if any(step["outcome"].startswith("failed") for step in results):

@@ -198,7 +198,7 @@ class KeyKernel {
     end_tile = (sequence.num_queries + kStream - 1) / kStream;
     Item item{args.num_views > 1 ? lowest_bit(present) : 0, 0, first_tile - 1};
     bool more = present != 0 && advance(item, present);
-    if (more) copy_rows_of(item, 0, present);
+    if (Tile::kStages == 2 && more) copy_rows_of(item, 0, present);
     commit_copies();
     int stage = 0;
     while (more) {
@@ -209,21 +209,19 @@ class KeyKernel {
         commit_copies();
         wait_copies<1>();
       } else {
+        copy_rows_of(current, 0, present);
+        commit_copies();
+        more = advance(item, present);
         wait_copies<0>();
       }
       sync_threads();
       differentiate(current, stage);
       sync_threads();  // everyone is done with this buffer
-      if (Tile::kStages == 2) {
-        stage ^= 1;
-      } else {
-        more = advance(item, present);
-        if (more) copy_rows_of(item, 0, present);
-        commit_copies();
-      }
+      if (Tile::kStages == 2) stage ^= 1;
     }
     wait_copies<0>();
-    sync_threads();  // the gradients take the place of the keys and values
+    // The gradients take the place of the keys and values; where no row sees these, nobody has waited for them yet.
+    sync_threads();
     if (args.grad_key.data != nullptr) write(grad_key, args.scale, keys, args.grad_key);
     if (args.grad_value.data != nullptr) write(grad_value, 1.0f, values, args.grad_value);
   }
@@ -397,6 +395,17 @@ class QueryKernel {
  private:
   MODA_EXT_DEVICE QueryKernel(const Params& params, char* shared)
       : p(params), args(params.args), g(lane_index() / 4), t(lane_index() % 4) {
+    locate();
+    queries = shared + warp_index() * 16 * kStride;  // of this warp
+    grad_outs = queries + kOwn * kStride;
+    stream = shared + 2 * kOwn * kStride;
+    float* tables = reinterpret_cast<float*>(stream + Tile::kStages * 2 * kStream * kStride);
+    probability_table = tables + warp_index() * 16 * args.num_modalities;
+    grad_table = probability_table + kOwn * args.num_modalities;
+  }
+
+  // The block's place in the grid. Called again after each main loop, whose registers are full.
+  MODA_EXT_DEVICE void locate() {
     const int64_t index = block_index();
     int row_block = static_cast<int>(index % p.row_blocks);
     if (args.causal) row_block = p.row_blocks - 1 - row_block;  // the longest first
@@ -407,18 +416,11 @@ class QueryKernel {
     sequence_index = index / p.row_blocks / args.query_heads;
     sequence = locate_sequence(args, sequence_index);
     tiles = p.tiles + sequence_index * p.tiles_per_sequence;
-    queries = shared + warp_index() * 16 * kStride;  // of this warp
-    grad_outs = queries + kOwn * kStride;
-    stream = shared + 2 * kOwn * kStride;
-    float* tables = reinterpret_cast<float*>(stream + Tile::kStages * 2 * kStream * kStride);
-    probability_table = tables + warp_index() * 16 * args.num_modalities;
-    grad_table = probability_table + kOwn * args.num_modalities;
   }
 
   MODA_EXT_DEVICE void run() {
     if (block_row >= sequence.num_queries) return;
     for (int i = lane_index(); i < 16 * args.num_modalities; i += 32) probability_table[i] = grad_table[i] = 0.0f;
-    sync_warp();
     uint32_t seen = 0;
     const int last_row = minimum(block_row + kOwn, sequence.num_queries) - 1;
     const int64_t row_words = (sequence_index * args.query_heads + head) * p.row_tiles;
@@ -427,10 +429,11 @@ class QueryKernel {
 
     copy_own(args.grad_out, grad_outs, 0);
     for (int view = 0; view < args.num_views; ++view) {
-      sync_warp();  // every lane is done with the view before
+      sync_warp();  // every lane is done with the tables, and with the view before
       copy_own(args.query, queries, view);
       set_zero(grad_query);
       run_tiles(args.num_views > 1 ? seen & 1u << view : seen);
+      locate();
       if (args.grad_query.data != nullptr) write(view);
     }
     if (args.grad_bias.data != nullptr) finish_bias_gradient();
@@ -438,7 +441,7 @@ class QueryKernel {
 
   MODA_EXT_DEVICE void run_tiles(uint32_t seen) {
     int tile = next_tile(0, seen);
-    if (tile < end_tile) copy_stream(tile, 0);
+    if (Tile::kStages == 2 && tile < end_tile) copy_stream(tile, 0);
     commit_copies();
     int stage = 0;
     while (tile < end_tile) {
@@ -449,19 +452,16 @@ class QueryKernel {
         commit_copies();
         wait_copies<1>();
       } else {
+        copy_stream(current, 0);
+        commit_copies();
+        tile = next_tile(tile + 1, seen);
         wait_copies<0>();
       }
       sync_threads();
       const uint32_t present = tiles[current] & seen;
       differentiate(current, stage, (present & (present - 1)) == 0 ? lowest_bit(present) : kMixed, present);
       sync_threads();  // everyone is done with this buffer
-      if (Tile::kStages == 2) {
-        stage ^= 1;
-      } else {
-        tile = next_tile(tile + 1, seen);
-        if (tile < end_tile) copy_stream(tile, 0);
-        commit_copies();
-      }
+      if (Tile::kStages == 2) stage ^= 1;
     }
     wait_copies<0>();
     finish_run();

@@ -92,7 +92,8 @@ MODA_EXT_DEVICE void copy_rows(char* shared, int thread, const Element* first, i
                                const Valid& valid) {
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   constexpr int kChunks = kHeadDim / kPerChunk;
-#pragma unroll
+  // Unrolled further, the addresses of all chunks are kept across the main loop, in registers that it needs.
+#pragma unroll 4
   for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
     const int index = i * kThreads + thread;
     const int row = index / kChunks, element = index % kChunks * kPerChunk;
