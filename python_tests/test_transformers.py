@@ -17,7 +17,14 @@ pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23
 
 import transformers
 from tolerance import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 from vision_language import FAMILIES, IMAGE, TEXT, VIDEO, make_config, make_inputs, make_model
 
@@ -48,6 +55,7 @@ SPECIAL = [60, 61, 62, 63]
 NEW = 6  # tokens that are generated
 SPLIT = 9  # where a prompt is cut in two
 TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True}}
+PRIOR = [[0.0, 1.5], [0.0, 0.0]]  # text looks more at images
 CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
 both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 family = pytest.mark.parametrize("family", FAMILIES)
@@ -433,6 +441,87 @@ def test_a_fixed_prior_moves_mass_without_parameters():
     assert_close(after[text], (raised / raised.sum(-1, keepdim=True))[text])
     image = (records[0].query_modality == 1)[:, None].expand(before.shape[:3])
     assert_close(after[image], before[image])
+
+
+@family
+def test_the_attention_moda_without_settings_is_sdpa_that_can_be_measured(family, tmp_path):
+    """By ``attn_implementation`` of a plain class, in the vision tower too, and by ``set_attn_implementation``."""
+    plain, inputs, records = make_model(family), make_inputs(family), []
+    plain.save_pretrained(tmp_path)
+    expected = logits_of(family, plain, inputs)
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": SPECIAL}
+    caches = ("dynamic", "static")
+    tokens = [plain.generate(**copy.deepcopy(inputs), **options, cache_implementation=cache) for cache in caches]
+    for loaded in (
+        type(plain).from_pretrained(tmp_path, attn_implementation="moda"),
+        AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation={"text_config": "moda"}),
+    ):
+        assert type(loaded) is type(plain) and loaded.config.text_config._attn_implementation == "moda"
+        assert torch.equal(logits_of(family, loaded, inputs), expected)
+        for cache, answer in zip(caches, tokens, strict=True):
+            again = loaded.generate(**copy.deepcopy(inputs), **options, cache_implementation=cache)
+            assert torch.equal(again, answer)
+        records.clear()
+        with recording(loaded, records.append):
+            measured = logits_of(family, loaded, inputs)
+        assert_close(measured[inputs["attention_mask"] == 1], expected[inputs["attention_mask"] == 1])
+        assert len(records) == loaded.config.text_config.num_hidden_layers
+        assert torch.equal(logits_of(family, loaded, inputs), expected)  # all as it was
+    plain.set_attn_implementation("moda")
+    assert plain.config.vision_config._attn_implementation == "moda"
+    assert torch.equal(logits_of(family, plain, inputs), expected)
+    plain(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
+    assert attention_modules(plain)[0].q_proj.weight.grad.any()
+
+
+def test_a_text_model_alone_runs_the_attention_moda_as_sdpa():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT)).eval()
+    ids = torch.arange(1, 10).view(1, -1)
+    expected = model(ids).logits
+    model.set_attn_implementation("moda")
+    assert torch.equal(model(ids).logits, expected)
+
+
+@family
+def test_a_prior_in_the_config_needs_the_attentions_name_only(family, tmp_path):
+    plain, inputs = make_model(family), make_inputs(family)
+    plain.save_pretrained(tmp_path / "plain")
+    config = AutoConfig.from_pretrained(tmp_path / "plain")
+    config.text_config.moda = MODAConfig.fixed_prior(PRIOR).to_dict()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", config=config, attn_implementation="moda")
+    assert type(model) is type(apply_moda(make_model(family), MODAConfig.fixed_prior(PRIOR)))
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    expected = logits_of(family, apply_moda(make_model(family), MODAConfig.fixed_prior(PRIOR)), inputs)
+    assert torch.equal(logits_of(family, model, inputs), expected)
+    assert (expected - logits_of(family, plain, inputs))[inputs["attention_mask"] == 1].abs().max() > 1e-3
+    check_generation(family, model.eval(), inputs)
+
+    model.save_pretrained(tmp_path / "prior")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "prior", attn_implementation="moda")
+    assert torch.equal(logits_of(family, again, inputs), expected)
+
+    later = type(plain).from_pretrained(tmp_path / "plain", config=config)  # sdpa, as long as nobody says "moda"
+    assert torch.equal(logits_of(family, later, inputs), logits_of(family, plain, inputs))
+    later.set_attn_implementation({"text_config": "moda"})
+    assert torch.equal(logits_of(family, later, inputs), expected)
+
+
+def test_settings_in_the_config_are_the_default():
+    model = make_model("llava")
+    model.config.text_config.moda = MODAConfig(**TRAINED).to_dict()
+    apply_moda(model)
+    assert MODAConfig.from_dict(model.config.text_config.moda) == MODAConfig(**TRAINED)
+    assert attention_modules(model)[0].moda.aligner.a1.shape[-1] == 4
+
+
+def test_a_model_with_moda_that_is_loaded_for_sdpa_says_that_moda_is_off(tmp_path):
+    model, inputs = make_trained("llava"), make_inputs("llava")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="switches MODA off"):
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert_close(logits_of("llava", loaded, inputs), logits_of("llava", make_model("llava"), inputs))
+    loaded.set_attn_implementation({"text_config": "moda"})
+    assert torch.equal(logits_of("llava", loaded, inputs), logits_of("llava", model, inputs))
 
 
 @pytest.mark.parametrize("name", ("llava", "gemma3"))
@@ -825,10 +914,10 @@ def test_caches_that_cannot_work_are_refused():
 
 
 def test_what_the_attention_function_cannot_do_is_refused():
-    model, inputs = make_model("llava"), make_inputs("llava")
-    model.set_attn_implementation({"text_config": "moda"})
-    with pytest.raises(RuntimeError, match="does not know the modalities"):
-        model(**inputs)
+    inputs, config = make_inputs("llava"), make_config("llava")
+    config.text_config.moda = MODAConfig.fixed_prior(PRIOR).to_dict()
+    with pytest.raises(RuntimeError, match="has settings .*, and nothing derives the modalities of the tokens"):
+        AutoModel.from_config(config, attn_implementation="moda")(**inputs)
     model = make_trained("llava").train()
     for module in attention_modules(model):
         module.attention_dropout = 0.1
