@@ -156,17 +156,38 @@ class TestFormulas:
         close(s, [1.5 / 3, (1 / 2 + 2 / 3) / 3])
         close(c, [0.5 / 2, (1 / 2 + 1 / 3) / 2])
 
-    def test_the_null_on_rows_that_see_all_is_small_where_that_of_all_rows_is_not(self):
-        modality = torch.tensor([[0] * 17 + [1] * 16 + [0] * 5])
+    def null_of(self, question, rows="all"):
+        """(text, vision) AvgDiff of uniform attention in [17 text][16 image][question]."""
+        modality = torch.tensor([[0] * 17 + [1] * 16 + [0] * question])
         counts = measures.key_counts(modality, modality)
-        uniform = measures.uniform_mass(counts)
-        text = []
-        for rows in (None, measures.rows_that_see_all(counts, modality)):
-            flow = sum_rows(uniform, modality, rows)
-            pairs = sum_rows(counts.float(), modality, rows)
-            text.append(measures.disparity(measures.self_weight(flow, pairs), measures.cross_weight(flow, pairs))[0])
-        assert text[0] > 0.6
-        assert text[1] < 0.01
+        rows = None if rows == "all" else measures.rows_that_see_all(counts, modality)
+        flow = sum_rows(measures.uniform_mass(counts.double()), modality, rows)
+        pairs = sum_rows(counts.double(), modality, rows)
+        return measures.disparity(measures.self_weight(flow, pairs), measures.cross_weight(flow, pairs)).tolist()
+
+    def test_the_null_of_a_layout_by_hand(self):
+        """The 0.68 of text before an image: it takes a question of three tokens, and falls as the question grows.
+
+        Text rows 1 to 17 see text only, with weight 1 over 1 to 17 keys; rows 34 to 36 see 18 to 20 text and 16 image
+        keys.
+        """
+        within = (17 + 18 / 34 + 19 / 35 + 20 / 36) / (17 * 18 / 2 + 18 + 19 + 20)
+        across = (1 / 34 + 1 / 35 + 1 / 36) / 3
+        assert self.null_of(3)[0] == pytest.approx(1 - across / within)
+        assert round(1 - across / within, 2) == 0.68
+        assert [round(self.null_of(n)[0], 2) for n in (5, 17, 30, 100)] == [0.64, 0.48, 0.35, 0.01]
+
+    def test_the_null_on_rows_that_see_both_by_hand(self):
+        """There a text row's weights are all equal, 1 over its keys: what is left is that later rows see more text."""
+        within = (18 / 34 + 19 / 35 + 20 / 36) / (18 + 19 + 20)
+        across = (1 / 34 + 1 / 35 + 1 / 36) / 3
+        assert self.null_of(3, "both")[0] == pytest.approx(1 - within / across)
+        assert 1 - within / across == pytest.approx(0.001, abs=1e-4)
+        assert [round(self.null_of(n, "both")[0], 2) for n in (5, 22, 46)] == [0.0, 0.03, 0.08]
+        within = sum(k / (17 + k) for k in range(1, 17)) / sum(range(1, 17))  # image row k sees 17 + k keys
+        across = sum(1 / (17 + k) for k in range(1, 17)) / 16
+        assert self.null_of(3, "both")[1] == self.null_of(3)[1] == pytest.approx(1 - within / across)
+        assert 1 - within / across == pytest.approx(0.10, abs=1e-3)
 
     def test_token_similarity(self):
         # unit rows (1, 0), (0, 1), (0.6, 0.8): products 0, 0.6, 0.8; the fourth token is left out
