@@ -602,23 +602,39 @@ def save_llava_with_processor(path):
     processor.save_pretrained(path)
 
 
-def test_readme_example(tmp_path, monkeypatch):
-    """Word for word, where the names it downloads are directories with a tiny model."""
+@pytest.fixture
+def readme_examples(tmp_path, monkeypatch):
+    """Those about models, beside a photograph and a checkpoint directory of the names that they use."""
     image = pytest.importorskip("PIL.Image")
     readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    section = readme.split("## Replace the attention of your model")[1]
-    code = section.split("```python\n")[1].split("```")[0]
+    section = readme.split("## Replace the attention of your model")[1].split("\n## ")[0]
     save_llava_with_processor(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
     image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    return [compile(part.split("```")[0], "README.md", "exec") for part in section.split("```python\n")[1:]]
+
+
+def test_readme_example(readme_examples):
+    """Word for word."""
+    code, _ = readme_examples
     variables = {}
-    exec(compile(code, "README.md", "exec"), variables)
+    exec(code, variables)
     inputs, model = variables["inputs"], variables["model"]
     assert (inputs["input_ids"] == IMAGE).sum() == 4
     with pytest.raises(ValueError, match="MODA moves this model's logits"):
         check_identity(model, inputs, tolerance=1e-6)
     loaded = AutoModelForImageTextToText.from_pretrained("llava-moda").eval()
     assert torch.equal(logits_of("llava", loaded, inputs), logits_of("llava", model.eval(), inputs))
+    transformers.AutoProcessor.from_pretrained("llava-moda")
+
+
+def test_readme_example_of_a_prior(readme_examples):
+    _, code = readme_examples
+    variables = {}
+    exec(code, variables)
+    expected = apply_moda(make_model("llava"), MODAConfig.fixed_prior([[0.0, 0.5], [0.0, 0.0]]))
+    model, inputs = variables["model"], make_inputs("llava")
+    assert torch.equal(logits_of("llava", model, inputs), logits_of("llava", expected, inputs))
 
 
 @family

@@ -67,11 +67,21 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
 
         model, processor = tiny_llava()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))).to(device), processor
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
+    processor = load_processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     text_stack(model)  # refuses a family that is not known
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+    return model.to(device).eval(), processor
+
+
+def load_processor(name: str):
+    """The processor of :func:`load_model` alone, which raises most of what that raises, and takes no time."""
+    if name == RANDOM:
+        return None
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(name)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
