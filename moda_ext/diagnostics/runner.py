@@ -81,6 +81,8 @@ def load_processor(name: str):
         return None
     from transformers import AutoProcessor
 
+    import moda_ext.integrations.transformers  # noqa: F401  makes the model types with MODA known
+
     return AutoProcessor.from_pretrained(name)
 
 
