@@ -488,7 +488,9 @@ def test_a_prior_in_the_config_needs_the_attentions_name_only(family, tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     config = AutoConfig.from_pretrained(tmp_path / "plain")
     config.text_config.moda = MODAConfig.fixed_prior(PRIOR).to_dict()
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", config=config, attn_implementation="moda")
+    options = {"config": config, "attn_implementation": "moda", "output_loading_info": True}
+    model, loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", **options)
+    assert not loaded["missing_keys"]  # the prior is not reported as if it were an untrained weight
     assert type(model) is type(apply_moda(make_model(family), MODAConfig.fixed_prior(PRIOR)))
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     expected = logits_of(family, apply_moda(make_model(family), MODAConfig.fixed_prior(PRIOR)), inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
 
 import torch
@@ -288,6 +289,9 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     for attention in attention_modules(model):
         if attention.layer_idx in modules:
             attention.moda = modules[attention.layer_idx]
+    # A checkpoint without MODA lacks nothing that the settings give.
+    fixed = (re.escape(name) for name, _ in model.named_buffers() if ".moda." in name)
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *fixed}
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
