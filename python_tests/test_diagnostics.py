@@ -492,6 +492,19 @@ class TestResults:
         expected = diagnosis.figure("self", rows="all", per_head=True)[0, 3, 0].item()
         assert chosen[chosen.first_token].value.item() == expected
 
+    def test_heads_one_by_one(self, diagnosis):
+        """Mass, AvgDiff and decay of one head are those of a diagnosis of that head alone."""
+        layers = [dataclasses.replace(layer, flow=layer.flow[:, :, 2:3]) for layer in diagnosis.layers]
+        alone = dataclasses.replace(diagnosis, layers=layers)
+        for options in ({}, {"null": True}, {"rows": "all", "first_token": False}):
+            by_head = diagnosis.mass(**options, per_head=True)
+            assert by_head.shape == (2, 4, 2, 2)
+            torch.testing.assert_close(by_head[:, 2], alone.mass(**options))
+            for measure, expected in alone.summary(**options).items():
+                found = diagnosis.summary(**options, per_head=True)[measure]
+                for name, value in expected.items():
+                    assert len(found[name]) == 4 and found[name][2] == pytest.approx(value, nan_ok=True)
+
     def test_compare(self, diagnosis):
         x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(2))
         after = measured(make_stack(), x, TOKENS, name="after")
