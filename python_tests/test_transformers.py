@@ -6,6 +6,7 @@ base, so that a cache that forgets anything gives other logits.
 
 import contextlib
 import copy
+import functools
 import pathlib
 import pickle
 import warnings
@@ -192,9 +193,10 @@ def test_speculative_decoding(family, way):
 
 
 @family
-def test_a_cache_is_used_again_in_the_next_turn(family):
+@pytest.mark.parametrize("make_cache", (DynamicCache, functools.partial(StaticCache, max_cache_len=48)), ids=CACHES)
+def test_a_cache_is_used_again_in_the_next_turn(family, make_cache):
     model, inputs = make_trained(family), make_inputs(family)
-    cache = DynamicCache(config=model.config)
+    cache = make_cache(config=model.config)
     first = check_generation(family, model, inputs, past_key_values=cache)
     answer = torch.cat([first.sequences, torch.tensor([[5, 9, 2]] * len(first.sequences))], dim=1)
     turn = extended(family, inputs, answer)
