@@ -4,11 +4,12 @@
 def main() -> None:
     try:
         from moda_ext.cli import app
+
+        app(prog_name="moda-ext")
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("typer", "rich", "matplotlib", "PIL", "transformers"):
             raise
         raise SystemExit(f"moda-ext needs {error.name}: pip install 'moda_ext[cli]'") from error
-    app(prog_name="moda-ext")
 
 
 if __name__ == "__main__":

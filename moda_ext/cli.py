@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from pathlib import Path
@@ -46,6 +47,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.
         print(json.dumps(facts))
         return
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         table.add_row(key, str(value))
     rich.print(table)
@@ -118,8 +121,12 @@ def diagnose(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measures how a vision-language model shares its attention between text and images, and writes a report."""
+    import matplotlib  # noqa: F401  if one is missing, say so before all the measuring
+    import PIL  # noqa: F401
+    import transformers  # noqa: F401
+
     from moda_ext.diagnostics.report import write_report
-    from moda_ext.diagnostics.runner import diagnose, find_images, load_model
+    from moda_ext.diagnostics.runner import diagnose, find_images, load_model, load_processor
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"must end in .html, got {out}", param_hint="--out")
@@ -131,11 +138,12 @@ def diagnose(
         raise typer.BadParameter(str(error)) from error
     diagnoses, drawn, notes = [], [], []
     names = [model] if compare is None else [model, compare]
+    for name in names:  # what the second lacks shows before the first is measured
+        with loading(name):
+            load_processor(name)
     for name in names:
-        try:
+        with loading(name):
             loaded, processor = load_model(name, device=device, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"cannot load the checkpoint {name}: {error}") from error
         short = Path(name).name or name
         if any(d.name == short for d in diagnoses):
             short = f"{short} (2)"
@@ -163,6 +171,15 @@ def diagnose(
     for sentence in dict.fromkeys([*(s for d in diagnoses for s in d.undefined()), *notes]):
         rich.print(f"[yellow]note[/]: {rich.markup.escape(sentence)}")
     print(f"{out}\n{data}")
+
+
+@contextlib.contextmanager
+def loading(name: str):
+    """Says in one sentence why a checkpoint cannot be loaded. Some processors need libraries of their own."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load the checkpoint {name}: {str(error).strip()}") from error
 
 
 def read_prompts(prompts: list[str]) -> list[str]:

@@ -86,11 +86,13 @@ def test_bench():
     assert "must be a multiple of 4, got 6" in words(output)
 
 
-def test_without_typer_the_command_says_what_to_install():
-    program = "import sys; sys.modules['typer'] = None; from moda_ext.__main__ import main; main()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+@pytest.mark.parametrize("missing", ["typer", "matplotlib", "PIL", "transformers"])
+def test_without_a_library_the_command_says_what_to_install(missing):
+    program = f"import sys; sys.modules['{missing}'] = None; from moda_ext.__main__ import main; main()"
+    arguments = ["diagnose", "--model", "random", "--images", "x.jpg", "--prompts", "Hello"]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.strip() == "moda-ext needs typer: pip install 'moda_ext[cli]'"
+    assert result.stderr.strip() == f"moda-ext needs {missing}: pip install 'moda_ext[cli]'"
 
 
 def test_as_a_module():
@@ -223,6 +225,28 @@ class TestDiagnose:
         code, output = call("diagnose", *(x for pair in options.items() for x in pair))
         assert code == 2
         assert message in words(output)
+
+    def test_a_checkpoint_without_its_processor_is_refused_before_anything_is_measured(
+        self, checkpoints, photographs, tmp_path, monkeypatch
+    ):
+        import moda_ext.diagnostics.runner as runner
+
+        shutil.copytree(checkpoints / "plain", tmp_path / "bare")
+        for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "bare" / name).unlink()
+        options = ["--model", checkpoints / "plain", "--images", photographs, "--prompts", "Hello", "--compare"]
+        monkeypatch.setattr(runner, "load_model", lambda *_, **__: pytest.fail("the first model was loaded"))
+        code, output = call("diagnose", *options, tmp_path / "bare", "--out", tmp_path / "r.html")
+        assert code == 2
+        assert "cannot load the checkpoint" in words(output) and "bare" in output
+
+        def needs_torchvision(name):
+            raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+        monkeypatch.setattr(runner, "load_processor", needs_torchvision)
+        code, output = call("diagnose", *options, checkpoints / "plain", "--out", tmp_path / "r.html")
+        assert code == 2
+        assert "requires the Torchvision library" in words(output)
 
     def test_an_empty_directory_has_no_images(self, tmp_path):
         code, output = call("diagnose", "--model", "random", "--images", tmp_path, "--prompts", "Hello")

@@ -1,6 +1,7 @@
 """The diagnosis: every formula beside numbers worked out by hand, the meter beside dense attention weights."""
 
 import dataclasses
+import importlib
 import math
 import os
 import pathlib
@@ -155,17 +156,38 @@ class TestFormulas:
         close(s, [1.5 / 3, (1 / 2 + 2 / 3) / 3])
         close(c, [0.5 / 2, (1 / 2 + 1 / 3) / 2])
 
-    def test_the_null_on_rows_that_see_all_is_small_where_that_of_all_rows_is_not(self):
-        modality = torch.tensor([[0] * 17 + [1] * 16 + [0] * 5])
+    def null_of(self, question, rows="all"):
+        """(text, vision) AvgDiff of uniform attention in [17 text][16 image][question]."""
+        modality = torch.tensor([[0] * 17 + [1] * 16 + [0] * question])
         counts = measures.key_counts(modality, modality)
-        uniform = measures.uniform_mass(counts)
-        text = []
-        for rows in (None, measures.rows_that_see_all(counts, modality)):
-            flow = sum_rows(uniform, modality, rows)
-            pairs = sum_rows(counts.float(), modality, rows)
-            text.append(measures.disparity(measures.self_weight(flow, pairs), measures.cross_weight(flow, pairs))[0])
-        assert text[0] > 0.6
-        assert text[1] < 0.01
+        rows = None if rows == "all" else measures.rows_that_see_all(counts, modality)
+        flow = sum_rows(measures.uniform_mass(counts.double()), modality, rows)
+        pairs = sum_rows(counts.double(), modality, rows)
+        return measures.disparity(measures.self_weight(flow, pairs), measures.cross_weight(flow, pairs)).tolist()
+
+    def test_the_null_of_a_layout_by_hand(self):
+        """The 0.68 of text before an image: it takes a question of three tokens, and falls as the question grows.
+
+        Text rows 1 to 17 see text only, with weight 1 over 1 to 17 keys; rows 34 to 36 see 18 to 20 text and 16 image
+        keys.
+        """
+        within = (17 + 18 / 34 + 19 / 35 + 20 / 36) / (17 * 18 / 2 + 18 + 19 + 20)
+        across = (1 / 34 + 1 / 35 + 1 / 36) / 3
+        assert self.null_of(3)[0] == pytest.approx(1 - across / within)
+        assert round(1 - across / within, 2) == 0.68
+        assert [round(self.null_of(n)[0], 2) for n in (5, 17, 30, 100)] == [0.64, 0.48, 0.35, 0.01]
+
+    def test_the_null_on_rows_that_see_both_by_hand(self):
+        """There a text row's weights are all equal, 1 over its keys: what is left is that later rows see more text."""
+        within = (18 / 34 + 19 / 35 + 20 / 36) / (18 + 19 + 20)
+        across = (1 / 34 + 1 / 35 + 1 / 36) / 3
+        assert self.null_of(3, "both")[0] == pytest.approx(1 - within / across)
+        assert 1 - within / across == pytest.approx(0.001, abs=1e-4)
+        assert [round(self.null_of(n, "both")[0], 2) for n in (5, 22, 46)] == [0.0, 0.03, 0.08]
+        within = sum(k / (17 + k) for k in range(1, 17)) / sum(range(1, 17))  # image row k sees 17 + k keys
+        across = sum(1 / (17 + k) for k in range(1, 17)) / 16
+        assert self.null_of(3, "both")[1] == self.null_of(3)[1] == pytest.approx(1 - within / across)
+        assert 1 - within / across == pytest.approx(0.10, abs=1e-3)
 
     def test_token_similarity(self):
         # unit rows (1, 0), (0, 1), (0.6, 0.8): products 0, 0.6, 0.8; the fourth token is left out
@@ -469,6 +491,19 @@ class TestResults:
         chosen = heads.query("measure == 'self' and layer == 0 and modality == 'text' and rows == 'all' and head == 3")
         expected = diagnosis.figure("self", rows="all", per_head=True)[0, 3, 0].item()
         assert chosen[chosen.first_token].value.item() == expected
+
+    def test_heads_one_by_one(self, diagnosis):
+        """Mass, AvgDiff and decay of one head are those of a diagnosis of that head alone."""
+        layers = [dataclasses.replace(layer, flow=layer.flow[:, :, 2:3]) for layer in diagnosis.layers]
+        alone = dataclasses.replace(diagnosis, layers=layers)
+        for options in ({}, {"null": True}, {"rows": "all", "first_token": False}):
+            by_head = diagnosis.mass(**options, per_head=True)
+            assert by_head.shape == (2, 4, 2, 2)
+            torch.testing.assert_close(by_head[:, 2], alone.mass(**options))
+            for measure, expected in alone.summary(**options).items():
+                found = diagnosis.summary(**options, per_head=True)[measure]
+                for name, value in expected.items():
+                    assert len(found[name]) == 4 and found[name][2] == pytest.approx(value, nan_ok=True)
 
     def test_compare(self, diagnosis):
         x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(2))
@@ -877,35 +912,81 @@ def test_the_readme_example(tmp_path, monkeypatch, capsys):
 class TestPictures:
     """Where the tokens of an image are, and in which order."""
 
-    @staticmethod
-    def layout(family, processor=None):
-        from vision_language import make_inputs, make_model
+    SIZE = {"height": 8, "width": 8}
+    CLIP = {"size": {"shortest_edge": 8}, "crop_size": SIZE}
+    IDEFICS = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
+    QWEN = {"patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 64}}
+    PAN_AND_SCAN = {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 4,
+        "pan_and_scan_max_num_crops": 2,
+        "pan_and_scan_min_ratio_to_activate": 1.0,
+    }
+    PROCESSORS = {  # family: (its image processor, how it is set, image tokens of each piece of the prompt)
+        "llava": ("clip.CLIP", CLIP, [4]),
+        "llava_next": ("llava_next.LlavaNext", {**CLIP, "image_grid_pinpoints": [[16, 16]]}, [4 + 4 * 5]),
+        "llava_onevision": (
+            "llava_onevision.LlavaOnevision",
+            {"size": SIZE, "image_grid_pinpoints": [[16, 16]]},
+            [4 + 4 * 5],
+        ),
+        "qwen2_vl": ("qwen2_vl.Qwen2VL", QWEN, [4]),
+        "qwen2_5_vl": ("qwen2_vl.Qwen2VL", QWEN, [4]),
+        "qwen3_vl": ("qwen2_vl.Qwen2VL", QWEN, [4]),
+        "gemma3": ("gemma3.Gemma3", {"size": SIZE, **PAN_AND_SCAN}, [4, 4, 4]),
+        "internvl": ("got_ocr2.GotOcr2", {"size": SIZE, "crop_to_patches": True, "max_patches": 4}, [5 * 4]),
+        "idefics3": ("idefics3.Idefics3", IDEFICS, [4] * 5),
+        "smolvlm": ("smolvlm.SmolVLM", IDEFICS, [4] * 5),
+    }
+
+    def layout(self, family, colours, pieces=None):
+        """``_layout`` of an image of four colours in Transformers' own tiles, and what the text stack gets of it."""
+        from vision_language import FAMILIES, IMAGE, make_model
 
         from moda_ext.diagnostics.runner import _layout
 
-        image = pillow_image().new("RGB", (30, 20), "red")
-        return _layout(make_model(family), processor, make_inputs(family, rows=1), image)
+        model, (name, options, lengths) = make_model(family), self.PROCESSORS[family]
+        model.config.image_grid_pinpoints = options.get("image_grid_pinpoints")
+        module, name = name.split(".")
+        module = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+        of_image = getattr(module, f"{name}ImageProcessorPil")(**options)
+        square = torch.tensor(colours, dtype=torch.uint8).reshape(2, 2, 3).repeat_interleave(8, 0)
+        image = pillow_image().fromarray(square.repeat_interleave(8, 1).numpy())
+        ids = [5, 6]
+        for length in lengths if pieces is None else pieces:
+            ids += [*FAMILIES[family].before, *[IMAGE] * length, *FAMILIES[family].after, 7]
+        ids = torch.tensor([ids])
+        inputs = {"input_ids": ids, **of_image(images=[image], return_tensors="pt"), **FAMILIES[family].extra(ids)}
+        inputs.pop("num_crops", None), inputs.pop("num_patches", None)
+        seen = []
+        if pieces is None:
+            stack = model.get_decoder()
+            stack.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["inputs_embeds"][0]), with_kwargs=True)
+            with torch.no_grad():
+                model(**inputs, use_cache=False)
+        return _layout(model, types.SimpleNamespace(image_processor=of_image), inputs, image), seen
 
-    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-    def test_qwen_merges_patches_of_the_whole_image(self, family):
-        picture, grid, start, reason = self.layout(family)
-        assert (grid, start, reason) == ((2, 2), 4, None)
-        assert picture.shape == (20, 30, 3)
-        assert picture[0, 0].tolist() == [1, 0, 0]
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_token_of_a_quarter_of_the_picture_sees_that_quarter(self, family):
+        """In the tile of the whole image: the other tiles see quarters of it only, and their tokens are not drawn."""
+        colours = [[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]]
+        (picture, grid, start, reason), (before,) = self.layout(family, colours)
+        assert reason is None and grid == (2, 2)
+        side = picture.shape[0] // 2
+        found = picture[side // 2 :: side, side // 2 :: side]  # the middle of each quarter
+        torch.testing.assert_close(found, torch.tensor(colours).reshape(2, 2, 3) / 255, rtol=0, atol=0.1)
+        for cell in range(4):
+            changed = [[90, 130, 90] if k == cell else colour for k, colour in enumerate(colours)]
+            _, (after,) = self.layout(family, changed)
+            moved = (after - before).norm(dim=-1)[start : start + 4]
+            assert moved.argmax() == cell
 
-    @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
-    def test_the_first_tile_is_the_whole_image(self, family):
-        of_image = types.SimpleNamespace(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
-        picture, grid, start, reason = self.layout(family, types.SimpleNamespace(image_processor=of_image))
-        assert (grid, start, reason) == ((2, 2), 3, None)
-        assert picture.shape == (8, 8, 3)
-        assert 0 <= picture.min() < 0.2 and 0.8 < picture.max() <= 1
-
-    @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
-    def test_an_unknown_order_has_no_picture(self, family):
-        picture, grid, start, reason = self.layout(family)
-        assert picture is None
-        assert reason == f"how {family} orders the tokens of an image is not known here"
+    def test_tokens_that_do_not_fit_have_no_picture_and_a_reason(self):
+        colours = [[250, 20, 20]] * 4
+        (picture, *_, reason), _ = self.layout("idefics3", colours, [4, 4, 4, 4, 3])
+        assert picture is None and reason == "its 19 tokens are not 5 square tiles"
+        (picture, *_, reason), _ = self.layout("idefics3", colours, [4, 4, 4, 5, 3])
+        assert picture is None and reason == "its tokens do not hold a grid of 2 x 2 in one piece"
 
 
 def pillow_image():

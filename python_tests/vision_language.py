@@ -192,6 +192,8 @@ def make_model(family: str):
     for name, parameter in model.named_parameters():
         if ".q_proj.weight" in name or ".k_proj.weight" in name:
             parameter.data.mul_(8)
+        if name.endswith("mm_input_projection_weight"):  # Gemma 3 starts it at 0, and no image would be seen
+            parameter.data.normal_(std=0.2)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model

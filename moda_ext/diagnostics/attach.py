@@ -52,13 +52,10 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
         return
 
     from moda_ext.integrations.transformers import recording, text_stack
-    from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES
 
     with recording(model, recorder, modalities):
         stack = text_stack(model)
-        own_names = getattr(stack.config, "moda", None)
-        names = own_names["modalities"] if own_names else modalities or DEFAULT_MODALITIES
-        yield {layer.self_attn.layer_idx: layer for layer in stack.layers}, names
+        yield {layer.self_attn.layer_idx: layer for layer in stack.layers}, stack.config.moda["modalities"]
 
 
 def _layer_recorder(index: int, is_causal: bool, recorder: Recorder):

@@ -189,7 +189,7 @@ def _layer_table(d: Diagnosis) -> str:
 def _number(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return "not defined"
-    return f"{100 * value:.2f} %" if unit == "%" else f"{value:.4g}"
+    return f"{round(100 * value, 2) + 0.0:.2f} %" if unit == "%" else f"{value:.4g}"  # + 0.0: no "-0.00"
 
 
 def _chart(figure, caption: str, form: str = "svg") -> str:

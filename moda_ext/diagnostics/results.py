@@ -134,27 +134,33 @@ class Diagnosis:
             return s if measure == "self" else c
         return measures.disparity(s, c, measure.partition("_")[2] or "max")
 
-    def mass(self, *, rows: str = "both", first_token: bool = True, null: bool = False) -> Tensor:
-        """(L, M, M): the share of attention from rows of modality a to all keys of m; options as in :meth:`figure`."""
-        flow, _, count = self._sums(rows, first_token, null, per_head=False)
+    def mass(
+        self, *, rows: str = "both", first_token: bool = True, null: bool = False, per_head: bool = False
+    ) -> Tensor:
+        """The share of attention from rows of modality a to all keys of m; options as in :meth:`figure`.
+
+        Returns:
+            (L, M, M), or (L, H, M, M) by head.
+        """
+        flow, _, count = self._sums(rows, first_token, null, per_head)
         return measures.mean_mass(flow, count)
 
     def summary(
-        self, *, rows: str = "both", first_token: bool = True, null: bool = False
-    ) -> dict[str, dict[str, float]]:
+        self, *, rows: str = "both", first_token: bool = True, null: bool = False, per_head: bool = False
+    ) -> dict[str, dict[str, float | list[float]]]:
         """One number for the whole model: measure -> modality -> value. Options as in :meth:`figure`.
 
         ``avg_diff`` is AvgDiff (with the normaliser max; ``avg_diff_sum`` and ``avg_diff_self`` with the others),
-        ``decay`` the slope of log c_m against depth, the rest the mean over layers.
+        ``decay`` the slope of log c_m against depth, the rest the mean over layers. By head a value is a list.
         """
-        options = {"rows": rows, "first_token": first_token, "null": null}
+        options = {"rows": rows, "first_token": first_token, "null": null, "per_head": per_head}
         numbers = {}
         for name in SUMMARY:
             if name == "decay":
                 values = measures.decay_slope(self.figure("cross", **options))
             else:
                 values = self.figure(name.replace("avg_diff", "disparity"), **options).mean(dim=0)
-            numbers[name] = dict(zip(self.modalities, values.tolist(), strict=True))
+            numbers[name] = dict(zip(self.modalities, values.movedim(-1, 0).tolist(), strict=True))
         return numbers
 
     def undefined(self) -> list[str]:

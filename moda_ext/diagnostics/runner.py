@@ -16,6 +16,10 @@ from moda_ext.diagnostics.results import Diagnosis
 __all__ = ["Picture", "diagnose", "load_model"]
 
 RANDOM = "random"
+# Families that cut an image into tiles, by the place of the whole image, made small, among them. Gemma 3's is the first
+# too, and its tiles have equally many tokens, as those of the families with the last.
+WHOLE_IMAGE_FIRST = ("llava_next", "llava_onevision")
+WHOLE_IMAGE_LAST = ("internvl", "idefics3", "smolvlm")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -63,11 +67,23 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
 
         model, processor = tiny_llava()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))).to(device), processor
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
+    processor = load_processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     text_stack(model)  # refuses a family that is not known
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+    return model.to(device).eval(), processor
+
+
+def load_processor(name: str):
+    """The processor of :func:`load_model` alone, which raises most of what that raises, and takes no time."""
+    if name == RANDOM:
+        return None
+    from transformers import AutoProcessor
+
+    import moda_ext.integrations.transformers  # noqa: F401  makes the model types with MODA known
+
+    return AutoProcessor.from_pretrained(name)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -164,23 +180,28 @@ def format_prompt(processor, prompt: str) -> str:
 def _layout(model, processor, inputs, image):
     """(picture, grid, place of its first token, reason why there is none) of a prompt about one image."""
     from moda_ext.integrations.transformers.hooks import placeholder
+    from moda_ext.integrations.transformers.models import SUFFIX
 
     places = (inputs["input_ids"][0] == placeholder(model.config, "image")).nonzero()[:, 0].tolist()
-    pixels, kind = inputs.get("pixel_values"), model.config.model_type
+    family, tile = model.config.model_type.removesuffix(SUFFIX), 0
     if inputs.get("image_grid_thw") is not None:  # Qwen: the whole image, in patches that are merged
         merge = model.config.vision_config.spatial_merge_size
         _, height, width = inputs["image_grid_thw"][0].tolist()
         picture, grid = _pixels(image), (height // merge, width // merge)
-    elif kind.startswith(("llava_next", "llava_onevision")):  # tiles, of which the first is the whole image
-        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        picture, grid = _seen(processor, pixels[0, 0]), (side, side)
-    elif pixels is not None and pixels.dim() == 4 and len(pixels) == 1:
-        picture, side = _seen(processor, pixels[0]), math.isqrt(len(places))
-        grid = side, side
     else:
-        return None, None, None, f"how {kind} orders the tokens of an image is not known here"
-    if grid[0] * grid[1] > len(places) or places[-1] - places[0] + 1 < grid[0] * grid[1]:
-        return None, None, None, f"its {len(places)} tokens do not hold a grid of {grid[0]} x {grid[1]}"
+        tiles = inputs["pixel_values"].flatten(0, -4)  # (tiles, 3, height, width)
+        tile = -1 if family in WHOLE_IMAGE_LAST else 0
+        if family in WHOLE_IMAGE_FIRST:  # the other tiles' tokens depend on the shape of the image
+            side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        else:
+            side = math.isqrt(len(places) // len(tiles))
+            if side * side * len(tiles) != len(places):
+                return None, None, None, f"its {len(places)} tokens are not {len(tiles)} square tiles"
+        picture, grid = _seen(processor, tiles[tile]), (side, side)
+    count = grid[0] * grid[1]
+    places = places[-count:] if tile else places[:count]
+    if len(places) < count or places[-1] - places[0] + 1 != count:
+        return None, None, None, f"its tokens do not hold a grid of {grid[0]} x {grid[1]} in one piece"
     return picture, grid, places[0], None
 
 

@@ -1,7 +1,8 @@
 """MODA for vision-language models of Hugging Face Transformers 5: see :func:`apply_moda`.
 
 Needs the extra ``moda_ext[transformers]``. Importing this module makes the attention "moda" known to Transformers and
-the ``..._moda`` model types to its Auto classes.
+the ``..._moda`` model types to its Auto classes. ``attn_implementation="moda"`` alone is ``sdpa`` that can be measured;
+with settings in ``config.text_config.moda``, such as :meth:`MODAConfig.fixed_prior`, it applies them.
 """
 
 from importlib import metadata

@@ -1,7 +1,8 @@
 """The attention function "moda", its mask function, and the module with a layer's MODA parameters.
 
 Data of one call: the hooks of ``hooks.py`` give every layer a :class:`ModalityContext`; :func:`moda_attention` brings
-keys and modalities to the form of the operators and calls the layer's :class:`MODAAttention`, or plain attention.
+keys and modalities to the form of the operators and calls the layer's :class:`MODAAttention`, or plain attention. A
+text stack has hooks if and only if its config has settings (``config.moda``); without both, "moda" is ``sdpa``.
 """
 
 from __future__ import annotations
@@ -165,11 +166,7 @@ def moda_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     modality_context: ModalityContext | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function "moda" of Transformers' ``AttentionInterface``.
@@ -179,19 +176,17 @@ def moda_attention(
     """
     moda, recorder = getattr(module, "moda", None), getattr(module, "moda_recorder", None)
     if modality_context is None:
-        if not getattr(module, "is_causal", True):  # a vision or audio encoder
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        if _has_settings(getattr(module, "config", None)):
+            raise RuntimeError(
+                "attention 'moda' has settings (text_config.moda), and nothing derives the modalities of the tokens. "
+                "Use a ...ForConditionalGeneration model of a family that moda_ext.integrations.transformers knows, "
+                "and import that module before the model is made; or call apply_moda(model)"
             )
-        raise RuntimeError(
-            "attention 'moda' does not know the modalities of the tokens: prepare the model with apply_moda(model, "
-            "MODAConfig(...)) of moda_ext.integrations.transformers, or measure it with recording(model, ...)"
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     own_mask = attention_mask is not None and attention_mask.dim() == 4
-    if moda is None and recorder is None and (sliding_window is not None or own_mask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    if moda is None and recorder is None and (kwargs.get("sliding_window") is not None or own_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dropout, scaling, softcap = kwargs.get("dropout", 0.0), kwargs.get("scaling"), kwargs.get("softcap")
     if dropout:
         raise NotImplementedError(
             f"attention 'moda' has no dropout, got {dropout}; set attention_dropout=0 in the config"
@@ -244,6 +239,10 @@ def moda_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _has_settings(config) -> bool:
+    return getattr(config, "moda", None) is not None
+
+
 def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> Tokens:
     """Static caches: the unused part has modality -1, and several new tokens are moved to the end."""
     device, new, start = query.device, query.shape[2], context.start
@@ -293,15 +292,17 @@ def moda_mask(
     kv_offset: int = 0,
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
+    config=None,
     **kwargs,
 ) -> Tensor | None:
     """The mask function "moda" of Transformers' ``AttentionMaskInterface``.
 
-    Causal attention needs no matrix: the result is the padding mask, (B, kv_length) bool, or None. What else a model
-    asks for (sliding windows, bidirectional images, packed sequences, encoders) is what ``sdpa`` would get.
+    Causal modular attention needs no matrix: the result is the padding mask, (B, kv_length) bool, or None. What else a
+    model asks for (sliding windows, bidirectional images, packed sequences, encoders) is what ``sdpa`` would get, and
+    so is every mask of a model without settings.
     """
-    if mask_function is not causal_mask_function:
-        options = {"kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function}
+    if mask_function is not causal_mask_function or not _has_settings(config):
+        options = {"kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function, "config": config}
         return sdpa_mask(*args, **options, attention_mask=attention_mask, **kwargs)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]

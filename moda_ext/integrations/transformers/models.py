@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import warnings
 
 import torch
@@ -13,7 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from moda_ext.integrations.recording import Recorder
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
-from moda_ext.integrations.transformers.config import DEFAULT_MODALITIES, MODAConfig
+from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, token_modalities
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
@@ -38,8 +40,13 @@ class MODAModelMixin:
     """What the generated ``...MODAForConditionalGeneration`` classes add to their families' classes."""
 
     def __init__(self, config, *args, **kwargs):
+        requested = config.text_config._attn_implementation
         super().__init__(config, *args, **kwargs)
-        _attach(self, *_prepare(self, MODAConfig.from_dict(getattr(config.text_config, "moda", None) or {})))
+        settings = _settings(config) or MODAConfig()
+        config.text_config.moda = settings.to_dict()
+        _attach(self, *_prepare(self, settings))
+        if requested not in (None, NAME):
+            self.set_attn_implementation({"text_config": requested})
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -93,6 +100,31 @@ _MODELS = {
     model_type: getattr(transformers, f"{prefix}ForConditionalGeneration") for model_type, prefix in FAMILIES.items()
 }
 _CLASSES = {model_type: _make_classes(model_type, prefix) for model_type, prefix in FAMILIES.items()}
+
+
+def _apply_settings_after(model_class: type, method: str) -> None:
+    """Lets a plain class apply the settings in its config as soon as its text stack's attention is "moda".
+
+    An attention function sees one layer. Where a model gets its attention is the only place that sees the token ids
+    too, and Transformers lets nobody else in there.
+    """
+    original = getattr(model_class, method)
+
+    @functools.wraps(original)
+    def wrapped(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if type(self) is model_class and self.config.text_config._attn_implementation == NAME:
+            settings = _settings(self.config)
+            if settings is not None:
+                apply_moda(self, settings)
+        return result
+
+    setattr(model_class, method, wrapped)
+
+
+for _model in _MODELS.values():
+    _apply_settings_after(_model, "__init__")
+    _apply_settings_after(_model, "set_attn_implementation")
 globals().update({c.__name__: c for classes in _CLASSES.values() for c in classes})
 
 
@@ -106,7 +138,7 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
     Args:
         model: a ``...ForConditionalGeneration`` model of one of the families in ``FAMILIES``. Wrap it with PEFT
             afterwards.
-        config: the settings, by default ``MODAConfig()``.
+        config: the settings, by default those in ``model.config.text_config.moda`` if any, else ``MODAConfig()``.
 
     Returns:
         ``model``.
@@ -129,7 +161,8 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
             + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
         )
-    config = MODAConfig() if config is None else config
+    if config is None:
+        config = _settings(model.config) or MODAConfig()
     modules, hooks = _prepare(model, config)  # raises before anything changes
     model.config.text_config.moda = config.to_dict()
     model.config.__class__, model.__class__ = config_class, model_class
@@ -163,10 +196,10 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
         ValueError: a model of another family, or one that is recorded already.
     """
     inner = _pretrained(model, "recording")
-    modules = attention_modules(inner)
+    modules, text_config = attention_modules(inner), inner.config.text_config
     if any(hasattr(module, "moda_recorder") for module in modules):
         raise ValueError("recording: this model is being recorded already")
-    handles, before = [], inner.config.text_config._attn_implementation
+    handles, before, settings = [], text_config._attn_implementation, getattr(text_config, "moda", None)
     if isinstance(inner, MODAModelMixin):
         if modalities is not None:
             raise ValueError("recording: modalities belong to a model without MODA; this one has its own")
@@ -174,8 +207,10 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
             raise ValueError(f"recording: MODA is off, the text stack runs {before!r} attention")
     try:
         if not isinstance(inner, MODAModelMixin):
-            handles = _register(_hooks(inner, DEFAULT_MODALITIES if modalities is None else modalities))
-            inner.set_attn_implementation({"text_config": NAME})
+            plain = MODAConfig.plain() if modalities is None else MODAConfig.plain(modalities=modalities)
+            handles = _register(_hooks(inner, plain.modalities))
+            text_config.moda = plain.to_dict()
+            PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
         for module in modules:
             module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
         yield
@@ -185,7 +220,11 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
         for handle in handles:
             handle.remove()
         if handles:
-            inner.set_attn_implementation({"text_config": before})
+            PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
+            if settings is None:
+                del text_config.moda
+            else:
+                text_config.moda = settings
 
 
 @torch.no_grad()
@@ -227,6 +266,12 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> f
     return difference
 
 
+def _settings(config) -> MODAConfig | None:
+    """Those in a model's config."""
+    settings = getattr(config.text_config, "moda", None)
+    return None if settings is None else MODAConfig.from_dict(settings)
+
+
 def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODAAttention], list]:
     """The module of each layer that gets one, and the hooks of :func:`_hooks`."""
     layers, modules = _check_layers(model, config), {}
@@ -244,6 +289,9 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     for attention in attention_modules(model):
         if attention.layer_idx in modules:
             attention.moda = modules[attention.layer_idx]
+    # A checkpoint without MODA lacks nothing that the settings give.
+    fixed = (re.escape(name) for name, _ in model.named_buffers() if ".moda." in name)
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *fixed}
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
