@@ -5,7 +5,7 @@ python3 tools/cuda_report.py [--arch 80 90a] [--json FILE] [--check]     needs n
 Compiles every .cu file of csrc/sources.json and prints a line for each kernel and architecture: registers, bytes
 spilled, and how many tensor-core products (HMMA), matrix loads from shared memory (LDSM), 128-bit asynchronous copies
 (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without cuobjdump). --check, which needs cuobjdump,
-fails where a 16-bit attention kernel spills registers, or lacks tensor-core products, matrix loads or 128-bit copies.
+fails where a 16-bit kernel of products spills registers, or lacks tensor-core products, matrix loads or 128-bit copies.
 """
 
 import argparse
@@ -30,7 +30,7 @@ INSTRUCTIONS = {
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
 }
-MAIN = ("ForwardKernel", "KeyKernel", "QueryKernel")
+MAIN = ("ForwardKernel", "KeyKernel", "QueryKernel", "GramKernel", "GramBackwardKernel")
 
 
 def tool(name: str, required: bool = True) -> str | None:
@@ -114,7 +114,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     faults = [text for row in rows for text in problems(row)]
-    print("\n".join(faults) or "every 16-bit attention kernel is as it should be in what was looked at")
+    print("\n".join(faults) or "every 16-bit kernel is as it should be in what was looked at")
     if arguments.check and faults:
         raise SystemExit(1)
 

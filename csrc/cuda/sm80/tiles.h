@@ -123,6 +123,11 @@ MODA_EXT_DEVICE float warp_sum(float x) {
   for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
   return x;
 }
+MODA_EXT_DEVICE float warp_maximum(float x) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) x = maximum(x, shuffle_xor(x, mask));
+  return x;
+}
 // Sum and maximum over the four lanes that share a row of a C fragment.
 MODA_EXT_DEVICE float quad_sum(float x) {
   x += shuffle_xor(x, 1);

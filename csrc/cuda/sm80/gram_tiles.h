@@ -1,0 +1,341 @@
+// What the Gram kernels share: keys that become features, sums of key tiles' Gram matrices, and such sums as the second
+// operand of a product.
+#pragma once
+
+#include "cuda/gram.h"
+#include "cuda/sm80/tiles.h"
+
+namespace moda_ext {
+namespace cuda {
+
+// By the length of a row; shared memory stays below 99 KB, see ForwardTile.
+//   kKeys   keys of a tile that streams by
+//   kRows   rows that a block owns, 16 for each warp
+//   kSlice  rows of a D x D matrix that are in shared memory together
+template <class Element, int kHeadDim>
+struct GramTile {
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Element));
+  static constexpr int kKeys = kRowBytes > 512 ? 32 : 64;
+  static constexpr int kRows = kRowBytes > 768 ? 32 : 64;
+  static constexpr int kSlice = kHeadDim > 128 || kHeadDim % 64 != 0 ? 32 : 64;
+};
+
+// phi = factor k. The factor is 1 / |k| where `normalised`, else a constant.
+struct KeyNorm {
+  float factor, normalised;
+};
+
+// Keys of a tile in shared memory become phi, rounded, in place; norms[row] (null: not wanted) says how. Every thread
+// must see the keys before, and a barrier must follow.
+template <class Element, int kHeadDim, int kRows, int kThreads>
+MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, KeyNorm* norms) {
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  struct alignas(16) Chunk {
+    Element at[kPerChunk];
+  };
+  static_assert(kRows % 8 == 0, "a quad has a row");
+  const int t = lane_index() % 4;
+#pragma unroll 1
+  for (int first = warp_index() * 8; first < kRows; first += kThreads / 4) {
+    const int row = first + lane_index() / 4;
+    Chunk* chunks = reinterpret_cast<Chunk*>(keys + row * kRowStride<Element, kHeadDim>);
+    KeyNorm norm{1.0f, 0.0f};
+    if (args.unit_keys) {
+      float square = 0.0f;
+#pragma unroll
+      for (int i = t; i < kHeadDim / kPerChunk; i += 4)
+#pragma unroll
+        for (int j = 0; j < kPerChunk; ++j) square += to_float(chunks[i].at[j]) * to_float(chunks[i].at[j]);
+      const float length = sqrtf(quad_sum(square));
+      norm.normalised = length > args.eps ? 1.0f : 0.0f;
+      norm.factor = 1.0f / maximum(length, args.eps);
+#pragma unroll
+      for (int i = t; i < kHeadDim / kPerChunk; i += 4)
+#pragma unroll
+        for (int j = 0; j < kPerChunk; ++j)
+          chunks[i].at[j] = from_float<Element>(to_float(chunks[i].at[j]) * norm.factor);
+    }
+    if (norms != nullptr && t == 0) norms[row] = norm;
+  }
+}
+
+// Gram matrices of stretches of the sequence: grams[(batch, kv head, modality), piece] = sum phi_j^T phi_j over the
+// keys of the modality in a piece of tiles_per_piece tiles.
+//
+// Tiling: a block owns one such matrix, or above 128 columns a quarter of it, in registers. The tiles of keys that hold
+// its modality stream by, double-buffered; one tile is both operands, and what is not of the modality comes as zeros.
+// Memory traffic: a key is read for each modality in its tile, nearly always one; a quarter reads whole keys too.
+struct GramParams {
+  GramArgs args;
+  const uint32_t* tiles;  // words of DescribeTiles
+  int tiles_per_sequence;
+  int pieces, tiles_per_piece;
+  float* grams;
+};
+
+template <class Element, int kHeadDim>
+class GramKernel {
+  using Products = Fragments<Element, kHeadDim>;
+  static constexpr int kStride = Products::kStride;
+  static constexpr int kParts = kHeadDim > 128 ? 2 : 1, kPart = kHeadDim / kParts;
+  static constexpr int kRowTiles = kPart > 64 ? 2 : 1, kColumnTiles = kPart / 8;
+
+ public:
+  static constexpr int kKeys = GramTile<Element, kHeadDim>::kKeys;
+  static constexpr int kThreads = 32 * kPart / (16 * kRowTiles);
+  using Params = GramParams;
+
+  static int64_t blocks(const Params& p) { return p.args.num_grams() * p.pieces * kParts * kParts; }
+  static size_t shared_bytes(const Params&) { return static_cast<size_t>(2 * kKeys) * kStride; }
+
+  static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
+    const GramArgs& args = p.args;
+    int64_t index = block_index();
+    const int first_column = static_cast<int>(index % kParts) * kPart;
+    index /= kParts;
+    const int first_row = static_cast<int>(index % kParts) * kPart + warp_index() * 16 * kRowTiles;
+    index /= kParts;
+    float* gram = p.grams + index * args.head_dim * args.head_dim;
+    const int first_tile = static_cast<int>(index % p.pieces) * p.tiles_per_piece;
+    index /= p.pieces;
+    const int modality = static_cast<int>(index % args.num_modalities);
+    const int kv_head = static_cast<int>(index / args.num_modalities % args.kv_heads);
+    const int64_t sequence_index = index / args.num_modalities / args.kv_heads;
+    const Sequence sequence = locate_sequence(args, sequence_index);
+    const uint32_t* words = p.tiles + sequence_index * p.tiles_per_sequence;
+    const int end = minimum(first_tile + p.tiles_per_piece, p.tiles_per_sequence);
+    const auto next_tile = [&](int tile) {
+      while (tile < end && !(words[tile] >> modality & 1)) ++tile;
+      return tile;
+    };
+    const auto copy = [&](int tile, char* target) {
+      if (tile < end)
+        copy_rows<Element, kHeadDim, kKeys, kThreads>(
+            target, thread_index(), row_of<Element>(args.key, sequence, kv_head, static_cast<int64_t>(tile) * kKeys),
+            args.key.row, args.head_dim,
+            [&](int row) { return modality_of(args, sequence, tile * kKeys + row) == modality; });
+      commit_copies();
+    };
+
+    float sum[kRowTiles][kColumnTiles][4];
+    set_zero(sum);
+    int tile = next_tile(first_tile), stage = 0;
+    copy(tile, shared);
+    while (tile < end) {
+      tile = next_tile(tile + 1);
+      char* keys = shared + stage * kKeys * kStride;
+      stage ^= 1;
+      copy(tile, shared + stage * kKeys * kStride);
+      wait_copies<1>();
+      sync_threads();
+      if (args.unit_keys) {
+        make_features<Element, kHeadDim, kKeys, kThreads>(args, keys, nullptr);
+        sync_threads();
+      }
+      Products::template multiply_columns<kKeys>(sum, keys + first_row * static_cast<int>(sizeof(Element)),
+                                                 keys + first_column * static_cast<int>(sizeof(Element)));
+      sync_threads();  // everyone is done with this buffer
+    }
+    wait_copies<0>();
+    write(args, sum, first_row, first_column, gram);
+  }
+
+ private:
+  static MODA_EXT_DEVICE void write(const GramArgs& args, const float (&sum)[kRowTiles][kColumnTiles][4], int first_row,
+                                    int first_column, float* gram) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = first_row + r * 16 + h * 8 + g;
+        if (row >= args.head_dim) continue;
+        char* target = reinterpret_cast<char*>(gram + static_cast<int64_t>(row) * args.head_dim);
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const int column = first_column + n * 8 + 2 * t;
+          if (column < args.head_dim)
+            Fragments<float, kHeadDim>::store_pair(target, column, sum[r][n][2 * h], sum[r][n][2 * h + 1]);
+        }
+      }
+    }
+  }
+};
+
+// Adds matrices up in order, one warp for each of their rows:
+//
+//   before[i, piece] = initial[i] + sum of parts[i, earlier pieces]       total[i] = initial[i] + sum of all parts[i]
+//
+// `before` is what products take: symmetric, so that its rows serve as columns, in the storage type. 16-bit rows are
+// divided by their largest magnitude, which goes to `largest`: sums over a long sequence exceed float16, and gradients
+// fall below it.
+struct ScanParams {
+  int64_t matrices;
+  int head_dim, pieces;
+  bool add_transpose;    // of every matrix that comes in
+  const float* initial;  // (matrices, D, D); null: 0
+  const float* parts;    // (matrices, pieces, D, D); null: 0
+  void* before;          // (matrices, pieces, D, D); null: not wanted
+  float* largest;        // (matrices, pieces, D); float32: not used
+  float* total;          // (matrices, D, D); null: not wanted
+};
+
+template <class Element, int kHeadDim>
+struct ScanKernel {
+  using Params = ScanParams;
+  static constexpr int kThreads = 128, kNumbers = kHeadDim / 32;
+  static int64_t blocks(const Params& p) { return divide_up(p.matrices * p.head_dim * 32, kThreads); }
+  static size_t shared_bytes(const Params&) { return 0; }
+
+  static MODA_EXT_DEVICE void run(const Params& p, char*) {
+    const int64_t index = block_index() * (kThreads / 32) + warp_index();
+    const int64_t matrix = index / p.head_dim;
+    if (matrix >= p.matrices) return;
+    const int row = static_cast<int>(index % p.head_dim);
+    const int64_t elements = static_cast<int64_t>(p.head_dim) * p.head_dim;
+    float sum[kNumbers] = {};
+    if (p.initial != nullptr) add(p, p.initial + matrix * elements, row, sum);
+#pragma unroll 1
+    for (int piece = 0; piece < p.pieces; ++piece) {
+      const int64_t at = matrix * p.pieces + piece;
+      if (p.before != nullptr)
+        store(p, row, sum, static_cast<Element*>(p.before) + at * elements, p.largest + at * p.head_dim);
+      if (p.parts != nullptr) add(p, p.parts + at * elements, row, sum);
+    }
+    if (p.total == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int column = i * 32 + lane_index();
+      if (column < p.head_dim) p.total[matrix * elements + row * p.head_dim + column] = sum[i];
+    }
+  }
+
+ private:
+  static MODA_EXT_DEVICE void add(const Params& p, const float* matrix, int row, float (&sum)[kNumbers]) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int column = i * 32 + lane_index();
+      if (column >= p.head_dim) continue;
+      sum[i] += matrix[row * p.head_dim + column];
+      if (p.add_transpose) sum[i] += matrix[column * p.head_dim + row];
+    }
+  }
+
+  static MODA_EXT_DEVICE void store(const Params& p, int row, const float (&sum)[kNumbers], Element* before,
+                                    float* largest) {
+    float divisor = 1.0f;
+    if (sizeof(Element) == 2) {
+      float magnitude = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) magnitude = maximum(magnitude, fabsf(sum[i]));
+      magnitude = warp_maximum(magnitude);
+      if (lane_index() == 0) largest[row] = magnitude;
+      if (magnitude > 0.0f) divisor = magnitude;
+    }
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int column = i * 32 + lane_index();
+      if (column < p.head_dim) before[row * p.head_dim + column] = from_float<Element>(sum[i] / divisor);
+    }
+  }
+};
+
+// C += A S for a symmetric matrix S that ScanKernel left, in slices of kSlice columns: rows of A in shared memory, 16
+// for each warp; `slice` is a buffer of kSlice rows. All threads take part.
+template <class Element, int kHeadDim, int kThreads>
+struct SymmetricProduct {
+  using Products = Fragments<Element, kHeadDim>;
+  static constexpr int kSlice = GramTile<Element, kHeadDim>::kSlice;
+  static constexpr int kSlices = kHeadDim / kSlice, kSliceTiles = kSlice / 8;
+
+  // take(slice, c) for each of them, c in the C layout.
+  template <class Take>
+  static MODA_EXT_DEVICE void run(const Element* matrix, const float* largest, int head_dim, const char* rows,
+                                  char* slice, const Take& take) {
+    const int t = lane_index() % 4;
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      sync_threads();  // everyone is done with the buffer
+      copy(matrix, largest, head_dim, s * kSlice, slice);
+      wait_copies<0>();
+      sync_threads();
+      float c[1][kSliceTiles][4];
+      set_zero(c);
+      Products::multiply_rows(c, rows, slice);
+      if (sizeof(Element) == 2) {
+#pragma unroll
+        for (int n = 0; n < kSliceTiles; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float factor =
+                *reinterpret_cast<const float*>(slice + (n * 8 + 2 * t + j) * Products::kStride + kLargestAt);
+            c[0][n][j] *= factor;
+            c[0][n][2 + j] *= factor;
+          }
+        }
+      }
+      take(s, c);
+    }
+  }
+
+ private:
+  static constexpr int kLargestAt = kHeadDim * static_cast<int>(sizeof(Element));  // in a row's padding
+
+  // Not unrolled: the addresses, the same for every matrix, would be kept in the registers that hold sums.
+  static MODA_EXT_DEVICE void copy(const Element* matrix, const float* largest, int head_dim, int first, char* slice) {
+    constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element)), kChunks = kHeadDim / kPerChunk;
+#pragma unroll 1
+    for (int i = thread_index(); i < kSlice * kChunks; i += kThreads) {
+      const int row = i / kChunks, element = i % kChunks * kPerChunk;
+      const bool read = first + row < head_dim && element < head_dim;
+      char* target = slice + row * Products::kStride;
+      copy_async_16(target + element * static_cast<int>(sizeof(Element)),
+                    read ? matrix + (first + row) * head_dim + element : matrix, read);
+      if (sizeof(Element) == 2 && element == 0)
+        copy_async_4(target + kLargestAt, read ? largest + first + row : largest, read);
+    }
+    commit_copies();
+  }
+};
+
+// The gradient of the warp's 16 keys from that of their features: dk = factor (dphi - (dphi . phi) phi) for unit keys,
+// else dphi. `rows` holds the features, and is overwritten. Padding gets 0, because its features and gradient are.
+template <class Element, int kHeadDim, int kSlice>
+MODA_EXT_DEVICE void write_key_gradient(const Output& grad_key, const GramArgs& args, const Sequence& sequence,
+                                        int kv_head, int first_key,
+                                        const float (&gradient)[kHeadDim / kSlice][kSlice / 8][4], char* rows,
+                                        const KeyNorm* norms) {
+  using Products = Fragments<Element, kHeadDim>;
+  const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    char* row = rows + (h * 8 + g) * Products::kStride;
+    const KeyNorm norm = norms[warp_row + h * 8 + g];
+    float along = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      float low, high;
+      Products::load_pair(row, n * 8 + 2 * t, low, high);
+      const float (&pair)[4] = gradient[n * 8 / kSlice][n % (kSlice / 8)];
+      along += pair[2 * h] * low + pair[2 * h + 1] * high;
+    }
+    along = quad_sum(along) * norm.normalised;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      float low, high;
+      Products::load_pair(row, n * 8 + 2 * t, low, high);
+      const float (&pair)[4] = gradient[n * 8 / kSlice][n % (kSlice / 8)];
+      Products::store_pair(row, n * 8 + 2 * t, norm.factor * (pair[2 * h] - along * low),
+                           norm.factor * (pair[2 * h + 1] - along * high));
+    }
+  }
+  sync_warp();
+  store_rows<Element, kHeadDim, 16>(rows, 0, args.head_dim, [&](int own) -> Element* {
+    const int key = first_key + warp_row + own;
+    if (key >= sequence.num_keys) return nullptr;
+    return row_of<Element>(grad_key, sequence, kv_head, key);
+  });
+}
+
+}  // namespace cuda
+}  // namespace moda_ext
