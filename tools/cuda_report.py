@@ -30,7 +30,11 @@ INSTRUCTIONS = {
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
 }
-MAIN = ("ForwardKernel", "KeyKernel", "QueryKernel", "GramKernel", "GramBackwardKernel")
+MAIN = (
+    *("ForwardKernel", "KeyKernel", "QueryKernel"),
+    *("GramKernel", "GramBackwardKernel"),
+    *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
+)
 
 
 def tool(name: str, required: bool = True) -> str | None:

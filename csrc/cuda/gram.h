@@ -25,6 +25,25 @@ struct ModalityGramBackwardArgs : GramArgs {
   Output grad_key;
 };
 
+// Queries are the last num_queries of the num_keys tokens. Of AttentionArgs also: query.
+struct CausalArgs : GramArgs {
+  Input row_scale;                 // (batch, kv head, query, modality), float32
+  const float* initial = nullptr;  // symmetric Grams before the first token; null: 0
+};
+
+struct ProjectionArgs : CausalArgs {
+  Output projection;      // its views are the modalities
+  float* gram = nullptr;  // after the last token
+};
+
+struct ProjectionBackwardArgs : CausalArgs {
+  Input grad_projection;
+  const float* grad_gram = nullptr;  // null: zero
+  Output grad_query, grad_key;
+  Output grad_row_scale;          // as row_scale
+  float* grad_initial = nullptr;  // symmetric; null: not wanted
+};
+
 // As ForwardKernels. `multiprocessors` decides how far few keys are split over the sequence.
 template <int kHeadDim>
 struct ModalityGramKernels {
@@ -35,6 +54,16 @@ template <int kHeadDim>
 struct ModalityGramBackwardKernels {
   static int64_t workspace(const ModalityGramBackwardArgs& args, Storage storage);
   static void run(const ModalityGramBackwardArgs& args, Storage storage, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct ProjectionKernels {
+  static int64_t workspace(const ProjectionArgs& args, Storage storage);
+  static void run(const ProjectionArgs& args, Storage storage, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct ProjectionBackwardKernels {
+  static int64_t workspace(const ProjectionBackwardArgs& args, Storage storage);
+  static void run(const ProjectionBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 
 }  // namespace cuda

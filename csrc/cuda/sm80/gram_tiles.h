@@ -15,9 +15,16 @@ namespace cuda {
 template <class Element, int kHeadDim>
 struct GramTile {
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Element));
-  static constexpr int kKeys = kRowBytes > 512 ? 32 : 64;
-  static constexpr int kRows = kRowBytes > 768 ? 32 : 64;
-  static constexpr int kSlice = kHeadDim > 128 || kHeadDim % 64 != 0 ? 32 : 64;
+  static constexpr int kKeys = kRowBytes > 768 ? 16 : kRowBytes > 256 ? 32 : 64;
+  static constexpr int kRows = kRowBytes > 512 ? 32 : 64;
+  static constexpr int kSlice = kHeadDim % 64 == 0 || kKeys < 32 ? kKeys : 32;
+};
+
+// 16 bytes of a row.
+template <class Element>
+struct alignas(16) RowChunk {
+  static constexpr int kNumbers = 16 / static_cast<int>(sizeof(Element));
+  Element at[kNumbers];
 };
 
 // phi = factor k. The factor is 1 / |k| where `normalised`, else a constant.
@@ -25,45 +32,92 @@ struct KeyNorm {
   float factor, normalised;
 };
 
-// Keys of a tile in shared memory become phi, rounded, in place; norms[row] (null: not wanted) says how. Every thread
-// must see the keys before, and a barrier must follow.
-template <class Element, int kHeadDim, int kRows, int kThreads>
-MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, KeyNorm* norms) {
-  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
-  struct alignas(16) Chunk {
-    Element at[kPerChunk];
-  };
-  static_assert(kRows % 8 == 0, "a quad has a row");
-  const int t = lane_index() % 4;
+// Multiplies rows in shared memory with factor_of(row), rounded, in place; a quad has a row, and all of its lanes call
+// factor_of. Every thread must see the rows before, and a barrier must follow.
+template <class Element, int kHeadDim, int kRows, int kThreads, class FactorOf>
+MODA_EXT_DEVICE void scale_rows(char* rows, const FactorOf& factor_of) {
+  static_assert(kRows % 8 == 0, "a warp has eight quads");
 #pragma unroll 1
   for (int first = warp_index() * 8; first < kRows; first += kThreads / 4) {
     const int row = first + lane_index() / 4;
-    Chunk* chunks = reinterpret_cast<Chunk*>(keys + row * kRowStride<Element, kHeadDim>);
+    RowChunk<Element>* chunks = reinterpret_cast<RowChunk<Element>*>(rows + row * kRowStride<Element, kHeadDim>);
+    const float factor = factor_of(row);
+#pragma unroll
+    for (int i = lane_index() % 4; i < kHeadDim / RowChunk<Element>::kNumbers; i += 4)
+#pragma unroll
+      for (int j = 0; j < RowChunk<Element>::kNumbers; ++j)
+        chunks[i].at[j] = from_float<Element>(to_float(chunks[i].at[j]) * factor);
+  }
+}
+
+// Keys of a tile in shared memory become phi as scale_rows does it; norms[row] (null: not wanted) says how.
+template <class Element, int kHeadDim, int kRows, int kThreads>
+MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, KeyNorm* norms) {
+  const int t = lane_index() % 4;
+  scale_rows<Element, kHeadDim, kRows, kThreads>(keys, [&](int row) {
+    const RowChunk<Element>* chunks =
+        reinterpret_cast<const RowChunk<Element>*>(keys + row * kRowStride<Element, kHeadDim>);
     KeyNorm norm{1.0f, 0.0f};
     if (args.unit_keys) {
       float square = 0.0f;
 #pragma unroll
-      for (int i = t; i < kHeadDim / kPerChunk; i += 4)
+      for (int i = t; i < kHeadDim / RowChunk<Element>::kNumbers; i += 4)
 #pragma unroll
-        for (int j = 0; j < kPerChunk; ++j) square += to_float(chunks[i].at[j]) * to_float(chunks[i].at[j]);
+        for (int j = 0; j < RowChunk<Element>::kNumbers; ++j)
+          square += to_float(chunks[i].at[j]) * to_float(chunks[i].at[j]);
       const float length = sqrtf(quad_sum(square));
       norm.normalised = length > args.eps ? 1.0f : 0.0f;
       norm.factor = 1.0f / maximum(length, args.eps);
-#pragma unroll
-      for (int i = t; i < kHeadDim / kPerChunk; i += 4)
-#pragma unroll
-        for (int j = 0; j < kPerChunk; ++j)
-          chunks[i].at[j] = from_float<Element>(to_float(chunks[i].at[j]) * norm.factor);
     }
     if (norms != nullptr && t == 0) norms[row] = norm;
-  }
+    return norm.factor;
+  });
 }
+
+// How blocks share a D x D sum: above 128 columns four of them have a quarter each. It is in registers, 16 kRowTiles
+// rows of it for each warp.
+template <int kHeadDim>
+struct SumPart {
+  static constexpr int kParts = kHeadDim > 128 ? 2 : 1, kPart = kHeadDim / kParts;
+  static constexpr int kRowTiles = kPart > 64 ? 2 : 1, kColumnTiles = kPart / 8;
+  static constexpr int kThreads = 32 * kPart / (16 * kRowTiles);
+  using Sums = float[kRowTiles][kColumnTiles][4];
+  int row, column;  // first of the warp
+
+  // Takes the part's place out of a block index.
+  MODA_EXT_DEVICE explicit SumPart(int64_t& index) {
+    column = static_cast<int>(index % kParts) * kPart;
+    index /= kParts;
+    row = static_cast<int>(index % kParts) * kPart + warp_index() * 16 * kRowTiles;
+    index /= kParts;
+  }
+
+  MODA_EXT_DEVICE void write(const Sums& sums, float factor, int head_dim, float* matrix) const {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = row + r * 16 + h * 8 + g;
+        if (i >= head_dim) continue;
+        char* target = reinterpret_cast<char*>(matrix + i * head_dim);
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const int j = column + n * 8 + 2 * t;
+          if (j < head_dim)
+            Fragments<float, kHeadDim>::store_pair(target, j, sums[r][n][2 * h] * factor,
+                                                   sums[r][n][2 * h + 1] * factor);
+        }
+      }
+    }
+  }
+};
 
 // Gram matrices of stretches of the sequence: grams[(batch, kv head, modality), piece] = sum phi_j^T phi_j over the
 // keys of the modality in a piece of tiles_per_piece tiles.
 //
-// Tiling: a block owns one such matrix, or above 128 columns a quarter of it, in registers. The tiles of keys that hold
-// its modality stream by, double-buffered; one tile is both operands, and what is not of the modality comes as zeros.
+// Tiling: a block owns one such matrix, or a part of it. The tiles of keys that hold its modality stream by,
+// double-buffered; one tile is both operands, and what is not of the modality comes as zeros.
 // Memory traffic: a key is read for each modality in its tile, nearly always one; a quarter reads whole keys too.
 struct GramParams {
   GramArgs args;
@@ -77,24 +131,20 @@ template <class Element, int kHeadDim>
 class GramKernel {
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kStride = Products::kStride;
-  static constexpr int kParts = kHeadDim > 128 ? 2 : 1, kPart = kHeadDim / kParts;
-  static constexpr int kRowTiles = kPart > 64 ? 2 : 1, kColumnTiles = kPart / 8;
+  using Part = SumPart<kHeadDim>;
 
  public:
   static constexpr int kKeys = GramTile<Element, kHeadDim>::kKeys;
-  static constexpr int kThreads = 32 * kPart / (16 * kRowTiles);
+  static constexpr int kThreads = Part::kThreads;
   using Params = GramParams;
 
-  static int64_t blocks(const Params& p) { return p.args.num_grams() * p.pieces * kParts * kParts; }
+  static int64_t blocks(const Params& p) { return p.args.num_grams() * p.pieces * Part::kParts * Part::kParts; }
   static size_t shared_bytes(const Params&) { return static_cast<size_t>(2 * kKeys) * kStride; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
     const GramArgs& args = p.args;
     int64_t index = block_index();
-    const int first_column = static_cast<int>(index % kParts) * kPart;
-    index /= kParts;
-    const int first_row = static_cast<int>(index % kParts) * kPart + warp_index() * 16 * kRowTiles;
-    index /= kParts;
+    const Part part(index);
     float* gram = p.grams + index * args.head_dim * args.head_dim;
     const int first_tile = static_cast<int>(index % p.pieces) * p.tiles_per_piece;
     index /= p.pieces;
@@ -117,7 +167,7 @@ class GramKernel {
       commit_copies();
     };
 
-    float sum[kRowTiles][kColumnTiles][4];
+    typename Part::Sums sum;
     set_zero(sum);
     int tile = next_tile(first_tile), stage = 0;
     copy(tile, shared);
@@ -132,52 +182,35 @@ class GramKernel {
         make_features<Element, kHeadDim, kKeys, kThreads>(args, keys, nullptr);
         sync_threads();
       }
-      Products::template multiply_columns<kKeys>(sum, keys + first_row * static_cast<int>(sizeof(Element)),
-                                                 keys + first_column * static_cast<int>(sizeof(Element)));
+      Products::template multiply_columns<kKeys>(sum, keys + part.row * static_cast<int>(sizeof(Element)),
+                                                 keys + part.column * static_cast<int>(sizeof(Element)));
       sync_threads();  // everyone is done with this buffer
     }
     wait_copies<0>();
-    write(args, sum, first_row, first_column, gram);
-  }
-
- private:
-  static MODA_EXT_DEVICE void write(const GramArgs& args, const float (&sum)[kRowTiles][kColumnTiles][4], int first_row,
-                                    int first_column, float* gram) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = first_row + r * 16 + h * 8 + g;
-        if (row >= args.head_dim) continue;
-        char* target = reinterpret_cast<char*>(gram + static_cast<int64_t>(row) * args.head_dim);
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          const int column = first_column + n * 8 + 2 * t;
-          if (column < args.head_dim)
-            Fragments<float, kHeadDim>::store_pair(target, column, sum[r][n][2 * h], sum[r][n][2 * h + 1]);
-        }
-      }
-    }
+    part.write(sum, 1.0f, args.head_dim, gram);
   }
 };
 
 // Adds matrices up in order, one warp for each of their rows:
 //
-//   before[i, piece] = initial[i] + sum of parts[i, earlier pieces]       total[i] = initial[i] + sum of all parts[i]
+//   before[i, piece] = initial[i] + sum of parts[i, earlier pieces]
+//   total[i] = factor (initial[i] + sum of all parts[i])
 //
+// In reverse, later pieces instead of earlier ones.
 // `before` is what products take: symmetric, so that its rows serve as columns, in the storage type. 16-bit rows are
 // divided by their largest magnitude, which goes to `largest`: sums over a long sequence exceed float16, and gradients
 // fall below it.
 struct ScanParams {
   int64_t matrices;
   int head_dim, pieces;
+  bool reverse;
   bool add_transpose;    // of every matrix that comes in
   const float* initial;  // (matrices, D, D); null: 0
   const float* parts;    // (matrices, pieces, D, D); null: 0
   void* before;          // (matrices, pieces, D, D); null: not wanted
   float* largest;        // (matrices, pieces, D); float32: not used
   float* total;          // (matrices, D, D); null: not wanted
+  float factor;
 };
 
 template <class Element, int kHeadDim>
@@ -197,7 +230,7 @@ struct ScanKernel {
     if (p.initial != nullptr) add(p, p.initial + matrix * elements, row, sum);
 #pragma unroll 1
     for (int piece = 0; piece < p.pieces; ++piece) {
-      const int64_t at = matrix * p.pieces + piece;
+      const int64_t at = matrix * p.pieces + (p.reverse ? p.pieces - 1 - piece : piece);
       if (p.before != nullptr)
         store(p, row, sum, static_cast<Element*>(p.before) + at * elements, p.largest + at * p.head_dim);
       if (p.parts != nullptr) add(p, p.parts + at * elements, row, sum);
@@ -206,7 +239,7 @@ struct ScanKernel {
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) {
       const int column = i * 32 + lane_index();
-      if (column < p.head_dim) p.total[matrix * elements + row * p.head_dim + column] = sum[i];
+      if (column < p.head_dim) p.total[matrix * elements + row * p.head_dim + column] = p.factor * sum[i];
     }
   }
 
@@ -240,15 +273,15 @@ struct ScanKernel {
   }
 };
 
-// C += A S for a symmetric matrix S that ScanKernel left, in slices of kSlice columns: rows of A in shared memory, 16
-// for each warp; `slice` is a buffer of kSlice rows. All threads take part.
+// A S for a symmetric matrix S that ScanKernel left, in slices of kSlice columns: rows of A in shared memory, 16 for
+// each warp; `slice` is a buffer of kSlice rows. All threads take part; copies on their way arrive.
 template <class Element, int kHeadDim, int kThreads>
 struct SymmetricProduct {
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kSlice = GramTile<Element, kHeadDim>::kSlice;
   static constexpr int kSlices = kHeadDim / kSlice, kSliceTiles = kSlice / 8;
 
-  // take(slice, c) for each of them, c in the C layout.
+  // take(first column tile, c) for each slice, c in the C layout.
   template <class Take>
   static MODA_EXT_DEVICE void run(const Element* matrix, const float* largest, int head_dim, const char* rows,
                                   char* slice, const Take& take) {
@@ -274,39 +307,35 @@ struct SymmetricProduct {
           }
         }
       }
-      take(s, c);
+      take(s * kSliceTiles, c);
     }
   }
 
  private:
   static constexpr int kLargestAt = kHeadDim * static_cast<int>(sizeof(Element));  // in a row's padding
 
-  // Not unrolled: the addresses, the same for every matrix, would be kept in the registers that hold sums.
   static MODA_EXT_DEVICE void copy(const Element* matrix, const float* largest, int head_dim, int first, char* slice) {
-    constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element)), kChunks = kHeadDim / kPerChunk;
-#pragma unroll 1
-    for (int i = thread_index(); i < kSlice * kChunks; i += kThreads) {
-      const int row = i / kChunks, element = i % kChunks * kPerChunk;
-      const bool read = first + row < head_dim && element < head_dim;
-      char* target = slice + row * Products::kStride;
-      copy_async_16(target + element * static_cast<int>(sizeof(Element)),
-                    read ? matrix + (first + row) * head_dim + element : matrix, read);
-      if (sizeof(Element) == 2 && element == 0)
-        copy_async_4(target + kLargestAt, read ? largest + first + row : largest, read);
-    }
+    const auto has_row = [&](int row) { return first + row < head_dim; };
+    copy_rows<Element, kHeadDim, kSlice, kThreads, 1>(slice, thread_index(), matrix + first * head_dim, head_dim,
+                                                      head_dim, has_row);
+    static_assert(kSlice <= kThreads, "a thread for each row");
+    const int row = thread_index();
+    if (sizeof(Element) == 2 && row < kSlice)
+      copy_async_4(slice + row * Products::kStride + kLargestAt, has_row(row) ? largest + first + row : largest,
+                   has_row(row));
     commit_copies();
   }
 };
 
 // The gradient of the warp's 16 keys from that of their features: dk = factor (dphi - (dphi . phi) phi) for unit keys,
 // else dphi. `rows` holds the features, and is overwritten. Padding gets 0, because its features and gradient are.
-template <class Element, int kHeadDim, int kSlice>
+template <class Element, int kHeadDim>
 MODA_EXT_DEVICE void write_key_gradient(const Output& grad_key, const GramArgs& args, const Sequence& sequence,
-                                        int kv_head, int first_key,
-                                        const float (&gradient)[kHeadDim / kSlice][kSlice / 8][4], char* rows,
-                                        const KeyNorm* norms) {
+                                        int kv_head, int first_key, const float (&gradient)[1][kHeadDim / 8][4],
+                                        char* rows, const KeyNorm* norms) {
   using Products = Fragments<Element, kHeadDim>;
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16;
+  sync_warp();  // every lane is done with the features as an operand
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     char* row = rows + (h * 8 + g) * Products::kStride;
@@ -316,17 +345,15 @@ MODA_EXT_DEVICE void write_key_gradient(const Output& grad_key, const GramArgs& 
     for (int n = 0; n < kHeadDim / 8; ++n) {
       float low, high;
       Products::load_pair(row, n * 8 + 2 * t, low, high);
-      const float (&pair)[4] = gradient[n * 8 / kSlice][n % (kSlice / 8)];
-      along += pair[2 * h] * low + pair[2 * h + 1] * high;
+      along += gradient[0][n][2 * h] * low + gradient[0][n][2 * h + 1] * high;
     }
     along = quad_sum(along) * norm.normalised;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       float low, high;
       Products::load_pair(row, n * 8 + 2 * t, low, high);
-      const float (&pair)[4] = gradient[n * 8 / kSlice][n % (kSlice / 8)];
-      Products::store_pair(row, n * 8 + 2 * t, norm.factor * (pair[2 * h] - along * low),
-                           norm.factor * (pair[2 * h + 1] - along * high));
+      Products::store_pair(row, n * 8 + 2 * t, norm.factor * (gradient[0][n][2 * h] - along * low),
+                           norm.factor * (gradient[0][n][2 * h + 1] - along * high));
     }
   }
   sync_warp();

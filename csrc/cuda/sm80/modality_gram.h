@@ -59,6 +59,7 @@ void modality_gram(const ModalityGramArgs& args, int multiprocessors, void* work
   scan.pieces = plan.pieces;
   scan.parts = parts;
   scan.total = args.gram;
+  scan.factor = 1.0f;
   launch<ScanKernel<float, kHeadDim>>(scan, stream);
 }
 
@@ -79,7 +80,6 @@ class GramBackwardKernel {
   static constexpr int kRows = Tile::kRows, kThreads = 2 * kRows;
   using Params = GramBackwardParams;
   using Product = SymmetricProduct<Element, kHeadDim, kThreads>;
-  using Gradient = float[Product::kSlices][Product::kSliceTiles][4];
 
   static int64_t blocks(const Params& p) {
     return static_cast<int64_t>(p.args.num_sequences) * p.args.kv_heads * p.key_blocks;
@@ -115,7 +115,7 @@ class GramBackwardKernel {
     present &= kAllModalities;
     make_features<Element, kHeadDim, kRows, kThreads>(args, keys, norms);
 
-    Gradient gradient;
+    float gradient[1][kHeadDim / 8][4];
     set_zero(gradient);
     char* rows = keys + warp_index() * 16 * kStride;
     for (; present != 0; present &= present - 1) {
@@ -123,17 +123,16 @@ class GramBackwardKernel {
       const int64_t matrix = (sequence_index * args.kv_heads + kv_head) * args.num_modalities + m;
       Product::run(static_cast<const Element*>(p.sums) + matrix * args.head_dim * args.head_dim,
                    p.largest + matrix * args.head_dim, args.head_dim, rows, slice,
-                   [&](int s, const float (&c)[1][Product::kSliceTiles][4]) {
+                   [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
 #pragma unroll
                      for (int n = 0; n < Product::kSliceTiles; ++n)
 #pragma unroll
                        for (int i = 0; i < 4; ++i)
-                         if (modality[i / 2] == m) gradient[s][n][i] = c[0][n][i];
+                         if (modality[i / 2] == m) gradient[0][first + n][i] = c[0][n][i];
                    });
     }
     sync_threads();  // the norms are there also where no modality is
-    write_key_gradient<Element, kHeadDim, Product::kSlice>(p.args.grad_key, args, sequence, kv_head, first_key,
-                                                           gradient, rows, norms);
+    write_key_gradient<Element, kHeadDim>(p.args.grad_key, args, sequence, kv_head, first_key, gradient, rows, norms);
   }
 };
 

@@ -87,12 +87,13 @@ MODA_EXT_DEVICE uint32_t modality_bit(int modality) { return modality < 0 ? kOth
 
 // Copies kRows rows of kHeadDim elements into shared memory, without waiting. Rows for which valid(row) is false, and
 // what lies beyond head_dim, become zeros: what such rows hold in memory, NaN included, must not reach a product.
-template <class Element, int kHeadDim, int kRows, int kThreads, class Valid>
+// Unrolled in a loop, it keeps its addresses in registers: kUnroll = 1 where those are full.
+template <class Element, int kHeadDim, int kRows, int kThreads, int kUnroll = 64, class Valid>
 MODA_EXT_DEVICE void copy_rows(char* shared, int thread, const Element* first, int64_t row_stride, int head_dim,
                                const Valid& valid) {
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   constexpr int kChunks = kHeadDim / kPerChunk;
-#pragma unroll
+#pragma unroll kUnroll
   for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
     const int index = i * kThreads + thread;
     const int row = index / kChunks, element = index % kChunks * kPerChunk;
