@@ -1,4 +1,4 @@
-"""The alignment operators composed of PyTorch's own (what runs on CUDA), against the reference, on the CPU."""
+"""The alignment operators composed of PyTorch's own (for CUDA without a kernel), against the reference, on the CPU."""
 
 import pytest
 import torch

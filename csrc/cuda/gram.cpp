@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -38,7 +40,7 @@ void fill_args(const GramInputs& in, const GramShape& shape, const Tensor& key, 
   args.modality_row = in.modality.stride(1);
   args.key = rows(key);
   args.unit_keys = in.unit_keys;
-  args.eps = static_cast<float>(in.eps);
+  args.eps = std::max(static_cast<float>(in.eps), std::numeric_limits<float>::min());  // 1 / eps has to be finite
 }
 
 void fill_args(const CausalInputs& in, const GramShape& shape, const Tensor& key, const Tensor& query,

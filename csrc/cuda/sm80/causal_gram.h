@@ -9,7 +9,8 @@
 // A token costs 2 kSegment D multiply-adds at most in its segment and D^2 for each modality before it; the matrices are
 // 1 / kSegment D^2 numbers for each key, modality and head.
 //
-// Numbers: 16-bit scores are rounded as probabilities are, so with raw float16 keys |q . k| has to fit in float16.
+// Numbers: 16-bit scores are rounded as probabilities are, so in float16 |q . k| / |k|^2, or with raw keys |q . k|, has
+// to fit.
 #pragma once
 
 #include "cuda/sm80/gram_tiles.h"
@@ -23,17 +24,18 @@ constexpr int kSegment = 256;
 struct States {
   const uint32_t* tiles;  // words of DescribeTiles
   int tiles_per_sequence, segments;
-  const void* before;    // (batch, kv head, modality, segment, D, D), see ScanKernel
-  const float* largest;  // (batch, kv head, modality, segment, D)
+  const void *before, *rest;  // (batch, kv head, modality, segment, D, D), see ScanKernel; rest may be null
+  const float* largest;       // (batch, kv head, modality, segment, D)
 };
 
 struct StatesPlan {
   int tiles_per_sequence, segments;
-  int64_t tiles_at, parts_at, before_at, largest_at, bytes;
+  int64_t tiles_at, parts_at, before_at, rest_at, largest_at, bytes;
 };
 
+// `exact`: 16-bit operands in two parts.
 template <class Element, int kHeadDim>
-StatesPlan plan_states(const CausalArgs& args) {
+StatesPlan plan_states(const CausalArgs& args, bool exact) {
   constexpr int kKeys = GramTile<Element, kHeadDim>::kKeys;
   StatesPlan plan;
   plan.tiles_per_sequence = static_cast<int>(divide_up(args.num_keys, kKeys));
@@ -42,22 +44,24 @@ StatesPlan plan_states(const CausalArgs& args) {
   plan.tiles_at = 0;
   plan.parts_at = round_up(4 * static_cast<int64_t>(args.num_sequences) * plan.tiles_per_sequence);
   plan.before_at = plan.parts_at + round_up(4 * rows * args.head_dim);
-  plan.largest_at = plan.before_at + round_up(static_cast<int64_t>(sizeof(Element)) * rows * args.head_dim);
+  const int64_t operand = round_up(static_cast<int64_t>(sizeof(Element)) * rows * args.head_dim);
+  plan.rest_at = plan.before_at + operand;
+  plan.largest_at = plan.rest_at + (exact && sizeof(Element) == 2 ? operand : 0);
   plan.bytes = plan.largest_at + round_up(4 * rows);
   return plan;
 }
 
 template <int kHeadDim>
-int64_t states_bytes(const CausalArgs& args, Storage storage) {
-  return storage == Storage::kFloat32 ? plan_states<float, kHeadDim>(args).bytes
-                                      : plan_states<BFloat16, kHeadDim>(args).bytes;
+int64_t states_bytes(const CausalArgs& args, Storage storage, bool exact) {
+  return storage == Storage::kFloat32 ? plan_states<float, kHeadDim>(args, exact).bytes
+                                      : plan_states<BFloat16, kHeadDim>(args, exact).bytes;
 }
 
 // `total`: Grams after the last token; null: not wanted.
 template <class Element, int kHeadDim>
-States make_states(const CausalArgs& args, float* total, void* workspace, void* stream) {
+States make_states(const CausalArgs& args, bool exact, float* total, void* workspace, void* stream) {
   using Kernel = GramKernel<Element, kHeadDim>;
-  const StatesPlan plan = plan_states<Element, kHeadDim>(args);
+  const StatesPlan plan = plan_states<Element, kHeadDim>(args, exact);
   char* memory = static_cast<char*>(workspace);
   uint32_t* words = reinterpret_cast<uint32_t*>(memory + plan.tiles_at);
   float* parts = reinterpret_cast<float*>(memory + plan.parts_at);
@@ -70,15 +74,18 @@ States make_states(const CausalArgs& args, float* total, void* workspace, void* 
   scan.initial = args.initial;
   scan.parts = parts;
   scan.before = memory + plan.before_at;
+  scan.rest = plan.rest_at < plan.largest_at ? memory + plan.rest_at : nullptr;
   scan.largest = reinterpret_cast<float*>(memory + plan.largest_at);
   scan.total = total;
   scan.factor = 1.0f;
   launch<ScanKernel<Element, kHeadDim>>(scan, stream);
-  return {words, plan.tiles_per_sequence, plan.segments, scan.before, scan.largest};
+  return {words, plan.tiles_per_sequence, plan.segments, scan.before, scan.rest, scan.largest};
 }
 
-// Rows times the Gram of one modality that each sees, for the blocks of rows that more than one kernel has.
-template <class Element, int kHeadDim, int kRows>
+// Rows times the Gram of one modality that each sees, for the blocks of rows that more than one kernel has. With phi =
+// factor k, scores are weighted by factor^2 and raw keys serve both products, exact as they are. kExact: what rounding
+// takes away from 16-bit scores and states is multiplied too, and the result is good to float32.
+template <class Element, int kHeadDim, int kRows, bool kExact>
 class RowProjection {
   using Tile = GramTile<Element, kHeadDim>;
   using Products = Fragments<Element, kHeadDim>;
@@ -86,7 +93,7 @@ class RowProjection {
   static constexpr int kStreamed = kKeys > Tile::kSlice ? kKeys : Tile::kSlice;
 
  public:
-  static constexpr size_t kSharedBytes = static_cast<size_t>(kStreamed) * Products::kStride;
+  static constexpr size_t kSharedBytes = static_cast<size_t>(kStreamed) * Products::kStride + sizeof(float) * kKeys;
   using Sums = float[1][kHeadDim / 8][4];
 
   // out = rows G^m; `stream` is a buffer of kSharedBytes. All threads take part; copies on their way arrive.
@@ -102,7 +109,10 @@ class RowProjection {
     if (segment > 0 || args.initial != nullptr) {
       const int64_t matrix =
           ((sequence_index * args.kv_heads + kv_head) * args.num_modalities + modality) * states.segments + segment;
-      Product::run(static_cast<const Element*>(states.before) + matrix * args.head_dim * args.head_dim,
+      const int64_t elements = static_cast<int64_t>(args.head_dim) * args.head_dim;
+      const Element* rest = static_cast<const Element*>(states.rest);
+      Product::run(static_cast<const Element*>(states.before) + matrix * elements,
+                   kExact && rest != nullptr ? rest + matrix * elements : nullptr,
                    states.largest + matrix * args.head_dim, args.head_dim, rows, stream,
                    [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
 #pragma unroll
@@ -123,27 +133,42 @@ class RowProjection {
       commit_copies();
       wait_copies<0>();
       sync_threads();
-      if (args.unit_keys) {
-        make_features<Element, kHeadDim, kKeys, kThreads>(args, stream, nullptr);
-        sync_threads();
+      float* factors = reinterpret_cast<float*>(stream + kStreamed * Products::kStride);
+#pragma unroll 1
+      for (int first = warp_index() * 8; first < kKeys; first += kThreads / 4) {
+        const int row = first + lane_index() / 4;
+        const float factor = measure_key<Element, kHeadDim>(args, stream, row).factor;
+        if (lane_index() % 4 == 0) factors[row] = factor;
       }
+      sync_threads();
       float scores[1][kKeyTiles][4];
       set_zero(scores);
       Products::multiply_rows(scores, rows, stream);
-      hide_later(first_position + warp_index() * 16 - first_key, scores);
+      weigh(first_position + warp_index() * 16 - first_key, factors, scores);
       Products::multiply_registers(out, scores, stream);
+      if (kExact && sizeof(Element) == 2) {
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[0][n][i] -= to_float(from_float<Element>(scores[0][n][i]));
+        Products::multiply_registers(out, scores, stream);
+      }
     }
   }
 
  private:
-  // `ahead`: position of the warp's first row, counted from the tile's first key.
-  static MODA_EXT_DEVICE void hide_later(int ahead, float (&scores)[1][kKeyTiles][4]) {
+  // Weighs scores and hides later keys. `ahead`: position of the warp's first row, counted from the tile's first key.
+  // A factor of 1 / eps may have no square in float32.
+  static MODA_EXT_DEVICE void weigh(int ahead, const float* factors, float (&scores)[1][kKeyTiles][4]) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
+    for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (n * 8 + 2 * t + i % 2 > ahead + i / 2 * 8 + g) scores[0][n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        const int key = n * 8 + 2 * t + i % 2;
+        scores[0][n][i] = key > ahead + i / 2 * 8 + g ? 0.0f : scores[0][n][i] * factors[key] * factors[key];
+      }
+    }
   }
 };
 
@@ -158,7 +183,7 @@ struct ProjectionKernel {
   using Params = ProjectionParams;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kRows = GramTile<Element, kHeadDim>::kRows, kThreads = 2 * kRows;
-  using Projection = RowProjection<Element, kHeadDim, kRows>;
+  using Projection = RowProjection<Element, kHeadDim, kRows, false>;
 
   static int64_t blocks(const Params& p) {
     return static_cast<int64_t>(p.args.num_sequences) * p.args.query_heads * p.row_blocks * p.args.num_modalities;
@@ -214,7 +239,7 @@ struct ProjectionKernel {
 template <class Element, int kHeadDim>
 void causal_projection(const ProjectionArgs& args, void* workspace, void* stream) {
   using Kernel = ProjectionKernel<Element, kHeadDim>;
-  const States states = make_states<Element, kHeadDim>(args, args.gram, workspace, stream);
+  const States states = make_states<Element, kHeadDim>(args, false, args.gram, workspace, stream);
   const int first_block = (args.num_keys - args.num_queries) / Kernel::kRows;
   const int row_blocks = static_cast<int>(divide_up(args.num_keys, Kernel::kRows)) - first_block;
   if (args.num_queries > 0) launch<Kernel>({args, states, first_block, row_blocks}, stream);
@@ -222,7 +247,7 @@ void causal_projection(const ProjectionArgs& args, void* workspace, void* stream
 
 template <int kHeadDim>
 int64_t ProjectionKernels<kHeadDim>::workspace(const ProjectionArgs& args, Storage storage) {
-  return states_bytes<kHeadDim>(args, storage);
+  return states_bytes<kHeadDim>(args, storage, false);
 }
 template <int kHeadDim>
 void ProjectionKernels<kHeadDim>::run(const ProjectionArgs& args, Storage storage, void* workspace, void* stream) {

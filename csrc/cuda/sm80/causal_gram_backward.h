@@ -69,7 +69,7 @@ class RowGradientKernel {
       kHeadDim * (static_cast<int>(sizeof(Element)) + 4) > 1200 ? 32 : GramTile<Element, kHeadDim>::kRows;
   static constexpr int kThreads = 2 * kRows;
   using Params = ProjectionBackwardParams;
-  using Projection = RowProjection<Element, kHeadDim, kRows>;
+  using Projection = RowProjection<Element, kHeadDim, kRows, true>;  // ds is float32
 
   static int64_t blocks(const Params& p) {
     return static_cast<int64_t>(p.args.num_sequences) * p.args.kv_heads * p.blocks;
@@ -184,13 +184,14 @@ class LaterKernel {
 
  public:
   static constexpr int kThreads = Part::kThreads;
+  static constexpr int kBuffers = sizeof(Element) == 2 ? 3 : 2;  // the third for the rest of scaled queries
   using Params = ProjectionBackwardParams;
 
   static int64_t blocks(const Params& p) {
     return p.args.num_grams() * p.states.segments * Part::kParts * Part::kParts;
   }
   static size_t shared_bytes(const Params&) {
-    return static_cast<size_t>(2 * kRows) * kStride + sizeof(float) * kThreads / 32;
+    return static_cast<size_t>(kBuffers * kRows) * kStride + sizeof(float) * kThreads / 32;
   }
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
@@ -206,8 +207,9 @@ class LaterKernel {
     const int first = maximum(p.query_at(first_position), 0);
     const int end = minimum(p.query_at(first_position + kSegment), args.num_queries);
     char* grads = shared + kRows * kStride;
+    char* rest = sizeof(Element) == 2 ? grads + kRows * kStride : nullptr;
     const float largest = largest_scale<kThreads>(args, sequence, kv_head, modality, first, end,
-                                                  reinterpret_cast<float*>(grads + kRows * kStride));
+                                                  reinterpret_cast<float*>(shared + kBuffers * kRows * kStride));
 
     typename Part::Sums sum;
     set_zero(sum);
@@ -225,12 +227,14 @@ class LaterKernel {
         commit_copies();
         wait_copies<0>();
         sync_threads();
-        scale_rows<Element, kHeadDim, kRows, kThreads>(shared, [&](int row) {
+        scale_rows<Element, kHeadDim, kRows, kThreads>(shared, rest, [&](int row) {
           return has_row(row) ? relative(scale_of(args, sequence, kv_head, query + row, modality), largest) : 0.0f;
         });
         sync_threads();
-        Products::template multiply_columns<kRows>(sum, shared + part.row * static_cast<int>(sizeof(Element)),
-                                                   grads + part.column * static_cast<int>(sizeof(Element)));
+        const int row = part.row * static_cast<int>(sizeof(Element));
+        const int column = part.column * static_cast<int>(sizeof(Element));
+        Products::template multiply_columns<kRows>(sum, shared + row, grads + column);
+        if (rest != nullptr) Products::template multiply_columns<kRows>(sum, rest + row, grads + column);
       }
     }
     part.write(sum, largest, args.head_dim, later);
@@ -285,7 +289,7 @@ class KeyGradientKernel {
     wait_copies<0>();
     sync_threads();
     for (int w = 0; w < kThreads / 32; ++w) present |= words[w];
-    make_features<Element, kHeadDim, kRows, kThreads>(args, keys, norms);
+    make_features<Element, kHeadDim, kRows, kThreads>(args, keys, nullptr, norms);
     sync_threads();
     set_zero(gradient);
     for (present &= kAllModalities; present != 0; present &= present - 1) {
@@ -370,7 +374,7 @@ class KeyGradientKernel {
     using Product = SymmetricProduct<Element, kHeadDim, kThreads>;
     const int64_t matrix =
         ((sequence_index * args.kv_heads + kv_head) * args.num_modalities + m) * p.states.segments + segment;
-    Product::run(static_cast<const Element*>(p.states.before) + matrix * args.head_dim * args.head_dim,
+    Product::run(static_cast<const Element*>(p.states.before) + matrix * args.head_dim * args.head_dim, nullptr,
                  p.states.largest + matrix * args.head_dim, args.head_dim, keys + warp_index() * 16 * kStride, stream,
                  [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
 #pragma unroll
@@ -399,10 +403,10 @@ template <class Element, int kHeadDim>
 void causal_projection_backward(const ProjectionBackwardArgs& args, void* workspace, void* stream) {
   using RowKernel = RowGradientKernel<Element, kHeadDim>;
   using KeyKernel = KeyGradientKernel<Element, kHeadDim>;
-  const StatesPlan plan = plan_states<Element, kHeadDim>(args);
+  const StatesPlan plan = plan_states<Element, kHeadDim>(args, true);
   ProjectionBackwardParams params{};
   params.args = args;
-  params.states = make_states<Element, kHeadDim>(args, nullptr, workspace, stream);
+  params.states = make_states<Element, kHeadDim>(args, true, nullptr, workspace, stream);
   params.first_block = (args.num_keys - args.num_queries) / RowKernel::kRows;
   params.blocks = static_cast<int>(divide_up(args.num_keys, RowKernel::kRows)) - params.first_block;
   if (args.num_queries > 0) launch<RowKernel>(params, stream);
@@ -428,7 +432,7 @@ void causal_projection_backward(const ProjectionBackwardArgs& args, void* worksp
 
 template <int kHeadDim>
 int64_t ProjectionBackwardKernels<kHeadDim>::workspace(const ProjectionBackwardArgs& args, Storage storage) {
-  return states_bytes<kHeadDim>(args, storage);
+  return states_bytes<kHeadDim>(args, storage, true);
 }
 template <int kHeadDim>
 void ProjectionBackwardKernels<kHeadDim>::run(const ProjectionBackwardArgs& args, Storage storage, void* workspace,

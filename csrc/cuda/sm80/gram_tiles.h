@@ -33,43 +33,51 @@ struct KeyNorm {
 };
 
 // Multiplies rows in shared memory with factor_of(row), rounded, in place; a quad has a row, and all of its lanes call
-// factor_of. Every thread must see the rows before, and a barrier must follow.
+// factor_of. What rounding took away goes to `rest` (null: nowhere): sums in float32 take 16-bit operands in two parts.
+// Every thread must see the rows before, and a barrier must follow.
 template <class Element, int kHeadDim, int kRows, int kThreads, class FactorOf>
-MODA_EXT_DEVICE void scale_rows(char* rows, const FactorOf& factor_of) {
+MODA_EXT_DEVICE void scale_rows(char* rows, char* rest, const FactorOf& factor_of) {
   static_assert(kRows % 8 == 0, "a warp has eight quads");
+  using Chunk = RowChunk<Element>;
 #pragma unroll 1
   for (int first = warp_index() * 8; first < kRows; first += kThreads / 4) {
     const int row = first + lane_index() / 4;
-    RowChunk<Element>* chunks = reinterpret_cast<RowChunk<Element>*>(rows + row * kRowStride<Element, kHeadDim>);
+    Chunk* chunks = reinterpret_cast<Chunk*>(rows + row * kRowStride<Element, kHeadDim>);
+    Chunk* rests = reinterpret_cast<Chunk*>(rest + row * kRowStride<Element, kHeadDim>);
     const float factor = factor_of(row);
 #pragma unroll
-    for (int i = lane_index() % 4; i < kHeadDim / RowChunk<Element>::kNumbers; i += 4)
+    for (int i = lane_index() % 4; i < kHeadDim / Chunk::kNumbers; i += 4) {
 #pragma unroll
-      for (int j = 0; j < RowChunk<Element>::kNumbers; ++j)
-        chunks[i].at[j] = from_float<Element>(to_float(chunks[i].at[j]) * factor);
+      for (int j = 0; j < Chunk::kNumbers; ++j) {
+        const float exact = to_float(chunks[i].at[j]) * factor;
+        chunks[i].at[j] = from_float<Element>(exact);
+        if (rest != nullptr) rests[i].at[j] = from_float<Element>(exact - to_float(chunks[i].at[j]));
+      }
+    }
   }
+}
+
+// How a key in shared memory becomes its features. A quad has a row.
+template <class Element, int kHeadDim>
+MODA_EXT_DEVICE KeyNorm measure_key(const GramArgs& args, const char* keys, int row) {
+  using Chunk = RowChunk<Element>;
+  if (!args.unit_keys) return {1.0f, 0.0f};
+  const Chunk* chunks = reinterpret_cast<const Chunk*>(keys + row * kRowStride<Element, kHeadDim>);
+  float square = 0.0f;
+#pragma unroll
+  for (int i = lane_index() % 4; i < kHeadDim / Chunk::kNumbers; i += 4)
+#pragma unroll
+    for (int j = 0; j < Chunk::kNumbers; ++j) square += to_float(chunks[i].at[j]) * to_float(chunks[i].at[j]);
+  const float length = sqrtf(quad_sum(square));
+  return {1.0f / maximum(length, args.eps), length > args.eps ? 1.0f : 0.0f};
 }
 
 // Keys of a tile in shared memory become phi as scale_rows does it; norms[row] (null: not wanted) says how.
 template <class Element, int kHeadDim, int kRows, int kThreads>
-MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, KeyNorm* norms) {
-  const int t = lane_index() % 4;
-  scale_rows<Element, kHeadDim, kRows, kThreads>(keys, [&](int row) {
-    const RowChunk<Element>* chunks =
-        reinterpret_cast<const RowChunk<Element>*>(keys + row * kRowStride<Element, kHeadDim>);
-    KeyNorm norm{1.0f, 0.0f};
-    if (args.unit_keys) {
-      float square = 0.0f;
-#pragma unroll
-      for (int i = t; i < kHeadDim / RowChunk<Element>::kNumbers; i += 4)
-#pragma unroll
-        for (int j = 0; j < RowChunk<Element>::kNumbers; ++j)
-          square += to_float(chunks[i].at[j]) * to_float(chunks[i].at[j]);
-      const float length = sqrtf(quad_sum(square));
-      norm.normalised = length > args.eps ? 1.0f : 0.0f;
-      norm.factor = 1.0f / maximum(length, args.eps);
-    }
-    if (norms != nullptr && t == 0) norms[row] = norm;
+MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, char* rest, KeyNorm* norms) {
+  scale_rows<Element, kHeadDim, kRows, kThreads>(keys, rest, [&](int row) {
+    const KeyNorm norm = measure_key<Element, kHeadDim>(args, keys, row);
+    if (norms != nullptr && lane_index() % 4 == 0) norms[row] = norm;
     return norm.factor;
   });
 }
@@ -117,7 +125,8 @@ struct SumPart {
 // keys of the modality in a piece of tiles_per_piece tiles.
 //
 // Tiling: a block owns one such matrix, or a part of it. The tiles of keys that hold its modality stream by,
-// double-buffered; one tile is both operands, and what is not of the modality comes as zeros.
+// double-buffered; one tile is both operands, and what is not of the modality comes as zeros. Features of 16 bits are
+// two parts, rounded and rest, whose products but the smallest are added up: the sum is good to float32.
 // Memory traffic: a key is read for each modality in its tile, nearly always one; a quarter reads whole keys too.
 struct GramParams {
   GramArgs args;
@@ -136,10 +145,11 @@ class GramKernel {
  public:
   static constexpr int kKeys = GramTile<Element, kHeadDim>::kKeys;
   static constexpr int kThreads = Part::kThreads;
+  static constexpr int kBuffers = sizeof(Element) == 2 ? 3 : 2;  // the third for the rest of 16-bit features
   using Params = GramParams;
 
   static int64_t blocks(const Params& p) { return p.args.num_grams() * p.pieces * Part::kParts * Part::kParts; }
-  static size_t shared_bytes(const Params&) { return static_cast<size_t>(2 * kKeys) * kStride; }
+  static size_t shared_bytes(const Params&) { return static_cast<size_t>(kBuffers * kKeys) * kStride; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
     const GramArgs& args = p.args;
@@ -178,12 +188,19 @@ class GramKernel {
       copy(tile, shared + stage * kKeys * kStride);
       wait_copies<1>();
       sync_threads();
+      const bool has_rest = args.unit_keys && sizeof(Element) == 2;
+      char* rest = shared + 2 * kKeys * kStride;
       if (args.unit_keys) {
-        make_features<Element, kHeadDim, kKeys, kThreads>(args, keys, nullptr);
+        make_features<Element, kHeadDim, kKeys, kThreads>(args, keys, has_rest ? rest : nullptr, nullptr);
         sync_threads();
       }
-      Products::template multiply_columns<kKeys>(sum, keys + part.row * static_cast<int>(sizeof(Element)),
-                                                 keys + part.column * static_cast<int>(sizeof(Element)));
+      const int row = part.row * static_cast<int>(sizeof(Element));
+      const int column = part.column * static_cast<int>(sizeof(Element));
+      Products::template multiply_columns<kKeys>(sum, keys + row, keys + column);
+      if (has_rest) {
+        Products::template multiply_columns<kKeys>(sum, keys + row, rest + column);
+        Products::template multiply_columns<kKeys>(sum, rest + row, keys + column);
+      }
       sync_threads();  // everyone is done with this buffer
     }
     wait_copies<0>();
@@ -208,6 +225,7 @@ struct ScanParams {
   const float* initial;  // (matrices, D, D); null: 0
   const float* parts;    // (matrices, pieces, D, D); null: 0
   void* before;          // (matrices, pieces, D, D); null: not wanted
+  void* rest;            // what rounding took away from them; null: not wanted
   float* largest;        // (matrices, pieces, D); float32: not used
   float* total;          // (matrices, D, D); null: not wanted
   float factor;
@@ -231,8 +249,7 @@ struct ScanKernel {
 #pragma unroll 1
     for (int piece = 0; piece < p.pieces; ++piece) {
       const int64_t at = matrix * p.pieces + (p.reverse ? p.pieces - 1 - piece : piece);
-      if (p.before != nullptr)
-        store(p, row, sum, static_cast<Element*>(p.before) + at * elements, p.largest + at * p.head_dim);
+      if (p.before != nullptr) store(p, row, sum, at * elements, p.largest + at * p.head_dim);
       if (p.parts != nullptr) add(p, p.parts + at * elements, row, sum);
     }
     if (p.total == nullptr) return;
@@ -254,8 +271,10 @@ struct ScanKernel {
     }
   }
 
-  static MODA_EXT_DEVICE void store(const Params& p, int row, const float (&sum)[kNumbers], Element* before,
+  static MODA_EXT_DEVICE void store(const Params& p, int row, const float (&sum)[kNumbers], int64_t matrix,
                                     float* largest) {
+    Element* before = static_cast<Element*>(p.before) + matrix + row * p.head_dim;
+    Element* rest = p.rest == nullptr ? nullptr : static_cast<Element*>(p.rest) + matrix + row * p.head_dim;
     float divisor = 1.0f;
     if (sizeof(Element) == 2) {
       float magnitude = 0.0f;
@@ -268,13 +287,16 @@ struct ScanKernel {
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) {
       const int column = i * 32 + lane_index();
-      if (column < p.head_dim) before[row * p.head_dim + column] = from_float<Element>(sum[i] / divisor);
+      if (column >= p.head_dim) continue;
+      const float exact = sum[i] / divisor;
+      before[column] = from_float<Element>(exact);
+      if (rest != nullptr) rest[column] = from_float<Element>(exact - to_float(before[column]));
     }
   }
 };
 
 // A S for a symmetric matrix S that ScanKernel left, in slices of kSlice columns: rows of A in shared memory, 16 for
-// each warp; `slice` is a buffer of kSlice rows. All threads take part; copies on their way arrive.
+// each warp; `slice` is a buffer of kSlice rows; `rest` may be null. All threads take part; copies on their way arrive.
 template <class Element, int kHeadDim, int kThreads>
 struct SymmetricProduct {
   using Products = Fragments<Element, kHeadDim>;
@@ -283,18 +305,20 @@ struct SymmetricProduct {
 
   // take(first column tile, c) for each slice, c in the C layout.
   template <class Take>
-  static MODA_EXT_DEVICE void run(const Element* matrix, const float* largest, int head_dim, const char* rows,
-                                  char* slice, const Take& take) {
+  static MODA_EXT_DEVICE void run(const Element* matrix, const Element* rest, const float* largest, int head_dim,
+                                  const char* rows, char* slice, const Take& take) {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      sync_threads();  // everyone is done with the buffer
-      copy(matrix, largest, head_dim, s * kSlice, slice);
-      wait_copies<0>();
-      sync_threads();
       float c[1][kSliceTiles][4];
       set_zero(c);
-      Products::multiply_rows(c, rows, slice);
+      for (const Element* operand = matrix; operand != nullptr; operand = operand == matrix ? rest : nullptr) {
+        sync_threads();  // everyone is done with the buffer
+        copy(operand, largest, head_dim, s * kSlice, slice);
+        wait_copies<0>();
+        sync_threads();
+        Products::multiply_rows(c, rows, slice);
+      }
       if (sizeof(Element) == 2) {
 #pragma unroll
         for (int n = 0; n < kSliceTiles; ++n) {

@@ -113,7 +113,7 @@ class GramBackwardKernel {
     sync_threads();
     for (int w = 0; w < kThreads / 32; ++w) present |= words[w];
     present &= kAllModalities;
-    make_features<Element, kHeadDim, kRows, kThreads>(args, keys, norms);
+    make_features<Element, kHeadDim, kRows, kThreads>(args, keys, nullptr, norms);
 
     float gradient[1][kHeadDim / 8][4];
     set_zero(gradient);
@@ -121,7 +121,7 @@ class GramBackwardKernel {
     for (; present != 0; present &= present - 1) {
       const int m = lowest_bit(present);
       const int64_t matrix = (sequence_index * args.kv_heads + kv_head) * args.num_modalities + m;
-      Product::run(static_cast<const Element*>(p.sums) + matrix * args.head_dim * args.head_dim,
+      Product::run(static_cast<const Element*>(p.sums) + matrix * args.head_dim * args.head_dim, nullptr,
                    p.largest + matrix * args.head_dim, args.head_dim, rows, slice,
                    [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
 #pragma unroll
