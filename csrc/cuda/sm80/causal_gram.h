@@ -89,7 +89,8 @@ template <class Element, int kHeadDim, int kRows, bool kExact>
 class RowProjection {
   using Tile = GramTile<Element, kHeadDim>;
   using Products = Fragments<Element, kHeadDim>;
-  static constexpr int kThreads = 2 * kRows, kKeys = Tile::kKeys, kKeyTiles = kKeys / 8;
+  static constexpr int kThreads = 2 * kRows, kKeys = Tile::kKeys;
+  static constexpr int kPass = kHeadDim > 192 ? 16 : kKeys;  // keys whose scores fit in registers beside the sums
   static constexpr int kStreamed = kKeys > Tile::kSlice ? kKeys : Tile::kSlice;
 
  public:
@@ -141,28 +142,31 @@ class RowProjection {
         if (lane_index() % 4 == 0) factors[row] = factor;
       }
       sync_threads();
-      float scores[1][kKeyTiles][4];
-      set_zero(scores);
-      Products::multiply_rows(scores, rows, stream);
-      weigh(first_position + warp_index() * 16 - first_key, factors, scores);
-      Products::multiply_registers(out, scores, stream);
-      if (kExact && sizeof(Element) == 2) {
+#pragma unroll 1
+      for (int first = 0; first < kKeys; first += kPass) {
+        float scores[1][kPass / 8][4];
+        set_zero(scores);
+        Products::multiply_rows(scores, rows, stream + first * Products::kStride);
+        weigh(first_position + warp_index() * 16 - (first_key + first), factors + first, scores);
+        Products::multiply_registers(out, scores, stream + first * Products::kStride);
+        if (kExact && sizeof(Element) == 2) {
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
+          for (int n = 0; n < kPass / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) scores[0][n][i] -= to_float(from_float<Element>(scores[0][n][i]));
-        Products::multiply_registers(out, scores, stream);
+            for (int i = 0; i < 4; ++i) scores[0][n][i] -= to_float(from_float<Element>(scores[0][n][i]));
+          Products::multiply_registers(out, scores, stream + first * Products::kStride);
+        }
       }
     }
   }
 
  private:
-  // Weighs scores and hides later keys. `ahead`: position of the warp's first row, counted from the tile's first key.
+  // Weighs scores and hides later keys. `ahead`: position of the warp's first row, counted from the first key.
   // A factor of 1 / eps may have no square in float32.
-  static MODA_EXT_DEVICE void weigh(int ahead, const float* factors, float (&scores)[1][kKeyTiles][4]) {
+  static MODA_EXT_DEVICE void weigh(int ahead, const float* factors, float (&scores)[1][kPass / 8][4]) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
+    for (int n = 0; n < kPass / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = n * 8 + 2 * t + i % 2;
@@ -201,7 +205,7 @@ struct ProjectionKernel {
     index /= p.row_blocks;
     const int head = static_cast<int>(index % args.query_heads), kv_head = head / (args.query_heads / args.kv_heads);
     const int64_t sequence_index = index / args.query_heads;
-    const Sequence sequence = locate_sequence(args, sequence_index);
+    const Sequence sequence = batch_element(args, sequence_index);
     const int first_query = first_position - (sequence.num_keys - sequence.num_queries);
     const auto has_row = [&](int row) { return first_query + row >= 0 && first_query + row < sequence.num_queries; };
     copy_rows<Element, kHeadDim, kRows, kThreads>(shared, thread_index(),

@@ -85,7 +85,7 @@ class RowGradientKernel {
     const int first_position = (p.first_block + static_cast<int>(index % p.blocks)) * kRows;
     const int kv_head = static_cast<int>(index / p.blocks % args.kv_heads);
     const int64_t sequence_index = index / p.blocks / args.kv_heads;
-    const Sequence sequence = locate_sequence(args, sequence_index);
+    const Sequence sequence = batch_element(args, sequence_index);
     const int first_query = p.query_at(first_position), warp_row = warp_index() * 16;
     char* stream = shared + kRows * kStride;
     char* gradients = stream + Projection::kSharedBytes + warp_row * Floats::kStride;  // of this warp, as the table
@@ -203,7 +203,7 @@ class LaterKernel {
     index /= p.states.segments;
     const int modality = static_cast<int>(index % args.num_modalities);
     const int kv_head = static_cast<int>(index / args.num_modalities % args.kv_heads);
-    const Sequence sequence = locate_sequence(args, index / args.num_modalities / args.kv_heads);
+    const Sequence sequence = batch_element(args, index / args.num_modalities / args.kv_heads);
     const int first = maximum(p.query_at(first_position), 0);
     const int end = minimum(p.query_at(first_position + kSegment), args.num_queries);
     char* grads = shared + kRows * kStride;
@@ -272,7 +272,7 @@ class KeyGradientKernel {
     first_key = static_cast<int>(index % p.blocks) * kRows;
     kv_head = static_cast<int>(index / p.blocks % args.kv_heads);
     sequence_index = index / p.blocks / args.kv_heads;
-    sequence = locate_sequence(args, sequence_index);
+    sequence = batch_element(args, sequence_index);
     keys = shared;
     stream = keys + kRows * kStride;
     norms = reinterpret_cast<KeyNorm*>(stream + 2 * kStream * kStride);

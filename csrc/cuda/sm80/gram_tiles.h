@@ -8,6 +8,11 @@
 namespace moda_ext {
 namespace cuda {
 
+// A batch element: these operators have no packed layout, and kernels no registers to spare for one.
+MODA_EXT_DEVICE Sequence batch_element(const GramArgs& args, int64_t index) {
+  return {index, 0, 0, args.num_queries, args.num_keys};
+}
+
 // By the length of a row; shared memory stays below 99 KB, see ForwardTile.
 //   kKeys   keys of a tile that streams by
 //   kRows   rows that a block owns, 16 for each warp
@@ -161,7 +166,7 @@ class GramKernel {
     const int modality = static_cast<int>(index % args.num_modalities);
     const int kv_head = static_cast<int>(index / args.num_modalities % args.kv_heads);
     const int64_t sequence_index = index / args.num_modalities / args.kv_heads;
-    const Sequence sequence = locate_sequence(args, sequence_index);
+    const Sequence sequence = batch_element(args, sequence_index);
     const uint32_t* words = p.tiles + sequence_index * p.tiles_per_sequence;
     const int end = minimum(first_tile + p.tiles_per_piece, p.tiles_per_sequence);
     const auto next_tile = [&](int tile) {
@@ -317,7 +322,7 @@ struct SymmetricProduct {
         copy(operand, largest, head_dim, s * kSlice, slice);
         wait_copies<0>();
         sync_threads();
-        Products::multiply_rows(c, rows, slice);
+        Products::multiply_rows(c, as_new(rows), as_new(slice));
       }
       if (sizeof(Element) == 2) {
 #pragma unroll

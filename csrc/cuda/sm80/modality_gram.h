@@ -94,7 +94,7 @@ class GramBackwardKernel {
     const int first_key = static_cast<int>(index % p.key_blocks) * kRows;
     const int kv_head = static_cast<int>(index / p.key_blocks % args.kv_heads);
     const int64_t sequence_index = index / p.key_blocks / args.kv_heads;
-    const Sequence sequence = locate_sequence(args, sequence_index);
+    const Sequence sequence = batch_element(args, sequence_index);
     char* keys = shared;
     char* slice = keys + kRows * kStride;
     KeyNorm* norms = reinterpret_cast<KeyNorm*>(slice + Tile::kSlice * kStride);
