@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks, composite
+from moda_ext._ops import autocast, autograd, checks, composite, library
 
 __all__ = [
     "DuplexAligner",
@@ -81,8 +81,9 @@ def modality_gram(
     modality = modality.to(torch.int32)
     if include is not None:
         modality = modality.masked_fill(~include, -1)
-    operators = _operators(key.device)
-    gram = operators.modality_gram(_last_contiguous(key), modality, num_modalities, key_norm == "l2", float(eps))
+    gram = _operator("modality_gram", key)(
+        _last_contiguous(key), modality, num_modalities, key_norm == "l2", float(eps)
+    )
     return reference.normalize_gram(gram, normalize)
 
 
@@ -177,7 +178,7 @@ def causal_gram_projection(
             query, key, query_modality, key_modality, num_modalities, **options, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    projection, gram = _operators(query.device).causal_gram_projection(
+    projection, gram = _operator("causal_gram_projection", query)(
         _last_contiguous(query),
         _last_contiguous(key),
         key_modality.to(torch.int32),
@@ -258,7 +259,7 @@ def duplex_query_views(
             *tensors, num_modalities, **options, return_indicator=return_indicator, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    views, square, gram = _operators(query.device).duplex_query_views(
+    views, square, gram = _operator("duplex_query_views", query)(
         _last_contiguous(query),
         _last_contiguous(key),
         key_modality.to(torch.int32),
@@ -313,7 +314,7 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     ones = scale.new_ones((*key.shape[:3], num_modalities))
     ids = key_modality.to(torch.int32)
     initial = None if state is None else state[0].contiguous()
-    project = _operators(key.device).causal_gram_projection
+    project = _operator("causal_gram_projection", features)
     projection, _ = project(features, features, ids, ones, initial, num_modalities, False, 1.0)
     forms = (projection * features).sum(-1).movedim(0, -1)  # (B, Hkv, Nk, M)
     growth = 2 * forms - features.square().sum(-1).square()[..., None]
@@ -324,9 +325,10 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     return reference.frobenius_scale(square[:, :, key.shape[2] - query.shape[2] :], scale), trace
 
 
-def _operators(device: torch.device):
-    """The module that has the operators for this device: native, or (on CUDA) composed of PyTorch's own."""
-    return composite if device.type == "cuda" else autograd
+def _operator(name: str, tokens: Tensor):
+    """The operator for these tokens: native, or (on CUDA, where it has no kernel) composed of PyTorch's own."""
+    native = tokens.device.type != "cuda" or (library.has_cuda_kernel(name) and tokens.dtype != torch.float64)
+    return getattr(autograd if native else composite, name)
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The alignment operators composed of PyTorch's own (what runs on CUDA), against the reference, on the CPU."""
+"""The alignment operators composed of PyTorch's own (for CUDA without a kernel), against the reference, on the CPU."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moda_ext import reference
+from moda_ext import alignment, reference
 from moda_ext._ops import composite
 
 BATCH, HEADS, KV_HEADS, SIZE, MODALITIES, RANK = 2, 4, 2, 16, 3, 4
@@ -98,3 +100,15 @@ def test_no_row_sees_a_later_token(position):
         for key in (p.key, changed)
     ]
     assert torch.equal(rows[0][..., : position + 1, :], rows[1][..., : position + 1, :])
+
+
+def test_cuda_takes_the_kernel_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(alignment, "autograd", SimpleNamespace(modality_gram="native"))
+    monkeypatch.setattr(alignment.library, "has_cuda_kernel", lambda name: name == "modality_gram")
+
+    def chosen(name, device, dtype=torch.float32):
+        return alignment._operator(name, SimpleNamespace(device=torch.device(device), dtype=dtype))
+
+    assert chosen("modality_gram", "cuda") == chosen("modality_gram", "cpu") == "native"
+    assert chosen("modality_gram", "cuda", torch.float64) is composite.modality_gram
+    assert chosen("duplex_query_views", "cuda") is composite.duplex_query_views

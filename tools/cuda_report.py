@@ -9,7 +9,7 @@ cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memor
 with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions.
 
 --check fails where a kernel spills registers or asks for more shared memory than a block may have on every GPU that it
-runs on, and, where cuobjdump is, where a 16-bit attention kernel lacks tensor-core products, matrix loads or 128-bit
+runs on, and, where cuobjdump is, where a 16-bit kernel of products lacks tensor-core products, matrix loads or 128-bit
 copies.
 """
 
@@ -35,7 +35,11 @@ INSTRUCTIONS = {
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
 }
-MAIN = ("ForwardKernel", "KeyKernel", "QueryKernel")
+MAIN = (
+    *("ForwardKernel", "KeyKernel", "QueryKernel"),
+    *("GramKernel", "GramBackwardKernel"),
+    *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
+)
 MODALITIES = {"shared": 2, "of 16": 16}
 LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; others have more
 # The host's side of a kernel as the emulation compiles it: no CUDA header, and nothing of a device is called.

@@ -3,32 +3,35 @@
 MODA_EXT_CUDA=native python3 tools/gpu_smoke.py
 
 Dtypes with tensor cores and without, every head size, causal or not, query views, few rows (packed heads, keys split),
-sequences packed into one.
+sequences packed into one, Gram matrices.
 """
 
 import torch
 
-from moda_ext import reference
+from moda_ext import alignment, reference
 from moda_ext.attention import modular_attention, modular_attention_varlen
 
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}  # of the largest number in a result
 DEVICE = "cuda"
 
 
-def run(function, tensors, weight) -> list[torch.Tensor]:
+def weights(result: torch.Tensor) -> torch.Tensor:
+    return torch.arange(result.numel(), device=result.device, dtype=torch.float64).cos().view(result.shape)
+
+
+def run(function, tensors) -> list[torch.Tensor]:
     """Results and gradients of everything that has one."""
     inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-    out, lse, mass = function(*inputs)
-    ((out.double() * weight).sum() + lse.double().sum() + mass.double()[..., 0].sum()).backward()
-    return [out, lse, mass, *(t.grad for t in inputs if t.is_floating_point())]
+    results = function(*inputs)
+    sum((result.double() * weights(result)).sum() for result in results).backward()
+    return [*results, *(t.grad for t in inputs if t.is_floating_point())]
 
 
 def compare(name, function, oracle, tensors) -> None:
     dtype = tensors[0].dtype
-    weight = torch.randn(tensors[0].shape[-len(tensors[1].shape) :], device=DEVICE)
-    results = run(function, tensors, weight)
+    results = run(function, tensors)
     doubles = [t.double() if t.is_floating_point() else t for t in tensors]
-    for i, (got, expected) in enumerate(zip(results, run(oracle, doubles, weight), strict=True)):
+    for i, (got, expected) in enumerate(zip(results, run(oracle, doubles), strict=True)):
         error = (got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
         assert error <= TOLERANCES[dtype], f"{name}, {dtype}, result {i}: relative error {error:.1e}"
 
@@ -74,6 +77,23 @@ def varlen(dtype) -> None:
     compare("varlen", call(modular_attention_varlen), call(reference.modular_attention_varlen), tensors)
 
 
+def grams(dtype, size) -> None:
+    def call(module):
+        def grams_of(query, key, modality):
+            ids = modality[:, -query.shape[2] :], modality
+            projection, (gram, _) = module.causal_gram_projection(query, key, *ids, 2, return_state=True)
+            return module.modality_gram(key, modality, 2), projection, gram
+
+        return grams_of
+
+    tensors = [
+        torch.randn(1, 4, 300, size, device=DEVICE, dtype=dtype),
+        torch.randn(1, 2, 700, size, device=DEVICE, dtype=dtype),
+        (torch.arange(700, device=DEVICE) // 50 % 3 - 1)[None],
+    ]
+    compare(f"Grams, D={size}", call(alignment), call(reference), tensors)
+
+
 def main() -> None:
     torch.manual_seed(0)
     for dtype in TOLERANCES:
@@ -81,6 +101,7 @@ def main() -> None:
             dense(dtype, size, 70, 150, True, False)
             dense(dtype, size, 70, 150, False, True)
             dense(dtype, size, 1, 1500, True, False)
+            grams(dtype, size)
         varlen(dtype)
     torch.cuda.synchronize()
     print("every kernel agrees with the reference")

@@ -112,10 +112,6 @@ Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
 Tensor gradient_like(const Tensor& tensor) {
   return result_like(tensor, {tensor.sizes().begin(), tensor.sizes().end()});
 }
-// A contiguous result of the compute type; without elements where it is not wanted.
-Tensor sums(const Tensor& key, const std::vector<int64_t>& sizes, bool wanted = true) {
-  return torch::stable::new_empty(key, wanted ? sizes : std::vector<int64_t>{0}, compute_dtype(key.scalar_type()));
-}
 
 // ------------------------------------------------------------------------------------------------------------------
 // modality_gram
@@ -125,7 +121,7 @@ Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_moda
   const GramInputs in{key, modality, num_modalities, unit_keys, eps};
   const GramShape shape = check_gram(check, in);
   check_ids("modality_gram", modality, num_modalities);
-  const Tensor gram = sums(key, shape.gram());
+  const Tensor gram = empty_sums(key, shape.gram());
   const int64_t heads = shape.batch * shape.kv_heads;
   if (heads == 0) return gram;
   GramArgs args;
@@ -189,7 +185,7 @@ std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Ten
   const GramShape shape = check_causal(check, in);
   check_ids("causal_gram_projection", key_modality, num_modalities);
   const Tensor projection = result_like(query, shape.views());
-  const Tensor gram = sums(key, shape.gram());
+  const Tensor gram = empty_sums(key, shape.gram());
   ProjectionForwardArgs args;
   fill_args(in, shape, args);
   args.projection = rows_out(projection);
@@ -211,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
   check_tensor(check, in, "grad_projection", grad_projection, shape.views(), Numbers::kStored);
   if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
   const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const Tensor grad_scale = sums(key, shape.row_scale());
-  const Tensor grad_initial = sums(key, shape.gram(), initial.has_value());
+  const Tensor grad_scale = empty_sums(key, shape.row_scale());
+  const Tensor grad_initial = empty_sums(key, shape.gram(), initial.has_value());
   ProjectionBackwardArgs args;
   fill_args(in, shape, args);
   args.grad_projection = rows(grad_projection);
@@ -245,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
   const GramShape shape = check_duplex(check, in);
   check_ids("duplex_query_views", key_modality, num_modalities);
   const Tensor views = result_like(query, shape.views());
-  const Tensor indicator = sums(key, shape.indicator(), with_indicator);
-  const Tensor gram = sums(key, shape.gram(), with_gram);
+  const Tensor indicator = empty_sums(key, shape.indicator(), with_indicator);
+  const Tensor gram = empty_sums(key, shape.gram(), with_gram);
   DuplexForwardArgs args;
   fill_args(in, shape, args);
   args.views = rows_out(views);
@@ -279,10 +275,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duple
   }
   if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
   const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const Tensor grad_scale = sums(key, shape.row_scale());
-  const Tensor grad_a1 = sums(key, shape.down()), grad_b1 = sums(key, shape.up());
-  const Tensor grad_a2 = sums(key, shape.down()), grad_b2 = sums(key, shape.up());
-  const Tensor grad_initial = sums(key, shape.gram(), initial.has_value());
+  const Tensor grad_scale = empty_sums(key, shape.row_scale());
+  const Tensor grad_a1 = empty_sums(key, shape.down()), grad_b1 = empty_sums(key, shape.up());
+  const Tensor grad_a2 = empty_sums(key, shape.down()), grad_b2 = empty_sums(key, shape.up());
+  const Tensor grad_initial = empty_sums(key, shape.gram(), initial.has_value());
   DuplexBackwardArgs args;
   fill_args(in, shape, args);
   args.grad_views = rows(grad_views);

@@ -2,8 +2,6 @@
 // current stream of the query's device. Nothing here reads device memory or waits for the device.
 #include "cuda/modular_attention.h"
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,30 +11,13 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/device.h"
+#include "cuda/adapter.h"
 #include "ops/attention_operators.h"
 #include "ops/operands.h"
 
 namespace moda_ext {
 namespace cuda {
 namespace {
-
-Storage storage_of(const Tensor& query) {
-  const ScalarType dtype = query.scalar_type();
-  constexpr ArgumentCheck check("modular_attention");
-  check.require(dtype != ScalarType::Double, "query", "float32, bfloat16 or float16 on CUDA", dtype);
-  return dtype == ScalarType::BFloat16 ? Storage::kBFloat16
-         : dtype == ScalarType::Half   ? Storage::kFloat16
-                                       : Storage::kFloat32;
-}
-
-// Kernels move 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied.
-Tensor with_aligned_rows(const Tensor& tensor) {
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
-    aligned &= tensor.size(d) <= 1 || tensor.stride(d) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
-  return aligned ? tensor : torch::stable::clone(tensor);
-}
 
 // The tensors that kernels read, kept alive for as long as the arguments point into them.
 struct Operands {
@@ -80,24 +61,9 @@ struct Operands {
   }
 };
 
-Tensor new_workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
-
-// Calls use(Kernels<size>) for the smallest instantiated head size that holds head_dim.
-template <template <int> class Kernels, class Use>
-void with_kernels(int64_t head_dim, const Use& use) {
-  if (head_dim <= 32) return use(Kernels<32>{});
-  if (head_dim <= 64) return use(Kernels<64>{});
-  if (head_dim <= 96) return use(Kernels<96>{});
-  if (head_dim <= 128) return use(Kernels<128>{});
-  if (head_dim <= 192) return use(Kernels<192>{});
-  use(Kernels<256>{});
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const Storage storage = storage_of(in.query);
+  const Storage storage = storage_of(ArgumentCheck("modular_attention"), "query", in.query);
   const AttentionOutputs outputs = empty_outputs(in, shape);
   if (outputs.lse.numel() == 0) return {outputs.out, outputs.lse, outputs.mass};
 
@@ -121,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
                                                             const AttentionNeeds& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const Storage storage = storage_of(in.query);
+  const Storage storage = storage_of(ArgumentCheck("modular_attention"), "query", in.query);
   check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
   const bool packed = in.packed();
   const int32_t device = in.query.get_device_index();

@@ -46,6 +46,13 @@ MODA_EXT_DEVICE int64_t block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
+// The same pointer, which the compiler takes for another one: addresses made from it in a loop are not kept in
+// registers throughout the loop.
+template <class T>
+MODA_EXT_DEVICE T* as_new(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 MODA_EXT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 MODA_EXT_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
 

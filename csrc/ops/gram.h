@@ -47,5 +47,7 @@ GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& inputs);
 enum class Numbers { kStored, kSums, kContiguousSums };
 void check_tensor(const ArgumentCheck& check, const GramInputs& inputs, const char* name, const Tensor& tensor,
                   const std::vector<int64_t>& sizes, Numbers numbers);
+// A contiguous result of the compute dtype on the key's device; without elements where it is not wanted.
+Tensor empty_sums(const Tensor& key, const std::vector<int64_t>& sizes, bool wanted = true);
 
 }  // namespace moda_ext

@@ -13,6 +13,10 @@ namespace cuda {
 
 inline int thread_index() { return emulation::current_thread(); }
 inline int64_t block_index() { return emulation::current_block(); }
+template <class T>
+T* as_new(T* pointer) {
+  return pointer;
+}
 inline int lane_index() { return thread_index() & 31; }
 inline int warp_index() { return thread_index() >> 5; }
 

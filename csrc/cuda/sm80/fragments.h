@@ -3,6 +3,7 @@
 //
 //   multiply_rows       C += A B^T, rows of A and B in shared memory      (scores: queries and keys)
 //   multiply_registers  C += P B, P in the C layout, B in shared memory   (output: probabilities and values)
+//   multiply_columns    C += A^T B, rows of A and B in shared memory      (Gram matrices: keys and keys)
 //
 // Rows in shared memory are kHeadDim elements and 16 bytes of padding: their length is then an odd number of 16-byte
 // units, and eight consecutive rows, read 16 bytes each, touch every bank once. Padding serves every head size; a
@@ -89,9 +90,35 @@ struct Fragments {
     }
   }
 
+  // a, b: first of kDepth rows, from the first of the 16 kRowTiles columns of A and 8 kColumnTiles of B.
+  template <int kDepth, int kRowTiles, int kColumnTiles>
+  static MODA_EXT_DEVICE void multiply_columns(float (&c)[kRowTiles][kColumnTiles][4], const char* a, const char* b) {
+    static_assert(kDepth % 16 == 0 && kColumnTiles % 2 == 0, "fragments are 16 deep, B is loaded two tiles at a time");
+    const int lane = lane_index();
+    const char* a_lane = a + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 16;
+    const char* b_lane = b + lane % 16 * kStride + lane / 16 * 16;
+#pragma unroll 1
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a_fragment[kRowTiles][4];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) load_matrices_transposed(a_fragment[r], a_lane + k * kStride + r * 32);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t b_fragment[4];
+        load_matrices_transposed(b_fragment, b_lane + k * kStride + n * 16);
+        multiply_two_columns(c, n, a_fragment, b_fragment);
+      }
+    }
+  }
+
   // Two neighbouring columns of a row, rounded.
   static MODA_EXT_DEVICE void store_pair(char* row, int column, float low, float high) {
     *reinterpret_cast<uint32_t*>(row + column * 2) = pack_pair<Element>(low, high);
+  }
+  static MODA_EXT_DEVICE void load_pair(const char* row, int column, float& low, float& high) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + column * 2);
+    low = to_float(Element{static_cast<uint16_t>(pair)});
+    high = to_float(Element{static_cast<uint16_t>(pair >> 16)});
   }
 };
 
@@ -163,8 +190,35 @@ struct Fragments<float, kHeadDim> {
     }
   }
 
+  template <int kDepth, int kRowTiles, int kColumnTiles>
+  static MODA_EXT_DEVICE void multiply_columns(float (&c)[kRowTiles][kColumnTiles][4], const char* a, const char* b) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll 1
+    for (int k = 0; k < kDepth; ++k) {
+      float weight[kRowTiles][2];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          weight[r][h] = *reinterpret_cast<const float*>(a + k * kStride + (r * 16 + h * 8 + g) * 4);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const Float2 pair = *reinterpret_cast<const Float2*>(b + k * kStride + (n * 8 + 2 * t) * 4);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[r][n][i] += weight[r][i / 2] * pair.at[i % 2];
+      }
+    }
+  }
+
   static MODA_EXT_DEVICE void store_pair(char* row, int column, float low, float high) {
     *reinterpret_cast<Float2*>(row + column * 4) = Float2{{low, high}};
+  }
+  static MODA_EXT_DEVICE void load_pair(const char* row, int column, float& low, float& high) {
+    const Float2 pair = *reinterpret_cast<const Float2*>(row + column * 4);
+    low = pair.at[0];
+    high = pair.at[1];
   }
 };
 

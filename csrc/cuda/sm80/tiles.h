@@ -87,13 +87,14 @@ MODA_EXT_DEVICE uint32_t modality_bit(int modality) { return modality < 0 ? kOth
 
 // Copies kRows rows of kHeadDim elements into shared memory, without waiting. Rows for which valid(row) is false, and
 // what lies beyond head_dim, become zeros: what such rows hold in memory, NaN included, must not reach a product.
-template <class Element, int kHeadDim, int kRows, int kThreads, class Valid>
+// Unrolled further, the addresses of all chunks are kept across the main loop, in registers that it needs; kUnroll = 1
+// where those are full.
+template <class Element, int kHeadDim, int kRows, int kThreads, int kUnroll = 4, class Valid>
 MODA_EXT_DEVICE void copy_rows(char* shared, int thread, const Element* first, int64_t row_stride, int head_dim,
                                const Valid& valid) {
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   constexpr int kChunks = kHeadDim / kPerChunk;
-  // Unrolled further, the addresses of all chunks are kept across the main loop, in registers that it needs.
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
     const int index = i * kThreads + thread;
     const int row = index / kChunks, element = index % kChunks * kPerChunk;
@@ -122,6 +123,11 @@ MODA_EXT_DEVICE void store_rows(const char* shared, int begin, int end, const Po
 MODA_EXT_DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+MODA_EXT_DEVICE float warp_maximum(float x) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) x = maximum(x, shuffle_xor(x, mask));
   return x;
 }
 // Sum and maximum over the four lanes that share a row of a C fragment.

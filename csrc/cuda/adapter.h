@@ -1,0 +1,47 @@
+// What the CUDA adapters share: what kernels ask of tensors, and which kernels serve a head size.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "cuda/modular_attention.h"
+#include "ops/checks.h"
+
+namespace moda_ext {
+namespace cuda {
+
+inline Storage storage_of(const ArgumentCheck& check, const char* argument, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  check.require(dtype != ScalarType::Double, argument, "float32, bfloat16 or float16 on CUDA", dtype);
+  return dtype == ScalarType::BFloat16 ? Storage::kBFloat16
+         : dtype == ScalarType::Half   ? Storage::kFloat16
+                                       : Storage::kFloat32;
+}
+
+// Kernels move 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied.
+inline Tensor with_aligned_rows(const Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
+    aligned &= tensor.size(d) <= 1 || tensor.stride(d) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
+  return aligned ? tensor : torch::stable::clone(tensor);
+}
+
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Calls use(Kernels<size>) for the smallest instantiated head size that holds head_dim.
+template <template <int> class Kernels, class Use>
+void with_kernels(int64_t head_dim, const Use& use) {
+  if (head_dim <= 32) return use(Kernels<32>{});
+  if (head_dim <= 64) return use(Kernels<64>{});
+  if (head_dim <= 96) return use(Kernels<96>{});
+  if (head_dim <= 128) return use(Kernels<128>{});
+  if (head_dim <= 192) return use(Kernels<192>{});
+  use(Kernels<256>{});
+}
+
+}  // namespace cuda
+}  // namespace moda_ext

@@ -1,0 +1,3 @@
+#include "cuda/sm80/causal_gram_backward.h"
+
+template struct moda_ext::cuda::ProjectionBackwardKernels<96>;
