@@ -259,13 +259,14 @@ def duplex_query_views(
             *tensors, num_modalities, **options, return_indicator=return_indicator, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    views, square, gram = _operator("duplex_query_views", query)(
+    initial = None if state is None else state[0]
+    views, square, gram = _operator("duplex_query_views", query, key, scale, a1, b1, a2, b2, initial)(
         _last_contiguous(query),
         _last_contiguous(key),
         key_modality.to(torch.int32),
         scale,
         *(w.to(scale.dtype).contiguous() for w in (a1, b1, a2, b2)),
-        None if state is None else state[0].contiguous(),
+        None if initial is None else initial.contiguous(),
         num_modalities,
         key_norm == "l2",
         float(eps),
@@ -325,9 +326,14 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     return reference.frobenius_scale(square[:, :, key.shape[2] - query.shape[2] :], scale), trace
 
 
-def _operator(name: str, tokens: Tensor):
-    """The operator for these tokens: native, or (on CUDA, where it has no kernel) composed of PyTorch's own."""
-    native = tokens.device.type != "cuda" or (library.has_cuda_kernel(name) and tokens.dtype != torch.float64)
+def _operator(name: str, tokens: Tensor, *others: Tensor | None):
+    """The operator for these inputs: native, or composed of PyTorch's own on CUDA, where it has no kernel for the
+    tokens, or a gradient may be asked for and its backward pass has none."""
+    native = tokens.device.type != "cuda" or (
+        tokens.dtype != torch.float64
+        and library.has_cuda_kernel(name)
+        and (library.has_cuda_kernel(f"{name}_backward") or not autograd.may_differentiate(tokens, *others))
+    )
     return getattr(autograd if native else composite, name)
 
 

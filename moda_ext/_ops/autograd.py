@@ -14,6 +14,17 @@ from . import autocast, fake, library, vmap
 _GRADIENTS = ("query", "key", "value", "modality_bias", "sink")
 
 
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def may_differentiate(*tensors: torch.Tensor | None) -> bool:
+    """Whether a derivative of what is computed of these tensors may be asked for."""
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return needed or _transformed()
+
+
 def _differentiable(name: str, setup_context, backward):
     """A callable that runs operator ``name`` and records ``backward`` for it."""
     op = getattr(torch.ops.moda_ext, name).default
@@ -41,7 +52,7 @@ def _differentiable(name: str, setup_context, backward):
         return function.apply(*inputs)
 
     def call(*inputs):
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        if _transformed():
             return through_function(*inputs)
         return op(*inputs)
 
