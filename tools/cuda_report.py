@@ -6,7 +6,8 @@ Compiles every .cu file of csrc/sources.json and prints a line for each kernel a
 spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared memory
 (LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
 cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memory is what the launch asks for in a call
-with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions.
+with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions; the
+rank is the largest.
 
 --check fails where a kernel spills registers or asks for more shared memory than a block may have on every GPU that it
 runs on, and, where cuobjdump is, where a 16-bit kernel of products lacks tensor-core products, matrix loads or 128-bit
@@ -39,6 +40,7 @@ MAIN = (
     *("ForwardKernel", "KeyKernel", "QueryKernel"),
     *("GramKernel", "GramBackwardKernel"),
     *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
+    *("LatentKernel", "ViewsKernel", "IndicatorKernel"),
 )
 MODALITIES = {"shared": 2, "of 16": 16}
 LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; others have more
@@ -53,12 +55,19 @@ auto set_modalities(Params& params, int modalities) -> decltype(void(params.args
 }
 template <class Params>
 void set_modalities(Params&, ...) {}
+template <class Params>
+auto set_rank(Params& params, int rank) -> decltype(void(params.args.rank = rank)) {
+  params.args.rank = rank;
+}
+template <class Params>
+void set_rank(Params&, ...) {}
 template <class Kernel>
 void report(const char* name) {
   printf("%%s", name);
   for (const int modalities : {%(modalities)s}) {
     typename Kernel::Params params{};
     set_modalities(params, modalities);
+    set_rank(params, 128);
     printf("\\t%%zu", Kernel::shared_bytes(params));
   }
   printf("\\n");

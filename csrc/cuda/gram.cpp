@@ -23,6 +23,7 @@ namespace {
 const float* numbers(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
+const float* weights(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 Input rows(const Tensor& tensor) { return input(tensor, false, Last::kPresent); }
 Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPresent); }
 float* numbers(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -157,6 +158,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
   return {grad_query, grad_key, grad_scale, grad_initial};
 }
 
+std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const Tensor& key,
+                                                      const Tensor& key_modality, const Tensor& row_scale,
+                                                      const Tensor& a1, const Tensor& b1, const Tensor& a2,
+                                                      const Tensor& b2, const std::optional<Tensor>& initial,
+                                                      int64_t num_modalities, bool unit_keys, double eps,
+                                                      bool with_indicator, bool with_gram) {
+  const ArgumentCheck check("duplex_query_views");
+  const DuplexInputs in{
+      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
+  const GramShape shape = check_duplex(check, in);
+  const Storage storage = storage_of(check, "key", key);
+  const Tensor views = like(query, shape.views());
+  const Tensor indicator = empty_sums(key, shape.indicator(), with_indicator);
+  const Tensor gram = empty_sums(key, shape.gram(), with_gram);
+  if (shape.batch * shape.kv_heads == 0) return {views, indicator, gram};
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const Tensor aligned_key = with_aligned_rows(key), aligned_query = with_aligned_rows(query);
+  DuplexArgs args;
+  fill_args(in, shape, aligned_key, aligned_query, args);
+  args.rank = static_cast<int>(shape.rank);
+  args.a1 = weights(in.a1);
+  args.b1 = weights(in.b1);
+  args.a2 = weights(in.a2);
+  args.b2 = weights(in.b2);
+  args.views = rows_out(views);
+  if (with_indicator) args.indicator = rows_out(indicator);
+  if (with_gram) args.gram = numbers(gram);
+  run<DuplexKernels>(key, args, storage);
+  return {views, indicator, gram};
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace moda_ext
@@ -166,4 +198,5 @@ STABLE_TORCH_LIBRARY_IMPL(moda_ext, CUDA, m) {
   m.impl("modality_gram_backward", TORCH_BOX(&moda_ext::cuda::modality_gram_backward));
   m.impl("causal_gram_projection", TORCH_BOX(&moda_ext::cuda::causal_gram_projection));
   m.impl("causal_gram_projection_backward", TORCH_BOX(&moda_ext::cuda::causal_gram_projection_backward));
+  m.impl("duplex_query_views", TORCH_BOX(&moda_ext::cuda::duplex_query_views));
 }

@@ -44,6 +44,15 @@ struct ProjectionBackwardArgs : CausalArgs {
   float* grad_initial = nullptr;  // symmetric; null: not wanted
 };
 
+struct DuplexArgs : CausalArgs {
+  int rank = 0;
+  const float *a1 = nullptr, *b1 = nullptr;  // contiguous (modality, D, rank) and (modality, rank, D)
+  const float *a2 = nullptr, *b2 = nullptr;
+  Output views;
+  Output indicator;       // (batch, query head, query, modality), float32; data null: not wanted
+  float* gram = nullptr;  // after the last token; null: not wanted
+};
+
 // As ForwardKernels. `multiprocessors` decides how far few keys are split over the sequence.
 template <int kHeadDim>
 struct ModalityGramKernels {
@@ -59,6 +68,11 @@ template <int kHeadDim>
 struct ProjectionKernels {
   static int64_t workspace(const ProjectionArgs& args, Storage storage);
   static void run(const ProjectionArgs& args, Storage storage, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct DuplexKernels {
+  static int64_t workspace(const DuplexArgs& args, Storage storage);
+  static void run(const DuplexArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct ProjectionBackwardKernels {

@@ -122,15 +122,28 @@ class RowProjection {
                        for (int i = 0; i < 4; ++i) out[0][first + n][i] = c[0][n][i];
                    });
     }
+    add_segment(args, states, sequence, sequence_index, kv_head, 1u << modality, first_position, block_rows, stream,
+                Unweighted{}, out);
+  }
+
+  // out += rows times the features and weights of the keys of their own segment that are of a `wanted` modality (one
+  // bit each): sum (row . phi_j) weights.of(row of the block, j) phi_j. weights.see(j, key) announces key j of a tile,
+  // to one lane.
+  template <class Weights>
+  static MODA_EXT_DEVICE void add_segment(const CausalArgs& args, const States& states, const Sequence& sequence,
+                                          int64_t sequence_index, int kv_head, uint32_t wanted, int first_position,
+                                          const char* block_rows, char* stream, const Weights& weights, Sums& out) {
+    const char* rows = block_rows + warp_index() * 16 * Products::kStride;
+    const int segment = first_position / kSegment;
     const uint32_t* words = states.tiles + sequence_index * states.tiles_per_sequence;
     const int last = minimum(first_position + kRows, sequence.num_keys) - 1;
     for (int tile = segment * (kSegment / kKeys); tile <= last / kKeys; ++tile) {
-      if (!(words[tile] >> modality & 1)) continue;
+      if (!(words[tile] & wanted)) continue;
       const int first_key = tile * kKeys;
       sync_threads();  // everyone is done with the buffer
       copy_rows<Element, kHeadDim, kKeys, kThreads, 1>(
           stream, thread_index(), row_of<Element>(args.key, sequence, kv_head, first_key), args.key.row, args.head_dim,
-          [&](int row) { return modality_of(args, sequence, first_key + row) == modality; });
+          [&](int row) { return (modality_bit(modality_of(args, sequence, first_key + row)) & wanted) != 0; });
       commit_copies();
       wait_copies<0>();
       sync_threads();
@@ -139,7 +152,9 @@ class RowProjection {
       for (int first = warp_index() * 8; first < kKeys; first += kThreads / 4) {
         const int row = first + lane_index() / 4;
         const float factor = measure_key<Element, kHeadDim>(args, stream, row).factor;
-        if (lane_index() % 4 == 0) factors[row] = factor;
+        if (lane_index() % 4 != 0) continue;
+        factors[row] = factor;
+        weights.see(row, first_key + row);
       }
       sync_threads();
 #pragma unroll 1
@@ -147,7 +162,7 @@ class RowProjection {
         float scores[1][kPass / 8][4];
         set_zero(scores);
         Products::multiply_rows(scores, rows, stream + first * Products::kStride);
-        weigh(first_position + warp_index() * 16 - (first_key + first), factors + first, scores);
+        weigh(first_position + warp_index() * 16 - (first_key + first), factors + first, first, weights, scores);
         Products::multiply_registers(out, scores, stream + first * Products::kStride);
         if (kExact && sizeof(Element) == 2) {
 #pragma unroll
@@ -161,16 +176,25 @@ class RowProjection {
   }
 
  private:
-  // Weighs scores and hides later keys. `ahead`: position of the warp's first row, counted from the first key.
-  // A factor of 1 / eps may have no square in float32.
-  static MODA_EXT_DEVICE void weigh(int ahead, const float* factors, float (&scores)[1][kPass / 8][4]) {
+  struct Unweighted {
+    MODA_EXT_DEVICE void see(int, int) const {}
+    MODA_EXT_DEVICE float of(int, int) const { return 1.0f; }
+  };
+
+  // Weighs scores and hides later keys. `ahead`: position of the warp's first row, counted from key `first` of the
+  // tile. A factor of 1 / eps may have no square in float32.
+  template <class Weights>
+  static MODA_EXT_DEVICE void weigh(int ahead, const float* factors, int first, const Weights& weights,
+                                    float (&scores)[1][kPass / 8][4]) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int n = 0; n < kPass / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = n * 8 + 2 * t + i % 2;
-        scores[0][n][i] = key > ahead + i / 2 * 8 + g ? 0.0f : scores[0][n][i] * factors[key] * factors[key];
+        const int key = n * 8 + 2 * t + i % 2, row = i / 2 * 8 + g;
+        scores[0][n][i] = key > ahead + row ? 0.0f
+                                            : scores[0][n][i] * factors[key] * factors[key] *
+                                                  weights.of(warp_index() * 16 + row, first + key);
       }
     }
   }

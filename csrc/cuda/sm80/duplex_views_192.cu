@@ -1,0 +1,3 @@
+#include "cuda/sm80/duplex_views.h"
+
+template struct moda_ext::cuda::DuplexKernels<192>;
