@@ -206,6 +206,30 @@ struct ProjectionParams {
   int first_block, row_blocks;  // of kRows positions
 };
 
+// The place of a block in a grid over the modalities and row blocks of every query head.
+struct ModalityRows {
+  int modality, head, kv_head, first_position, first_query;
+  int64_t sequence_index;
+  Sequence sequence;
+
+  template <class Params>
+  MODA_EXT_DEVICE ModalityRows(const Params& p, int rows) {
+    int64_t index = block_index();
+    modality = static_cast<int>(index % p.args.num_modalities);
+    index /= p.args.num_modalities;
+    first_position = (p.first_block + static_cast<int>(index % p.row_blocks)) * rows;
+    index /= p.row_blocks;
+    head = static_cast<int>(index % p.args.query_heads);
+    kv_head = head / (p.args.query_heads / p.args.kv_heads);
+    sequence_index = index / p.args.query_heads;
+    sequence = batch_element(p.args, sequence_index);
+    first_query = first_position - (sequence.num_keys - sequence.num_queries);
+  }
+  MODA_EXT_DEVICE bool has_row(int row) const {
+    return first_query + row >= 0 && first_query + row < sequence.num_queries;
+  }
+};
+
 template <class Element, int kHeadDim>
 struct ProjectionKernel {
   using Params = ProjectionParams;
@@ -222,22 +246,14 @@ struct ProjectionKernel {
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
     const ProjectionArgs& args = p.args;
-    int64_t index = block_index();
-    const int modality = static_cast<int>(index % args.num_modalities);
-    index /= args.num_modalities;
-    const int first_position = (p.first_block + static_cast<int>(index % p.row_blocks)) * kRows;
-    index /= p.row_blocks;
-    const int head = static_cast<int>(index % args.query_heads), kv_head = head / (args.query_heads / args.kv_heads);
-    const int64_t sequence_index = index / args.query_heads;
-    const Sequence sequence = batch_element(args, sequence_index);
-    const int first_query = first_position - (sequence.num_keys - sequence.num_queries);
-    const auto has_row = [&](int row) { return first_query + row >= 0 && first_query + row < sequence.num_queries; };
+    const ModalityRows at(p, kRows);
+    const auto has_row = [&](int row) { return at.has_row(row); };
     copy_rows<Element, kHeadDim, kRows, kThreads>(shared, thread_index(),
-                                                  row_of<Element>(args.query, sequence, head, first_query),
+                                                  row_of<Element>(args.query, at.sequence, at.head, at.first_query),
                                                   args.query.row, args.head_dim, has_row);
     commit_copies();
     typename Projection::Sums out;
-    Projection::run(args, p.states, sequence, sequence_index, kv_head, modality, first_position, shared,
+    Projection::run(args, p.states, at.sequence, at.sequence_index, at.kv_head, at.modality, at.first_position, shared,
                     shared + kRows * Products::kStride, out);
 
     const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16;
@@ -247,8 +263,8 @@ struct ProjectionKernel {
     for (int h = 0; h < 2; ++h) {
       const int own = h * 8 + g;
       const float scale = has_row(warp_row + own)
-                              ? row_of<float>(args.row_scale, sequence, kv_head,
-                                              first_query + warp_row + own)[modality * args.row_scale.last]
+                              ? row_of<float>(args.row_scale, at.sequence, at.kv_head,
+                                              at.first_query + warp_row + own)[at.modality * args.row_scale.last]
                               : 0.0f;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
@@ -258,8 +274,8 @@ struct ProjectionKernel {
     sync_warp();
     store_rows<Element, kHeadDim, 16>(rows, 0, args.head_dim, [&](int own) -> Element* {
       if (!has_row(warp_row + own)) return nullptr;
-      return row_of<Element>(args.projection, sequence, head, first_query + warp_row + own) +
-             modality * args.projection.view;
+      return row_of<Element>(args.projection, at.sequence, at.head, at.first_query + warp_row + own) +
+             at.modality * args.projection.view;
     });
   }
 };

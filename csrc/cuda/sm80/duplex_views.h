@@ -427,22 +427,14 @@ struct IndicatorKernel {
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
     const DuplexArgs& args = p.args;
-    int64_t index = block_index();
-    const int modality = static_cast<int>(index % args.num_modalities);
-    index /= args.num_modalities;
-    const int first_position = (p.first_block + static_cast<int>(index % p.row_blocks)) * kRows;
-    index /= p.row_blocks;
-    const int head = static_cast<int>(index % args.query_heads), kv_head = head / (args.query_heads / args.kv_heads);
-    const int64_t sequence_index = index / args.query_heads;
-    const Sequence sequence = batch_element(args, sequence_index);
-    const int first_query = first_position - (sequence.num_keys - sequence.num_queries);
-    const auto has_row = [&](int row) { return first_query + row >= 0 && first_query + row < sequence.num_queries; };
+    const ModalityRows at(p, kRows);
+    const auto has_row = [&](int row) { return at.has_row(row); };
     copy_rows<Element, kHeadDim, kRows, kThreads>(shared, thread_index(),
-                                                  row_of<Element>(args.query, sequence, head, first_query),
+                                                  row_of<Element>(args.query, at.sequence, at.head, at.first_query),
                                                   args.query.row, args.head_dim, has_row);
     commit_copies();
     typename Projection::Sums out;
-    Projection::run(args, p.states, sequence, sequence_index, kv_head, modality, first_position, shared,
+    Projection::run(args, p.states, at.sequence, at.sequence_index, at.kv_head, at.modality, at.first_position, shared,
                     shared + kRows * Products::kStride, out);
 
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -460,7 +452,7 @@ struct IndicatorKernel {
       form = quad_sum(form);
       square = quad_sum(square);
       if (t != 0 || !has_row(row)) continue;
-      row_of<float>(args.indicator, sequence, head, first_query + row)[modality * args.indicator.last] =
+      row_of<float>(args.indicator, at.sequence, at.head, at.first_query + row)[at.modality * args.indicator.last] =
           square > 0.0f ? form / square : 0.0f;
     }
   }
