@@ -13,7 +13,7 @@ from torch import Tensor
 from moda_ext import reference
 from moda_ext._ops import checks
 from moda_ext.alignment import DuplexAligner, duplex_query_views, modality_gram
-from moda_ext.attention import ModularDuplexAttention, modular_attention
+from moda_ext.attention import ModularDuplexAttention, duplex_attention, modular_attention
 from moda_ext.layer import _rotate as rotate
 from moda_ext.release import TEXT, VISION, ReleaseAligner
 
@@ -68,19 +68,27 @@ def build_attention(case: Case, x: Inputs) -> Call:
     return lambda: _attend(case, x, x.extra["views"], x.bias)
 
 
+def _duplex(case: Case, x: Inputs, condition: Tensor | None) -> Call:
+    tokens = (x.query, x.key, x.value, x.key_modality, x.key_modality)
+    options = {"modality_bias": x.bias, "condition": condition, "sink": x.sink, "return_lse": True, "return_mass": True}
+    return lambda: duplex_attention(*tokens, *x.leaves(WEIGHTS), case.num_modalities, **options)
+
+
 def build_aligned(case: Case, x: Inputs) -> Call:
-    align = build_aligner(case, x)
+    return _duplex(case, x, torch.ones((), device=case.device))
 
-    def call():
-        views, indicator = align()
-        return _attend(case, x, views, x.bias + indicator)
 
-    return call
+def build_aligned_plain(case: Case, x: Inputs) -> Call:
+    return _duplex(case, x, None)
 
 
 def dense_aligned(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:
     aligner = dense_aligner(case, t, modality)
     return dense_attention(case, {**t, "views": aligner["views"], "bias": t["bias"] + aligner["indicator"]}, modality)
+
+
+def dense_aligned_plain(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:
+    return dense_attention(case, {**t, "views": dense_aligner(case, t, modality)["views"]}, modality)
 
 
 # Whole modules: the gate runs them on moda_ext.reference --------------------------------------------------------------
@@ -229,17 +237,26 @@ CONTENDERS = {
     "aligned": [
         Contender(
             "ours",
-            "aligner, then attention; the indicator in the bias",
+            "aligner and attention, the indicator in the bias",
             build_aligned,
             ("out", "lse", "mass"),
             (*TOKENS, *TERMS, *WEIGHTS),
             dense_aligned,
             ours=True,
         ),
+        Contender(
+            "ours-plain",
+            "the same without the indicator",
+            build_aligned_plain,
+            ("out", "lse", "mass"),
+            (*TOKENS, *TERMS, *WEIGHTS),
+            dense_aligned_plain,
+            ours=True,
+        ),
         ALIGNER,
         Contender(
             "aligner-plain",
-            "the same without the indicator",
+            "the aligner without the indicator",
             build_aligner_plain,
             ("views",),
             OF_ALIGNER,

@@ -308,13 +308,14 @@ class DuplexAligner(nn.Module):
                 state = GramState.from_keys(key, key_modality, self.num_modalities, **keywords)
             results = self._fixed(query, reference.normalize_gram(state.gram, self.normalize), return_indicator)
         if return_state:
-            if state is None:
-                keywords = {"key_norm": self.key_norm}
-                state = GramState.from_keys(key, key_modality, self.num_modalities, **keywords)
-            else:
-                state = state.append(key, key_modality)
-            results = (*results, state)
+            results = (*results, self.state_after(key, key_modality, state))
         return results[0] if len(results) == 1 else results
+
+    def state_after(self, key: Tensor, key_modality: Tensor, state: GramState | None = None) -> GramState:
+        """The state after ``state`` and more tokens: key (B, Hkv, N, D), modality (B, N)."""
+        if state is not None:
+            return state.append(key, key_modality)
+        return GramState.from_keys(key, key_modality, self.num_modalities, key_norm=self.key_norm)
 
     def align_keys(self, key: Tensor, modality: Tensor, include: Tensor | None = None) -> Tensor:
         """The other side of the same scores: the aligned keys k', for full and context scope.

@@ -262,11 +262,7 @@ def duplex_query_views(
     initial = None if state is None else state[0]
     views, square, gram = _operator("duplex_query_views", query, key, scale, a1, b1, a2, b2, initial)(
         _last_contiguous(query),
-        _last_contiguous(key),
-        key_modality.to(torch.int32),
-        scale,
-        *(w.to(scale.dtype).contiguous() for w in (a1, b1, a2, b2)),
-        None if initial is None else initial.contiguous(),
+        *_view_operands(key, key_modality, scale, (a1, b1, a2, b2), state),
         num_modalities,
         key_norm == "l2",
         float(eps),
@@ -301,6 +297,17 @@ def gram_indicator(query: Tensor, gram_projection: Tensor) -> Tensor:
     square = query.square().sum(dim=-1)
     dots = (gram_projection.to(dtype) * query).sum(dim=-1)  # (M, B, Hq, N)
     return (dots / square.clamp(min=torch.finfo(dtype).tiny)).movedim(0, -1)
+
+
+def _view_operands(key, key_modality, scale, weights, state) -> tuple:
+    """The operands of ``duplex_query_views`` between its query and its options, as the operator takes them."""
+    return (
+        _last_contiguous(key),
+        key_modality.to(torch.int32),
+        scale,
+        *(w.to(scale.dtype).contiguous() for w in weights),
+        None if state is None else state[0].contiguous(),
+    )
 
 
 def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_norm, normalize, eps, state):

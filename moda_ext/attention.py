@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks
+from moda_ext._ops import autocast, autograd, checks, library
+from moda_ext.alignment import _row_scale, _view_operands, duplex_query_views
 
 __all__ = [
     "AttentionState",
     "ModularDuplexAttention",
+    "duplex_attention",
     "modular_attention",
     "modular_attention_varlen",
     "pseudo_score_sink",
@@ -235,6 +237,124 @@ def modular_attention_varlen(
         query.shape[-1] ** -0.5 if scale is None else scale,
     )
     return reference.pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def duplex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = 2,
+    *,
+    new_key: Tensor | None = None,
+    new_modality: Tensor | None = None,
+    key_norm: str | None = "l2",
+    normalize: str | None = "trace",
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+    modality_bias: Tensor | None = None,
+    condition: Tensor | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+):
+    r"""Causal duplex attention: :func:`moda_ext.alignment.duplex_query_views`, then :func:`modular_attention`.
+
+    .. math::
+        q^{(1..M)}, e = \text{duplex\_query\_views}(q, k; A, B), \qquad
+        \text{out} = \text{modular\_attention}(q^{(1..M)}, k, v;\; b + \lambda \odot e,\; c)
+
+    with the bias b, the sink c, and a condition :math:`\lambda` on the indicator e. Number for number what the two
+    calls give. On the CPU, where no gradient is asked for, one operator does both: the views, M times the query, then
+    never exist as a whole. Source: MODA (arXiv 2507.04635), Eq. 5-10; MATH.md sections 1 and 2.
+
+    Args:
+        query: (B, Hq, Nq, D), as in :func:`modular_attention`, and so are key, value, key_modality, num_modalities,
+            modality_bias, sink, scale, return_lse and return_mass. Always causal.
+        query_modality: (B, Nq), integer, -1 for padding.
+        a1: (M, D, rank), like b1, a2 and b2 as in ``duplex_query_views``, and so are key_norm, normalize, eps and
+            state.
+        new_key: (B, Hkv, Nnew, D), the keys that ``state`` does not hold, Nq <= Nnew; by default ``key``.
+        new_modality: (B, Nnew), their modalities; by default ``key_modality``.
+        condition: broadcastable to (B, Hq, Nq, M), in the dtype of ``modality_bias``: the factor of the indicator; None
+            is 0.
+
+    Returns:
+        As :func:`modular_attention`. Differentiable as the two functions are.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as the two functions.
+
+    Example:
+        >>> query = torch.randn(1, 8, 6, 64)
+        >>> key, value = torch.randn(1, 2, 6, 64), torch.randn(1, 2, 6, 64)
+        >>> modality = torch.tensor([[0, 1, 1, 1, 0, 0]])
+        >>> a, b = torch.randn(2, 64, 16), torch.randn(2, 16, 64)
+        >>> duplex_attention(query, key, value, modality, modality, a, b, a, b).shape
+        torch.Size([1, 8, 6, 64])
+    """
+    op, weights = "duplex_attention", (a1, b1, a2, b2)
+    if new_key is None:
+        new_key, new_modality = key, key_modality
+    alignment = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
+    results = {"return_lse": return_lse, "return_mass": return_mass}
+    tensors = (
+        query,
+        key,
+        value,
+        new_key,
+        *weights,
+        *(state if isinstance(state, (tuple, list)) else ()),
+        modality_bias,
+        condition,
+        sink,
+    )
+    if not fuses_duplex_attention(*tensors):
+        tokens = (query, new_key, query_modality, new_modality)
+        if condition is None:
+            views = duplex_query_views(*tokens, *weights, num_modalities, **alignment)
+        else:
+            views, indicator = duplex_query_views(*tokens, *weights, num_modalities, **alignment, return_indicator=True)
+            conditioned = condition.to(indicator.dtype) * indicator
+            modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
+        attention = {"modality_bias": modality_bias, "sink": sink, "is_causal": True, "scale": scale}
+        return modular_attention(views, key, value, key_modality, num_modalities=num_modalities, **attention, **results)
+
+    query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
+    (new_key,) = autocast.cast_tokens(new_key)
+    checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, True, scale)
+    checks.causal(op, query, new_key, query_modality, new_modality, num_modalities, key_norm, normalize, eps, state)
+    checks.fuser(op, query, num_modalities, *weights)
+    checks.duplex(op, query, new_key, key, condition, num_modalities)
+    rows = query.shape[:-1]
+    row_scale, _ = _row_scale(query, new_key, query_modality, new_modality, num_modalities, **alignment)
+    out, lse, mass = autograd.duplex_attention(
+        _last_contiguous(query),
+        _last_contiguous(key),
+        _last_contiguous(value),
+        key_modality.to(torch.int32),
+        *_view_operands(new_key, new_modality, row_scale, weights, state),
+        _expand(modality_bias, (*rows, num_modalities), query.dtype),
+        _expand(condition, (*rows, num_modalities), query.dtype),
+        _expand(sink, rows, query.dtype),
+        num_modalities,
+        key_norm == "l2",
+        float(eps),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    return reference.pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def fuses_duplex_attention(query: Tensor, *others: Tensor | None) -> bool:
+    """Whether :func:`duplex_attention` of these tensors is one operator: on the CPU, and without a gradient."""
+    on_cpu = isinstance(query, Tensor) and query.device.type == "cpu" and library.native_loaded
+    return on_cpu and not autograd.may_differentiate(query, *others)
 
 
 def pseudo_score_sink(

@@ -3,15 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moda_ext.alignment import DuplexAligner, GramState
-from moda_ext.attention import modular_attention
+from moda_ext.attention import duplex_attention, fuses_duplex_attention, modular_attention
 from moda_ext.mask import ModularMask
 
 __all__ = ["AttentionState", "ModularDuplexAttention"]
+
+
+class Tokens(NamedTuple):
+    """Queries, keys and modalities of one call in the form of the operators, aligned at the bottom right."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_modality: Tensor
+    key_modality: Tensor
+    new_key: Tensor  # those that the Gram of the tokens before does not hold
+    new_modality: Tensor
+    scale: float
+
+
+class Attended(NamedTuple):
+    """``lse`` is None for the split softmax; ``views`` and ``bias`` where they were made."""
+
+    out: Tensor
+    lse: Tensor | None
+    mass: Tensor
+    views: Tensor | None
+    bias: Tensor | None
+    gram: GramState | None
+
+
+def align_and_attend(
+    aligner: DuplexAligner | None,
+    mask: ModularMask | None,
+    tokens: Tokens,
+    num_modalities: int,
+    *,
+    gram: GramState | None = None,
+    context: Tensor | None = None,
+    keep_gram: bool = False,
+    start: Tensor | int = 0,
+    is_causal: bool = True,
+    attention: Callable = modular_attention,
+    show: bool = False,
+) -> Attended:
+    """Duplex attention with any aligner and mask, which may both be missing.
+
+    Args:
+        aligner, mask: the modules.
+        tokens: the tokens of the call.
+        num_modalities: M.
+        gram: the Gram of the tokens before, None for none.
+        context: the context of an aligner with ``scope="context"``.
+        keep_gram: also make the Gram after this call.
+        start: (B,) or a number, how many tokens came before the queries without padding.
+        is_causal: as in ``modular_attention``.
+        attention: what is called in place of ``modular_attention``, with its arguments; for the joint softmax only.
+        show: also return the views and the bias.
+    """
+    query, key, value, query_modality, key_modality, new_key, new_modality, scale = tokens
+    conditional = aligner is not None and mask is not None and mask.conditional
+    joint = mask is None or mask.softmax == "joint"
+    options = {"scale": scale, "return_mass": True}
+
+    fits = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
+    if fits and attention is modular_attention and not show:
+        bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start)
+        condition = mask.condition_of_rows(query, query_modality) if conditional else None
+        weights = aligner.a1, aligner.b1, aligner.a2, aligner.b2
+        recent, before = (new_key, new_modality), None
+        if gram is not None:
+            recent, before = gram.with_recent(*recent), (gram.gram, gram.trace)
+        if fuses_duplex_attention(*(query, key, value, *recent, bias, condition, sink, *weights, *(before or ()))):
+            options |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize, "return_lse": True}
+            options |= {"modality_bias": bias, "condition": condition, "sink": sink, "state": before}
+            arguments = query, key, value, query_modality, key_modality, *weights, num_modalities
+            out, lse, mass = duplex_attention(*arguments, new_key=recent[0], new_modality=recent[1], **options)
+            after = aligner.state_after(new_key, new_modality, gram) if keep_gram else None
+            return Attended(out, lse, mass, None, None, after)
+
+    views, indicator, after = query, None, None
+    if aligner is not None:
+        wanted = {"return_indicator": conditional, "return_state": keep_gram}
+        arguments = query, new_key, query_modality, new_modality, gram
+        results = aligner(*arguments, include=context, **wanted)
+        views, *rest = results if isinstance(results, tuple) else (results,)
+        indicator = rest[0] if conditional else None
+        after = rest[-1] if keep_gram else None
+    bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start, indicator=indicator)
+    options["is_causal"] = is_causal
+    if joint:
+        options |= {"num_modalities": num_modalities, "modality_bias": bias, "sink": sink, "return_lse": True}
+        out, lse, mass = attention(views, key, value, key_modality, **options)
+    else:
+        out, mass = mask.attend(views, key, value, query_modality, key_modality, bias, sink, **options)
+        lse = None
+    return Attended(out, lse, mass, views, bias, after)
 
 
 @dataclasses.dataclass(eq=False)
@@ -236,41 +330,27 @@ class ModularDuplexAttention(nn.Module):
             cos, sin = self._rotation(positions)
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
 
-        views, indicator, gram = query, None, None
-        if self.aligner is not None:
-            conditional = self.mask is not None and self.mask.conditional
-            results = self.aligner(
-                query,
-                key,
-                modality,
-                modality,
-                None if state is None else state.gram,
-                include=context,
-                return_indicator=conditional,
-                return_state=state is not None,
-            )
-            views, *rest = results if isinstance(results, tuple) else (results,)
-            indicator = rest[0] if conditional else None
-            gram = rest[-1] if state is not None else None
-        elif context is not None:
+        if self.aligner is None and context is not None:
             raise ValueError("ModularDuplexAttention: context is for the aligner, and this layer has none")
+        new_key, key_modality = key, modality
+        if state is not None and state.length:
+            key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
+            key_modality = torch.cat([state.modality, modality], dim=1)
+        scale = self.head_dim**-0.5
+        out, lse, mass, views, bias, gram = align_and_attend(
+            self.aligner,
+            self.mask,
+            Tokens(query, key, value, modality, key_modality, new_key, modality, scale),
+            self.num_modalities,
+            gram=None if state is None else state.gram,
+            context=context,
+            keep_gram=state is not None,
+            start=seen,
+            is_causal=self.is_causal,
+            show=self.recorder is not None,
+        )
         if state is not None:
-            if state.length:
-                key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
-            key_modality = torch.cat([state.modality, modality], dim=1) if state.length else modality
             state.key, state.value, state.modality, state.gram = key, value, key_modality, gram
-        else:
-            key_modality = modality
-
-        bias = sink = lse = None
-        if self.mask is not None:
-            bias, sink = self.mask(query, modality, start=seen, indicator=indicator)
-        keywords = {"is_causal": self.is_causal, "return_mass": True}
-        if self.mask is None or self.mask.softmax == "joint":
-            keywords |= {"num_modalities": self.num_modalities, "modality_bias": bias, "sink": sink, "return_lse": True}
-            out, lse, mass = modular_attention(views, key, value, key_modality, **keywords)
-        else:
-            out, mass = self.mask.attend(views, key, value, modality, key_modality, bias, sink, **keywords)
         if self.recorder is not None:
             self.recorder(
                 mass=mass,
@@ -279,7 +359,7 @@ class ModularDuplexAttention(nn.Module):
                 key_modality=key_modality,
                 query=views,
                 key=key,
-                scale=self.head_dim**-0.5,
+                scale=scale,
                 bias=bias,
             )
         padding = modality < 0

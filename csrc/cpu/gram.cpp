@@ -3,7 +3,7 @@
 // A causal operator has one work item for each (batch, key head), which walks along its sequence; modality_gram also
 // cuts the sequence. How many pieces there are depends on shapes alone, and pieces are summed in order: results do not
 // depend on threads.
-#include "cpu/kernels/gram.h"
+#include "cpu/gram.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,7 +15,6 @@
 
 #include "cpu/adapter.h"
 #include "cpu/isa.h"
-#include "ops/gram.h"
 
 namespace moda_ext {
 namespace cpu {
@@ -30,7 +29,13 @@ constexpr int64_t kCachedBytes = int64_t{8} << 20;
 // Tile instructions work on 32 rows at a time: for fewer rows per key head (decoding) most of that would be padding.
 constexpr int64_t kTileRowsWanted = 64;
 
-const GramKernels& select_gram_kernels(const Tensor& key, [[maybe_unused]] int64_t rows_per_key_head = 0) {
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+Input rows(const Tensor& tensor) { return input(tensor, false, Last::kPresent); }
+Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPresent); }
+
+}  // namespace
+
+const GramKernels& select_gram_kernels(const Tensor& key, [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = storage_of(key.scalar_type());
 #if defined(MODA_EXT_AMX_TIER)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
@@ -50,10 +55,6 @@ void check_ids(const char* op, const Tensor& modality, int64_t num_modalities) {
                                     "), or -1 for padding");
     }
 }
-
-const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-Input rows(const Tensor& tensor) { return input(tensor, false, Last::kPresent); }
-Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPresent); }
 
 void fill_args(const GramInputs& in, const GramShape& shape, GramArgs& args) {
   args.head_dim = static_cast<int>(shape.head_dim);
@@ -85,6 +86,8 @@ void fill_args(const DuplexInputs& in, const GramShape& shape, DuplexArgs& args)
   args.a2 = in.a2.const_data_ptr();
   args.b2 = in.b2.const_data_ptr();
 }
+
+namespace {
 
 // work(batch, kv_head, scratch) for every key head.
 template <class Work>
@@ -167,7 +170,7 @@ Tensor modality_gram_backward(const Tensor& grad_gram, const Tensor& key, const 
   fill_args(in, shape, args);
   args.grad_gram = grad_gram.const_data_ptr();
   args.grad_key = rows_out(grad_key);
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, 0);
   run_heads(shape, kernels.modality_gram_scratch_bytes(args), [&](int64_t batch, int64_t head, void* scratch) {
     kernels.modality_gram_backward(args, batch, head, scratch);
   });
@@ -190,7 +193,7 @@ std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Ten
   fill_args(in, shape, args);
   args.projection = rows_out(projection);
   args.gram = gram.mutable_data_ptr();
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, 0);
   run_heads(shape, kernels.projection_scratch_bytes(args),
             [&](int64_t batch, int64_t head, void* scratch) { kernels.projection(args, batch, head, scratch); });
   return {projection, gram};
@@ -217,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
   args.grad_key = rows_out(grad_key);
   args.grad_row_scale = rows_out(grad_scale);
   args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
-  const GramKernels& kernels = select_gram_kernels(key);
+  const GramKernels& kernels = select_gram_kernels(key, 0);
   const int64_t scratch_bytes =
       largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); });
   run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -16,6 +17,7 @@
 
 #include "core/runs.h"
 #include "cpu/adapter.h"
+#include "cpu/forward_pass.h"
 #include "cpu/isa.h"
 #include "ops/attention_operators.h"
 
@@ -25,6 +27,8 @@ namespace {
 
 // Packed keys and values of as many kv heads as fit in this much memory are held at a time (at least one).
 constexpr int64_t kPackedBudget = int64_t{32} << 20;
+// The same for query views that are made for the call.
+constexpr int64_t kViewsBudget = int64_t{16} << 20;
 // Partial key gradients of items that share a kv head: at least this much memory may go to them, and this much for each
 // thread.
 constexpr int64_t kPartialBudget = int64_t{24} << 20;
@@ -198,8 +202,8 @@ ForwardPlan plan_forward(const Batch& batch, const AttentionShape& shape, int64_
   return plan;
 }
 
-void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const AttentionShape& shape,
-                 const Batch& batch) {
+void run_forward(const AttentionKernels& kernels, ForwardArgs args, const AttentionShape& shape, const Batch& batch,
+                 QueryViews* views) {
   int64_t rows = 0, block_rows = kernels.forward_block_rows;
   for (const Sequence& sequence : batch.sequences) rows += shape.query_heads * sequence.num_queries;
   while (block_rows >= 2 * kFewestBlockRows && rows < 4 * num_threads() * block_rows) block_rows /= 2;
@@ -212,12 +216,26 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
   const int64_t splits_wanted = num_blocks >= wanted / 2 ? 1 : (wanted + num_blocks - 1) / num_blocks;
   const Scratch scratch(kernels.forward_scratch_bytes(args), num_blocks * splits_wanted);
 
+  // Views of as many kv heads as fit in their budget, or as there are threads to make them.
+  const int64_t views_bytes = views == nullptr ? 0 : std::max<int64_t>(1, views->bytes_per_head());
+  std::optional<Workspace> made;
+  size_t made_end = views == nullptr ? plan.heads.size() : 0;
+  const auto make_views = [&](size_t begin) {
+    const int64_t left = static_cast<int64_t>(plan.heads.size() - begin);
+    const int64_t count = std::min(left, std::max(num_threads(), kViewsBudget / views_bytes));
+    made.reset();
+    made.emplace(count * views_bytes);
+    views->make(static_cast<int64_t>(begin), count, made->at(), args.query);
+    made_end = begin + static_cast<size_t>(count);
+  };
+
   // Waves of kv heads whose packed keys fit in the budget.
   for (size_t begin = 0; begin < plan.heads.size();) {
+    if (begin == made_end) make_views(begin);
     size_t end = begin;
     int64_t packed_bytes = 0;
     std::vector<int64_t> packed_at;
-    while (end < plan.heads.size()) {
+    while (end < made_end) {
       const ForwardPlan::Head& head = plan.heads[end];
       const int64_t bytes = head.packs ? round_up(kernels.packed_bytes(args, head.sequence->num_panels)) : 0;
       if (end > begin && packed_bytes + bytes > kPackedBudget) break;
@@ -284,19 +302,26 @@ void run_forward(const AttentionKernels& kernels, const ForwardArgs& args, const
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const AttentionShape shape = check_attention(in);
+std::tuple<Tensor, Tensor, Tensor> forward_from(QueryViews* views, const AttentionInputs& in, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k) {
+  AttentionShape shape = check_attention(in);
+  if (views != nullptr) shape.num_views = in.num_modalities;
   const AttentionKernels& kernels =
       select_kernels(in.query.scalar_type(), Direction::kForward, rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
   const AttentionOutputs outputs = empty_outputs(in, shape);
+  prefer_huge_pages(outputs.out);
   ForwardArgs args;
   fill_args(in, shape, args);
   args.out = output(outputs.out, in.packed(), Last::kPresent);
   args.lse = output(outputs.lse, in.packed(), Last::kNone);
   args.mass = output(outputs.mass, in.packed(), Last::kPresent);
-  run_forward(kernels, args, shape, batch);
+  run_forward(kernels, args, shape, batch, views);
   return {outputs.out, outputs.lse, outputs.mass};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  return forward_from(nullptr, in, max_seqlen_q, max_seqlen_k);
 }
 
 // -----------------------------------------------------------------------------------------------------------------
@@ -461,6 +486,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   const auto gradient_like = [&](const Tensor& tensor, bool needed, Output& target) {
     if (!needed) return torch::stable::new_empty(tensor, {0});
     Tensor gradient = empty_in_layout_of(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, packed);
+    prefer_huge_pages(gradient);
     target = output(gradient, packed, Last::kPresent);
     return gradient;
   };
@@ -489,6 +515,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> forward_with_views(const AttentionInputs& in, QueryViews& views) {
+  return forward_from(&views, in, 0, 0);
+}
+
 }  // namespace cpu
 }  // namespace moda_ext
 

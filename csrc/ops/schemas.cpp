@@ -49,6 +49,11 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor "
       "indicator, int num_modalities, bool unit_keys, float eps) -> (Tensor grad_query, Tensor grad_key, Tensor "
       "grad_row_scale, Tensor grad_a1, Tensor grad_b1, Tensor grad_a2, Tensor grad_b2, Tensor grad_initial)");
+  m.def(
+      "duplex_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor new_key, Tensor "
+      "new_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor? "
+      "modality_bias, Tensor? condition, Tensor? sink, int num_modalities, bool unit_keys, float eps, float scale) -> "
+      "(Tensor out, Tensor lse, Tensor mass)");
   m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
   m.def(
       "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "

@@ -41,38 +41,36 @@ def _cast(tensor, dtype: torch.dtype):
     return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _CASTABLE else tensor
 
 
-def register() -> None:
-    """For direct callers of the operators: Autocast kernels that cast and call the operator without autocast."""
-    for device_type, key in _DEVICES.items():
-        for name, bias_position in (("modular_attention", 4), ("modular_attention_varlen", 6)):
-            _library.impl(name, _autocast_kernel(name, bias_position, device_type), key)
-        for name, count in (("modality_gram", 1), ("causal_gram_projection", 2), ("duplex_query_views", 2)):
-            _library.impl(name, _autocast_tokens_kernel(name, count, device_type), key)
-
-
+# Which arguments of an operator are tokens, and which are added to or multiplied with sums.
+_ARGUMENTS = {
+    "modular_attention": ((0, 1, 2), (4, 5)),
+    "modular_attention_varlen": ((0, 1, 2), (6, 7)),
+    "modality_gram": ((0,), ()),
+    "causal_gram_projection": ((0, 1), ()),
+    "duplex_query_views": ((0, 1), ()),
+    "duplex_attention": ((0, 1, 2, 4), (12, 13, 14)),
+}
 _library = torch.library.Library("moda_ext", "IMPL")  # kept alive: the registrations end with it
 
 
-def _autocast_kernel(name: str, bias_position: int, device_type: str):
+def register() -> None:
+    """For direct callers of the operators: Autocast kernels that cast and call the operator without autocast."""
+    for device_type, key in _DEVICES.items():
+        for name, (tokens, sums) in _ARGUMENTS.items():
+            _library.impl(name, _autocast_kernel(name, tokens, sums, device_type), key)
+
+
+def _autocast_kernel(name: str, tokens: tuple[int, ...], sums: tuple[int, ...], device_type: str):
     op = getattr(torch.ops.moda_ext, name).default
 
     def kernel(*args):
         args = list(args)
-        positions = (0, 1, 2, bias_position, bias_position + 1)
-        for position, tensor in zip(positions, cast_inputs(*(args[p] for p in positions)), strict=True):
-            args[position] = tensor
+        dtype = _region_dtype(args[0])
+        for position in tokens:
+            args[position] = _cast(args[position], dtype)
+        for position in sums:
+            args[position] = _cast(args[position], accumulation_dtype(args[0].dtype))
         with torch.autocast(device_type, enabled=False):
             return op(*args)
-
-    return kernel
-
-
-def _autocast_tokens_kernel(name: str, count: int, device_type: str):
-    op = getattr(torch.ops.moda_ext, name).default
-
-    def kernel(*args):
-        tokens = cast_tokens(*args[:count])
-        with torch.autocast(device_type, enabled=False):
-            return op(*tokens, *args[count:])
 
     return kernel

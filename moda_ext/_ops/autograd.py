@@ -21,7 +21,7 @@ def _transformed() -> bool:
 
 def may_differentiate(*tensors: torch.Tensor | None) -> bool:
     """Whether a derivative of what is computed of these tensors may be asked for."""
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needed = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
     return needed or _transformed()
 
 
@@ -59,18 +59,21 @@ def _differentiable(name: str, setup_context, backward):
     return call
 
 
-def _first_order_only(name: str):
-    """The operator of a backward pass: usable under every transform, but not differentiable once more."""
+def _not_differentiable(name: str, instead: str):
+    """An operator that is usable under every transform, but has no derivative."""
 
     def setup_context(ctx, inputs, output):
         pass
 
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"moda_ext::{name} has no derivative; moda_ext.reference has second derivatives, by plain PyTorch"
-        )
+        raise NotImplementedError(f"moda_ext::{name} has no derivative; {instead}")
 
     return _differentiable(name, setup_context, backward)
+
+
+def _first_order_only(name: str):
+    """The operator of a backward pass, which cannot be differentiated once more."""
+    return _not_differentiable(name, "moda_ext.reference has second derivatives, by plain PyTorch")
 
 
 def _attention(name: str, options):
@@ -216,3 +219,6 @@ if library.native_loaded:
     modality_gram = _gram_operator()
     causal_gram_projection = _projection_operator()
     duplex_query_views = _views_operator()
+    duplex_attention = _not_differentiable(
+        "duplex_attention", "moda_ext.attention.duplex_attention has, by way of its two halves"
+    )

@@ -259,6 +259,18 @@ def fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
         _shape(op, name, weight, expected, "(M, D, rank)" if name in ("a1", "a2") else "(M, rank, D)")
 
 
+def duplex(op, query, new_key, key, factor, num_modalities) -> None:
+    """Raise unless alignment and attention are of the same heads, and ``factor`` can scale the indicator."""
+    if new_key.shape[1] != key.shape[1]:
+        _mismatch(op, "new_key", "the number of heads of key", key.shape[1], new_key.shape[1])
+    if factor is None:
+        return
+    _tensor(op, "condition", factor)
+    _dtype(op, "condition", factor, FLOATS)
+    _device(op, "condition", factor, query)
+    _broadcastable(op, "condition", factor, (*query.shape[:3], num_modalities), "(B, Hq, Nq, M)")
+
+
 def _choice(op, name, value, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -206,6 +206,32 @@ def duplex_query_views_backward(
     return _causal_gradients(query, key, row_scale, initial, (a1, b1, a2, b2))
 
 
+def duplex_attention(
+    query,
+    key,
+    value,
+    key_modality,
+    new_key,
+    new_modality,
+    row_scale,
+    a1,
+    b1,
+    a2,
+    b2,
+    initial,
+    modality_bias,
+    condition,
+    sink,
+    num_modalities,
+    unit_keys,
+    eps,
+    scale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return modular_attention(
+        query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal=True, scale=scale
+    )
+
+
 def register() -> None:
     for kernel in (
         modular_attention,
@@ -220,5 +246,6 @@ def register() -> None:
         causal_gram_projection_backward,
         duplex_query_views,
         duplex_query_views_backward,
+        duplex_attention,
     ):
         torch.library.register_fake(f"moda_ext::{kernel.__name__}", kernel)

@@ -24,6 +24,7 @@ from moda_ext.attention import modular_attention
 from moda_ext.integrations.recording import AttentionRecord
 from moda_ext.integrations.transformers.cache import MODADynamicLayer, MODAStaticLayer
 from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.layer import Tokens, align_and_attend
 from moda_ext.mask import ModularMask
 from moda_ext.release import ReleaseAligner
 
@@ -40,19 +41,6 @@ class ModalityContext(NamedTuple):
     start: int | Tensor  # tokens before the new ones
     num_modalities: int
     cache: Cache | None
-
-
-class Tokens(NamedTuple):
-    """Queries, keys and modalities of one call in the form of the operators: causal, aligned at the bottom right."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    query_modality: Tensor
-    key_modality: Tensor
-    new_key: Tensor  # those of the query's tokens
-    visible: Tensor | None  # a mask of the model's own, instead of causal attention
-    scale: float
 
 
 class MODAAttention(nn.Module):
@@ -82,11 +70,20 @@ class MODAAttention(nn.Module):
         for name, tensor in self.state_dict(keep_vars=True).items():
             init.copy_(tensor, fresh[name])
 
-    def forward(self, tokens: Tokens, state: GramState | None, keep_state: bool, start: Tensor | int, record: bool):
+    def forward(
+        self,
+        tokens: Tokens,
+        visible: Tensor | None,
+        state: GramState | None,
+        keep_state: bool,
+        start: Tensor | int,
+        record: bool,
+    ):
         """One attention call.
 
         Args:
-            tokens: the queries, keys and modalities.
+            tokens: the queries, keys and modalities, ``new_key`` those of the query's tokens.
+            visible: a mask of the model's own, instead of causal attention.
             state: the Gram of the tokens before, or None: then it is made of all keys in ``tokens``.
             keep_state: also make the Gram after this call.
             start: (B,) or a number, how many tokens came before without padding.
@@ -96,51 +93,22 @@ class MODAAttention(nn.Module):
             ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
             :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
-        views, indicator = tokens.query, None
-        if isinstance(self.aligner, ReleaseAligner):
+        aligner = self.aligner
+        if isinstance(aligner, ReleaseAligner):
             if tokens.key.shape[2] == tokens.query.shape[2]:  # as in the release: only where there is no past
-                tokens = tokens._replace(key=self.aligner(tokens.key, tokens.value, tokens.key_modality))
-        elif self.aligner is not None:
-            conditional = self.mask is not None and self.mask.conditional
-            key, key_modality = tokens.new_key, tokens.query_modality
-            if state is None:
-                key, key_modality = tokens.key, tokens.key_modality
-            results = self.aligner(
-                tokens.query,
-                key,
-                tokens.query_modality,
-                key_modality,
-                state,
-                return_indicator=conditional,
-                return_state=keep_state,
+                tokens = tokens._replace(key=aligner(tokens.key, tokens.value, tokens.key_modality))
+            aligner = None
+        elif state is None:
+            tokens = tokens._replace(new_key=tokens.key, new_modality=tokens.key_modality)
+        if visible is not None and self.mask is not None and self.mask.softmax == "split":
+            raise NotImplementedError(
+                "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
+                "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
             )
-            views, *rest = results if isinstance(results, tuple) else (results,)
-            indicator = rest[0] if conditional else None
-            state = rest[-1] if keep_state else None
-        bias = sink = None
-        if self.mask is not None:
-            bias, sink = self.mask(tokens.query, tokens.query_modality, start=start, indicator=indicator)
-        if self.mask is not None and self.mask.softmax == "split":
-            if tokens.visible is not None:
-                raise NotImplementedError(
-                    "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
-                    "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
-                )
-            out, mass = self.mask.attend(
-                views,
-                tokens.key,
-                tokens.value,
-                tokens.query_modality,
-                tokens.key_modality,
-                bias,
-                sink,
-                is_causal=True,
-                scale=tokens.scale,
-                return_mass=True,
-            )
-            lse = None
-        else:
-            out, lse, mass = attend(tokens, views, bias, sink, self.config.num_modalities)
+        options = {"gram": state, "keep_gram": keep_state, "start": start, "show": record}
+        out, lse, mass, views, bias, state = align_and_attend(
+            aligner, self.mask, tokens, self.config.num_modalities, **options, attention=attention_under(visible)
+        )
         recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias} if record else None
         return out, state, recorded
 
@@ -148,16 +116,18 @@ class MODAAttention(nn.Module):
         return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
 
 
-def attend(tokens: Tokens, views: Tensor, bias: Tensor | None, sink: Tensor | None, num_modalities: int):
-    """``(out, lse, mass)`` of modular attention, causal or, by N x N scores, under a mask of the model's own."""
-    options = {"num_modalities": num_modalities, "modality_bias": bias, "sink": sink, "scale": tokens.scale}
-    if tokens.visible is None:
-        arguments = views, tokens.key, tokens.value, tokens.key_modality
-        return modular_attention(*arguments, **options, is_causal=True, return_lse=True, return_mass=True)
-    dtype = accumulation_dtype(views.dtype)
-    arguments = *(t.to(dtype) for t in (views, tokens.key, tokens.value)), tokens.key_modality.long()
-    out, lse, mass = reference.dense_attention(*arguments, **options, visible=tokens.visible)
-    return out.to(tokens.value.dtype), lse, mass
+def attention_under(visible: Tensor | None):
+    """``modular_attention``, or the same by N x N scores under a mask of the model's own."""
+    if visible is None:
+        return modular_attention
+
+    def attention(query, key, value, key_modality, *, is_causal, return_lse, return_mass, **options):
+        dtype = accumulation_dtype(query.dtype)
+        arguments = *(t.to(dtype) for t in (query, key, value)), key_modality.long()
+        out, lse, mass = reference.dense_attention(*arguments, **options, visible=visible)
+        return out.to(value.dtype), lse, mass
+
+    return attention
 
 
 def moda_attention(
@@ -197,13 +167,15 @@ def moda_attention(
     cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
     if isinstance(cached, StaticSlidingWindowLayer):
         raise NotImplementedError("a layer with a static sliding-window cache cannot be recorded; use a dynamic cache")
-    tokens = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
+    tokens, visible = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
     if moda is None:
-        out, lse, mass = attend(tokens, tokens.query, None, None, modality_context.num_modalities)
+        attention = attention_under(visible)
+        attended = align_and_attend(None, None, tokens, modality_context.num_modalities, attention=attention)
+        out, lse, mass = attended.out, attended.lse, attended.mass
         recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
-        if tokens.visible is not None and isinstance(moda.aligner, DuplexAligner):
-            _check_past_is_visible(tokens, modality_context.start)
+        if visible is not None and isinstance(moda.aligner, DuplexAligner):
+            _check_past_is_visible(tokens, visible, modality_context.start)
         keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
         state = cached.gram if keep_state else None
         if keep_state and isinstance(cached, MODAStaticLayer) and state is None:
@@ -218,7 +190,7 @@ def moda_attention(
         if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
             seen = modality_context.key_modality >= 0
             start = seen.sum(dim=1).to(query.device) - (tokens.query_modality >= 0).sum(dim=1)
-        out, state, recorded = moda(tokens, state, keep_state, start, recorder is not None)
+        out, state, recorded = moda(tokens, visible, state, keep_state, start, recorder is not None)
         if keep_state:
             state = state.detach()
             if isinstance(cached, MODAStaticLayer):
@@ -232,7 +204,7 @@ def moda_attention(
                 query_modality=tokens.query_modality,
                 key_modality=tokens.key_modality,
                 scale=tokens.scale,
-                visible=tokens.visible,
+                visible=visible,
                 **recorded,
             )
         )
@@ -243,8 +215,11 @@ def _has_settings(config) -> bool:
     return getattr(config, "moda", None) is not None
 
 
-def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> Tokens:
-    """Static caches: the unused part has modality -1, and several new tokens are moved to the end."""
+def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> tuple[Tokens, Tensor | None]:
+    """The tokens, and which keys each query sees where the model says.
+
+    Static caches: the unused part has modality -1, and several new tokens are moved to the end.
+    """
     device, new, start = query.device, query.shape[2], context.start
     start = start.to(device) if isinstance(start, Tensor) else start
     query_modality = context.query_modality.to(device)
@@ -253,11 +228,11 @@ def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> To
     if not isinstance(start, Tensor) and key.shape[2] <= key_modality.shape[1] == start + new:
         key_modality = key_modality[:, -key.shape[2] :]  # a sliding window keeps the last ones
         new_key = key[:, :, -new:]
-        return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
+        return Tokens(query, key, value, query_modality, key_modality, new_key, query_modality, scale), visible
     if not isinstance(start, Tensor) and start == 0:  # the first pass
         key, value = key[:, :, :new], value[:, :, :new]
         visible = None if visible is None else visible[..., :new]
-        return Tokens(query, key, value, query_modality, query_modality, key, visible, scale)
+        return Tokens(query, key, value, query_modality, query_modality, key, query_modality, scale), visible
     positions = torch.arange(new, device=device) + start
     new_key = key.index_select(2, positions)
     if visible is None and new > 1:
@@ -265,10 +240,10 @@ def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> To
         key_modality = torch.cat([key_modality.masked_fill(~before, -1), query_modality], dim=1)
         key = torch.cat([key, new_key], dim=2)
         value = torch.cat([value, value.index_select(2, positions)], dim=2)
-    return Tokens(query, key, value, query_modality, key_modality, new_key, visible, scale)
+    return Tokens(query, key, value, query_modality, key_modality, new_key, query_modality, scale), visible
 
 
-def _check_past_is_visible(tokens: Tokens, start: int | Tensor) -> None:
+def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor) -> None:
     """The Gram of a row is made of all tokens before it, so its mask may hide none of them.
 
     Not checked while compiling: the answer depends on values.
@@ -279,7 +254,7 @@ def _check_past_is_visible(tokens: Tokens, start: int | Tensor) -> None:
     rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
     past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
     past = past & (tokens.query_modality >= 0)[:, :, None]
-    if (past & ~tokens.visible[:, 0]).any():
+    if (past & ~visible[:, 0]).any():
         raise NotImplementedError(
             "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
             "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
