@@ -49,6 +49,10 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor "
       "indicator, int num_modalities, bool unit_keys, float eps) -> (Tensor grad_query, Tensor grad_key, Tensor "
       "grad_row_scale, Tensor grad_a1, Tensor grad_b1, Tensor grad_a2, Tensor grad_b2, Tensor grad_initial)");
+  // normalization: 0 by the trace, 1 by the Frobenius norm, 2 by rows.
+  m.def(
+      "duplex_aligned_keys(Tensor key, Tensor modality, Tensor? include, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
+      "int num_modalities, bool unit_keys, float eps, int normalization) -> Tensor");
   m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
   m.def(
       "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "

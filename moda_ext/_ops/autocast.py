@@ -11,6 +11,8 @@ from .checks import accumulation_dtype
 
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+# Operators of which nothing but the first few arguments, queries and keys, is cast.
+_TOKENS = {"modality_gram": 1, "causal_gram_projection": 2, "duplex_query_views": 2, "duplex_aligned_keys": 1}
 
 
 def cast_inputs(query, key, value, modality_bias, sink):
@@ -46,7 +48,7 @@ def register() -> None:
     for device_type, key in _DEVICES.items():
         for name, bias_position in (("modular_attention", 4), ("modular_attention_varlen", 6)):
             _library.impl(name, _autocast_kernel(name, bias_position, device_type), key)
-        for name, count in (("modality_gram", 1), ("causal_gram_projection", 2), ("duplex_query_views", 2)):
+        for name, count in _TOKENS.items():
             _library.impl(name, _autocast_tokens_kernel(name, count, device_type), key)
 
 

@@ -206,6 +206,12 @@ def duplex_query_views_backward(
     return _causal_gradients(query, key, row_scale, initial, (a1, b1, a2, b2))
 
 
+def duplex_aligned_keys(
+    key, modality, include, a1, b1, a2, b2, num_modalities, unit_keys, eps, normalization
+) -> Tensor:
+    return empty_in_layout_of(key, key.shape)
+
+
 def register() -> None:
     for kernel in (
         modular_attention,
@@ -220,5 +226,6 @@ def register() -> None:
         causal_gram_projection_backward,
         duplex_query_views,
         duplex_query_views_backward,
+        duplex_aligned_keys,
     ):
         torch.library.register_fake(f"moda_ext::{kernel.__name__}", kernel)

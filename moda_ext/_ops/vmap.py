@@ -109,5 +109,6 @@ def register() -> None:
     for name in ("causal_gram_projection", "duplex_query_views"):  # sums over the batch make weights' gradients
         for op in (name, f"{name}_backward"):
             rules[op] = _one_by_one(getattr(ops, op).default)
+    rules["duplex_aligned_keys"] = _one_by_one(ops.duplex_aligned_keys.default)
     for name, rule in rules.items():
         torch.library.register_vmap(f"moda_ext::{name}", rule)
