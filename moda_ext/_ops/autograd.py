@@ -60,14 +60,14 @@ def _differentiable(name: str, setup_context, backward):
 
 
 def _first_order_only(name: str):
-    """The operator of a backward pass: usable under every transform, but not differentiable once more."""
+    """An operator without a derivative, as of a backward pass: usable under every transform."""
 
     def setup_context(ctx, inputs, output):
         pass
 
     def backward(ctx, *grads):
         raise NotImplementedError(
-            f"moda_ext::{name} has no derivative; moda_ext.reference has second derivatives, by plain PyTorch"
+            f"moda_ext::{name} has no derivative; moda_ext.reference has, of any order, by plain PyTorch"
         )
 
     return _differentiable(name, setup_context, backward)
@@ -216,3 +216,4 @@ if library.native_loaded:
     modality_gram = _gram_operator()
     causal_gram_projection = _projection_operator()
     duplex_query_views = _views_operator()
+    duplex_aligned_keys = _first_order_only("duplex_aligned_keys")

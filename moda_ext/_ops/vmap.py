@@ -64,6 +64,8 @@ def _one_by_one(op):
 
     def rule(info, in_dims, *args):
         slices = [op(*(select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
         results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
 

@@ -121,9 +121,8 @@ void aligned_keys(const AlignedKeysArgs& args, int64_t batch, int64_t kv_head, v
       load_row(at<Storage>(args.key, batch, kv_head, first + chunk.position[j]), T(1), s.rows + j * kStride, D);
     for (int p = 0; p < chunk.num_present; ++p) {
       const int a = chunk.present[p], count = chunk.keys_of(a), begin = chunk.begin[a];
-      multiply<T, Order::kRowMajor, Accumulate::kStore>(count, 2 * R, D, s.rows + begin * kStride,
-                                                        s.down + int64_t{a} * D * kStride, kStride, s.low_rank,
-                                                        kStride);
+      multiply<T, Order::kRowMajor, Accumulate::kStore>(
+          count, 2 * R, D, s.rows + begin * kStride, s.down + int64_t{a} * D * kStride, kStride, s.low_rank, kStride);
       multiply<T, Order::kRowMajor, Accumulate::kStore>(
           count, D, 2 * R, s.low_rank, ViewWeights<T>::of(args, a, args.weights).back, kStride, s.update, kStride);
       for (int j = 0; j < count; ++j)
