@@ -321,7 +321,8 @@ class DuplexAligner(nn.Module):
         """The other side of the same scores: the aligned keys k', for full and context scope.
 
         ``query @ align_keys(key, ...)`` equals the views times ``key``; the keys must then be aligned before they are
-        cached.
+        cached. On the CPU, with ``fusion="concat"``, outside autocast and where no gradient is asked for
+        (``torch.no_grad``), it is one fused operator, several times as fast as the differentiable composition.
 
         Args:
             key: (B, Hkv, N, D).
