@@ -9,7 +9,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from moda_ext import reference
-from moda_ext._ops.checks import KEY_NORMS, MAX_MODALITIES, accumulation_dtype
+from moda_ext._ops import autocast, autograd, checks
+from moda_ext._ops.checks import KEY_NORMS, MAX_MODALITIES, MAX_RANK, accumulation_dtype
 from moda_ext.alignment import (
     causal_gram_projection,
     duplex_query_views,
@@ -169,7 +170,7 @@ pytree.register_pytree_node(
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")
-NORMALIZATIONS = ("trace", "frobenius", "row")
+NORMALIZATIONS = ("trace", "frobenius", "row")  # in the order of csrc/cpu/kernels/gram.h
 
 
 class DuplexAligner(nn.Module):
@@ -321,7 +322,8 @@ class DuplexAligner(nn.Module):
         """The other side of the same scores: the aligned keys k', for full and context scope.
 
         ``query @ align_keys(key, ...)`` equals the views times ``key``; the keys must then be aligned before they are
-        cached.
+        cached. On the CPU, with ``fusion="concat"``, outside autocast and where no gradient is asked for
+        (``torch.no_grad``), it is one fused operator, several times as fast as the differentiable composition.
 
         Args:
             key: (B, Hkv, N, D).
@@ -338,6 +340,8 @@ class DuplexAligner(nn.Module):
             raise ValueError("DuplexAligner: align_keys has no causal form (a key would differ from query to query)")
         self._check(key, key, None, include, False)
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
+        if self._aligns_in_one_step(key):
+            return self._align_in_one_step(key, modality, include)
         gram = modality_gram(key, modality, self.num_modalities, **keywords)
         raised = torch.where((modality >= 0)[:, None, :, None], key.to(gram.dtype), 0.0)  # padding may hold anything
         down, up = self._factors(self._others(gram))
@@ -346,6 +350,30 @@ class DuplexAligner(nn.Module):
         low_rank = (raised @ down.movedim(0, 3).flatten(3)).unflatten(3, (self.num_modalities, -1))
         low_rank = torch.where(members[:, None, :, :, None], low_rank, 0.0)
         return (key + low_rank.flatten(3) @ up.flatten(0, 1)).to(key.dtype)
+
+    def _aligns_in_one_step(self, key: Tensor) -> bool:
+        """Whether the fused operator takes these keys: it has no derivative, and kernels on the CPU alone."""
+        if self.fusion != "concat" or self.a1.shape[-1] > MAX_RANK or key.device.type != "cpu":
+            return False
+        casts = autocast.cast_tokens(key)[0] is not key  # which is for the products; the sum stays as accurate as key
+        if casts or autograd.may_differentiate(key, self.a1, self.b1, self.a2, self.b2):
+            return False
+        return checks.runs_natively("modality_gram", key.device, "key")
+
+    def _align_in_one_step(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
+        op, weights, eps = "align_keys", (self.a1, self.b1, self.a2, self.b2), 1e-6
+        checks.gram(op, key, modality, self.num_modalities, include, self.key_norm, self.normalize, eps)
+        checks.fuser(op, key, self.num_modalities, *weights)
+        return autograd.duplex_aligned_keys(
+            key if key.stride(-1) == 1 else key.contiguous(),
+            modality.to(torch.int32),
+            include,
+            *(w.to(accumulation_dtype(key.dtype)).contiguous() for w in weights),
+            self.num_modalities,
+            self.key_norm == "l2",
+            eps,
+            NORMALIZATIONS.index(self.normalize),
+        )
 
     def _factors(self, others: Tensor) -> tuple[Tensor, Tensor]:
         """down (M, B, Hkv, D, R) and up (M, R, D): a key k of modality a becomes k + k down_a up_a."""

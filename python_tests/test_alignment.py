@@ -1,12 +1,14 @@
 """DuplexAligner and GramState: the invariants of alignment, one test name for each."""
 
+import copy
 import itertools
 import re
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close
+from tolerance import assert_close, assert_within_rule, finite_max
 from torch._dynamo.testing import CompileCounter
 
 from moda_ext.alignment import DuplexAligner, GramState, causal_gram_projection, gram_indicator, modality_gram
@@ -143,6 +145,146 @@ def test_key_side_equals_query_side(device, fusion, scope, normalize):
     aligned = aligner.align_keys(key, modality, include)
     assert not torch.allclose(aligned, key)
     assert_close(query_side, modular_attention(query, aligned, value, modality, **keywords))
+
+
+# Tiles are used from 64 keys on; A2^T G is made of the keys or of the Gram, whichever is less; keys beyond a number are
+# read twice.
+ALIGNED_KEYS = {
+    "few keys": {"tokens": 30},
+    "one modality": {"num_modalities": 1},
+    "odd sizes": {"head_dim": 40, "rank": 5},
+    "small heads": {"head_dim": 8, "rank": 3, "num_modalities": 3},
+    "wide": {"head_dim": 256, "rank": 128},
+    "three": {"head_dim": 128, "rank": 17, "num_modalities": 3},
+    "by the rank": {"head_dim": 128, "rank": 33},
+    "long": {"head_dim": 64, "rank": 16, "tokens": 1500},
+}
+
+
+@pytest.mark.usefixtures("native", "two_threads")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("normalize", ("trace", "frobenius", "row"))
+@pytest.mark.parametrize("shape", ALIGNED_KEYS.values(), ids=ALIGNED_KEYS)
+def test_keys_aligned_in_one_step_are_as_accurate_as_the_composition(device, shape, normalize, dtype):
+    """Keys of both layouts, some outside the context, and padding that holds NaN."""
+    if device != "cpu":
+        pytest.skip("the fused operator has kernels on the CPU alone")
+    shape = {"tokens": 150, "head_dim": 64, "rank": 4, "num_modalities": 2, **shape}
+    tokens, head_dim, modalities = shape["tokens"], shape["head_dim"], shape["num_modalities"]
+    keywords = {"rank": shape["rank"], "normalize": normalize}
+    for key_norm, scope, tokens_first in (("l2", "full", True), (None, "context", False)):
+        aligner = DuplexAligner(head_dim, modalities, scope=scope, key_norm=key_norm, **keywords).to(device)
+        for parameter in (aligner.b1, aligner.b2):
+            torch.nn.init.normal_(parameter, std=shape["rank"] ** -0.5)
+        key = torch.randn(2, tokens, 3, head_dim, device=device).to(dtype).transpose(1, 2)
+        key = key if tokens_first else key.contiguous()
+        modality = torch.randint(-1, modalities, (2, tokens), device=device)
+        padding = (modality < 0)[:, None, :, None]
+        key = key.masked_fill(padding, float("nan"))
+        include = torch.rand(2, tokens, device=device) < 0.7 if scope == "context" else None
+
+        def without_padding(aligned, padding=padding):
+            assert aligned.masked_select(padding).isnan().all()
+            return aligned.masked_fill(padding, 0.0)
+
+        expected = without_padding(copy.deepcopy(aligner).double().align_keys(key.double(), modality, include))
+        sums = aligner.double() if dtype == torch.float64 else aligner
+        composed = without_padding(sums.align_keys(key, modality, include)).detach()
+        assert composed.shape == key.shape
+        with torch.no_grad(), mock.patch.object(DuplexAligner, "_factors", side_effect=AssertionError("composed")):
+            result = sums.align_keys(key, modality, include)
+            assert result.dtype == dtype and result.stride() == torch.empty_like(key).stride()
+            result = without_padding(result)
+        assert_within_rule(f"{key_norm} {scope}", result, expected, composed, finite_max(expected))
+        assert not torch.allclose(result, key.masked_fill(padding, 0.0))
+
+
+def fused_calls(function):
+    """How often a call runs the fused operator."""
+    with torch.profiler.profile() as profile:
+        result = function()
+    return result, sum(event.name == "moda_ext::duplex_aligned_keys" for event in profile.events())
+
+
+@pytest.mark.usefixtures("native")
+def test_keys_are_aligned_in_one_step_where_no_gradient_is_asked_for(device):
+    if device != "cpu":
+        pytest.skip("the fused operator has kernels on the CPU alone")
+    _, key, modality = inputs(device)
+    aligner = make_aligner(device, scope="full")
+    composed, count = fused_calls(lambda: aligner.align_keys(key, modality))
+    assert count == 0 and composed.requires_grad
+    with torch.no_grad():
+        result, count = fused_calls(lambda: aligner.align_keys(key, modality))
+        assert count == 1
+        with torch.autocast(device, dtype=torch.bfloat16):
+            cast, count = fused_calls(lambda: aligner.align_keys(key, modality))
+        assert count == 0 and cast.dtype == key.dtype
+        added = make_aligner(device, scope="full", fusion="add")
+        assert fused_calls(lambda: added.align_keys(key, modality))[1] == 0
+    assert_close(result, composed)
+    with pytest.raises(NotImplementedError, match=r"duplex_aligned_keys has no derivative; .*align_keys has"):
+        weights = (aligner.a1, aligner.b1, aligner.a2, aligner.b2)
+        direct = torch.ops.moda_ext.duplex_aligned_keys(key, modality.int(), None, *weights, M, True, 1e-6, 0)
+        direct.sum().backward()
+
+
+@pytest.mark.usefixtures("native")
+def test_aligned_keys_under_transformations(device):
+    """vmap, torch.compile and torch.export, without a gradient and with one, and direct calls under autocast."""
+    _, key, modality = inputs(device)
+    aligner = make_aligner(device, scope="context")
+    include = context(modality)
+    expected = aligner.align_keys(key, modality, include)
+    call = aligner.align_keys
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for enabled in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(enabled):
+            assert_close(compiled(key, modality, include), expected)
+            mapped = torch.vmap(call)(key[:, None], modality[:, None], include[:, None])
+            assert_close(mapped[:, 0], expected)
+    if device != "cpu":
+        return
+
+    class Aligned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.aligner = aligner
+
+        def forward(self, *arguments):
+            return self.aligner.align_keys(*arguments)
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    shapes = (({2: tokens}, {1: tokens}, {1: tokens}),)
+    with torch.no_grad():
+        program = torch.export.export(Aligned(), (key, modality, include), dynamic_shapes=shapes, strict=False)
+        assert "moda_ext.duplex_aligned_keys.default" in {str(node.target) for node in program.graph.nodes}
+        cut = key[:, :, :9], modality[:, :9], include[:, :9]
+        assert_close(program.module()(*cut), call(*cut))
+        weights = (aligner.a1, aligner.b1, aligner.a2, aligner.b2)
+        options = (*weights, M, True, 1e-6, 0)
+        op, ids = torch.ops.moda_ext.duplex_aligned_keys, modality.int()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            cast = op(key, ids, include, *options)
+        assert cast.dtype == torch.bfloat16 and torch.equal(cast, op(key.bfloat16(), ids, include, *options))
+        mapped = torch.vmap(op, (0, 0, 0, *(None,) * 8))(key[:, None], ids[:, None], include[:, None], *options)
+        assert torch.equal(mapped[:, 0], op(key, ids, include, *options))
+
+
+@pytest.mark.usefixtures("native")
+def test_direct_calls_for_aligned_keys_are_checked():
+    key, ids = torch.randn(1, 1, 3, 8), torch.zeros(1, 3, dtype=torch.int32)
+    down, up = torch.randn(2, 8, 4), torch.randn(2, 4, 8)
+    op = torch.ops.moda_ext.duplex_aligned_keys
+    for arguments, message in (
+        ((ids, None, down, up, down, up, 2, True, 1e-6, 3), "normalization: expected 0 to 2, got 3"),
+        ((ids, ids, down, up, down, up, 2, True, 1e-6, 0), "include: expected Bool"),
+        ((ids, None, down, up, down, up[:, :3], 2, True, 1e-6, 0), "b2: expected"),
+        ((ids + 2, None, down, up, down, up, 2, True, 1e-6, 0), "holds 2 at key 0"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=f"duplex_aligned_keys: .*{message}"):
+            op(key, *arguments)
 
 
 def test_one_modality_has_nothing_to_align_with(device):

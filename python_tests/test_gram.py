@@ -434,6 +434,12 @@ def operator_calls(device):
             )
         causal, weights = tuple(t.detach() for t in causal), tuple(t.detach() for t in weights)
         initial = None if initial is None else initial.detach()
+        include = None if name == "contiguous" else torch.rand(ids.shape, device=device) < 0.5
+        if device == "cpu":
+            calls[f"duplex_aligned_keys {name}"] = (
+                ops.duplex_aligned_keys.default,
+                (causal[1], ids, include, *weights, *options, 1),
+            )
         gram = ops.modality_gram(causal[1], ids, *options)
         calls[f"modality_gram_backward {name}"] = (ops.modality_gram_backward.default, (gram, causal[1], ids, *options))
         projection, gram = ops.causal_gram_projection(*causal, initial, *options)

@@ -311,6 +311,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duple
   return {grad_query, grad_key, grad_scale, grad_a1, grad_b1, grad_a2, grad_b2, grad_initial};
 }
 
+// ------------------------------------------------------------------------------------------------------------------
+// duplex_aligned_keys
+
+Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std::optional<Tensor>& include,
+                           const Tensor& a1, const Tensor& b1, const Tensor& a2, const Tensor& b2,
+                           int64_t num_modalities, bool unit_keys, double eps, int64_t normalization) {
+  const ArgumentCheck check("duplex_aligned_keys");
+  const AlignedKeysInputs in{{key, modality, num_modalities, unit_keys, eps}, include, a1, b1, a2, b2, normalization};
+  const GramShape shape = check_aligned_keys(check, in);
+  check_ids("duplex_aligned_keys", modality, num_modalities);
+  const Tensor aligned = gradient_like(key);
+  AlignedKeysArgs args;
+  fill_args(in, shape, args);
+  args.rank = static_cast<int>(shape.rank);
+  args.a1 = a1.const_data_ptr();
+  args.b1 = b1.const_data_ptr();
+  args.a2 = a2.const_data_ptr();
+  args.b2 = b2.const_data_ptr();
+  args.normalization = static_cast<Normalization>(normalization);
+  args.aligned = rows_out(aligned);
+  args.past_caches = aligned.numel() * static_cast<int64_t>(aligned.element_size()) > kCachedBytes;
+  args.members = args.modality;
+  args.members_batch = args.modality_batch;
+  args.members_token = args.modality_token;
+  const Workspace counted(include ? shape.batch * shape.num_keys * static_cast<int64_t>(sizeof(int32_t)) : 0);
+  if (include) {
+    int32_t* ids = reinterpret_cast<int32_t*>(counted.at());
+    const bool* counts = static_cast<const bool*>(include->const_data_ptr());
+    for (int64_t b = 0; b < shape.batch; ++b)
+      for (int64_t j = 0; j < shape.num_keys; ++j)
+        ids[b * shape.num_keys + j] = counts[b * include->stride(0) + j * include->stride(1)]
+                                          ? args.members[b * args.members_batch + j * args.members_token]
+                                          : -1;
+    args.modality = ids;
+    args.modality_batch = shape.num_keys;
+    args.modality_token = 1;
+  }
+  const GramKernels& kernels = select_gram_kernels(key, shape.num_keys);
+  const Workspace weights(kernels.weights_bytes(args));
+  kernels.pack_weights(args, weights.at());
+  args.weights = weights.at();
+  run_heads(shape, kernels.aligned_keys_scratch_bytes(args),
+            [&](int64_t batch, int64_t head, void* scratch) { kernels.aligned_keys(args, batch, head, scratch); });
+  return aligned;
+}
+
 }  // namespace
 }  // namespace cpu
 }  // namespace moda_ext
@@ -322,4 +368,5 @@ STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
   m.impl("causal_gram_projection_backward", TORCH_BOX(&moda_ext::cpu::causal_gram_projection_backward));
   m.impl("duplex_query_views", TORCH_BOX(&moda_ext::cpu::duplex_query_views));
   m.impl("duplex_query_views_backward", TORCH_BOX(&moda_ext::cpu::duplex_query_views_backward));
+  m.impl("duplex_aligned_keys", TORCH_BOX(&moda_ext::cpu::duplex_aligned_keys));
 }

@@ -45,8 +45,9 @@ GramShape check_causal(const ArgumentCheck& check, const CausalInputs& in) {
   return shape;
 }
 
-GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
-  GramShape shape = check_causal(check, in);
+// The weights of the fuser, of which the first has the rank.
+template <class Inputs>
+static void check_weights(const ArgumentCheck& check, const Inputs& in, GramShape& shape) {
   check.require(in.a1.dim() == 3, "a1", "3 dimensions", in.a1);
   shape.rank = in.a1.size(2);
   check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", in.a1);
@@ -54,6 +55,23 @@ GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
   check_tensor(check, in, "b1", in.b1, shape.up(), Numbers::kContiguousSums);
   check_tensor(check, in, "a2", in.a2, shape.down(), Numbers::kContiguousSums);
   check_tensor(check, in, "b2", in.b2, shape.up(), Numbers::kContiguousSums);
+}
+
+GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
+  GramShape shape = check_causal(check, in);
+  check_weights(check, in, shape);
+  return shape;
+}
+
+GramShape check_aligned_keys(const ArgumentCheck& check, const AlignedKeysInputs& in) {
+  GramShape shape = check_gram(check, in);
+  if (in.include) {
+    check.sizes("include", *in.include, {shape.batch, shape.num_keys});
+    check.dtype("include", *in.include, ScalarType::Bool);
+    check.device("include", *in.include, in.key);
+  }
+  check_weights(check, in, shape);
+  check.require(in.normalization >= 0 && in.normalization <= 2, "normalization", "0 to 2", in.normalization);
   return shape;
 }
 

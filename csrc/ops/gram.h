@@ -36,12 +36,19 @@ struct DuplexInputs : CausalInputs {
   Tensor a1, b1, a2, b2;
 };
 
+struct AlignedKeysInputs : GramInputs {
+  std::optional<Tensor> include;
+  Tensor a1, b1, a2, b2;
+  int64_t normalization;
+};
+
 constexpr int64_t kMaxRank = 128;
 
 // Each throws std::invalid_argument, naming operator and argument.
 GramShape check_gram(const ArgumentCheck& check, const GramInputs& inputs);
 GramShape check_causal(const ArgumentCheck& check, const CausalInputs& inputs);
 GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& inputs);
+GramShape check_aligned_keys(const ArgumentCheck& check, const AlignedKeysInputs& inputs);
 // A tensor that comes with the inputs, of this shape: in the dtype of the key, with a contiguous last dimension; or in
 // its compute dtype, of any strides or contiguous.
 enum class Numbers { kStored, kSums, kContiguousSums };

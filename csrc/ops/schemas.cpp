@@ -54,6 +54,10 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "new_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor? "
       "modality_bias, Tensor? condition, Tensor? sink, int num_modalities, bool unit_keys, float eps, float scale) -> "
       "(Tensor out, Tensor lse, Tensor mass)");
+  // normalization: 0 by the trace, 1 by the Frobenius norm, 2 by rows.
+  m.def(
+      "duplex_aligned_keys(Tensor key, Tensor modality, Tensor? include, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
+      "int num_modalities, bool unit_keys, float eps, int normalization) -> Tensor");
   m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
   m.def(
       "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "

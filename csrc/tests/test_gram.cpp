@@ -179,6 +179,81 @@ TYPED_TEST(Gram, ViewsAndIndicatorEqualPlainLoops) {
   }
 }
 
+// Two modalities of which the first has keys outside the Gram, and padding; `rank` decides which way A2^T G is made.
+TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
+  using T = TypeParam;
+  for (int D : {40, 128})
+    for (int r : {5, 70})
+      for (Normalization normalization : {Normalization::kTrace, Normalization::kFrobenius, Normalization::kRow}) {
+        const int tokens = 2 * this->k.chunk + 5, M = this->kModalities;
+        const std::vector<T> key = this->random_values(static_cast<size_t>(tokens) * D);
+        const std::vector<int32_t> members = this->random_modalities(tokens);
+        std::vector<int32_t> modality = members;
+        for (int j = 0; j < tokens; j += 5) modality[j] = -1;
+        std::vector<T> weights[4];
+        for (std::vector<T>& weight : weights) weight = this->random_values(static_cast<size_t>(M) * D * r);
+        AlignedKeysArgs args;
+        this->fill(args, key, modality, D);
+        args.rank = r;
+        args.a1 = weights[0].data();
+        args.b1 = weights[1].data();
+        args.a2 = weights[2].data();
+        args.b2 = weights[3].data();
+        args.normalization = normalization;
+        args.members = members.data();
+        args.members_token = 1;
+        std::vector<T> aligned(static_cast<size_t>(tokens) * D, T(99));
+        args.aligned.data = aligned.data();
+        args.aligned.row = D;
+        std::vector<char> packed(static_cast<size_t>(this->k.weights_bytes(args)));
+        this->k.pack_weights(args, packed.data());
+        args.weights = packed.data();
+        std::vector<char> scratch(static_cast<size_t>(this->k.aligned_keys_scratch_bytes(args)), char(-1));
+        this->k.aligned_keys(args, 0, 0, scratch.data());
+
+        const std::vector<double> phi = this->features(key, tokens, D);
+        std::vector<double> gram(static_cast<size_t>(M) * D * D);
+        for (int m = 0; m < M; ++m) {
+          double* own = gram.data() + m * D * D;
+          double trace = 0, square = 0;
+          for (int a = 0; a < D; ++a)
+            for (int b = 0; b < D; ++b) {
+              for (int j = 0; j < tokens; ++j)
+                if (modality[j] == m) own[a * D + b] += phi[j * D + a] * phi[j * D + b];
+              if (a == b) trace += own[a * D + b];
+              square += own[a * D + b] * own[a * D + b];
+            }
+          for (int a = 0; a < D; ++a) {
+            double row = 0;
+            for (int b = 0; b < D; ++b) row += own[a * D + b] * own[a * D + b];
+            const double norm = normalization == Normalization::kTrace       ? trace
+                                : normalization == Normalization::kFrobenius ? std::sqrt(square)
+                                                                             : std::sqrt(row);
+            for (int b = 0; b < D; ++b) own[a * D + b] /= norm;
+          }
+        }
+        for (int j = 0; j < tokens; ++j) {
+          const int a = members[j];
+          std::vector<double> expected(key.begin() + j * D, key.begin() + (j + 1) * D), others(D, 0.0);
+          for (int m = 0; a >= 0 && m < M; ++m)
+            for (int d = 0; m != a && d < D; ++d)
+              for (int e = 0; e < D; ++e) others[e] += key[j * D + d] * gram[(m * D + d) * D + e];
+          for (int k = 0; a >= 0 && k < r; ++k) {
+            double own = 0, moved = 0;
+            for (int d = 0; d < D; ++d) {
+              own += key[j * D + d] * weights[0][(a * D + d) * r + k];
+              moved += others[d] * weights[2][(a * D + d) * r + k];
+            }
+            for (int d = 0; d < D; ++d)
+              expected[d] += own * weights[1][(a * r + k) * D + d] + moved * weights[3][(a * r + k) * D + d];
+          }
+          for (int d = 0; d < D; ++d)
+            ASSERT_NEAR(aligned[j * D + d], expected[d], 100 * this->kTolerance)
+                << D << " wide, rank " << r << ", key " << j << " of modality " << a << " at " << d;
+        }
+      }
+}
+
 }  // namespace
 }  // namespace cpu
 }  // namespace moda_ext

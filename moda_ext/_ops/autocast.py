@@ -48,6 +48,7 @@ _ARGUMENTS = {
     "modality_gram": ((0,), ()),
     "causal_gram_projection": ((0, 1), ()),
     "duplex_query_views": ((0, 1), ()),
+    "duplex_aligned_keys": ((0,), ()),
     "duplex_attention": ((0, 1, 2, 4), (12, 13, 14)),
 }
 _library = torch.library.Library("moda_ext", "IMPL")  # kept alive: the registrations end with it

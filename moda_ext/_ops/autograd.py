@@ -222,3 +222,6 @@ if library.native_loaded:
     duplex_attention = _not_differentiable(
         "duplex_attention", "moda_ext.attention.duplex_attention has, by way of its two halves"
     )
+    duplex_aligned_keys = _not_differentiable(
+        "duplex_aligned_keys", "moda_ext.alignment.DuplexAligner.align_keys has, by way of other operators"
+    )

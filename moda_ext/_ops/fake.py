@@ -232,6 +232,12 @@ def duplex_attention(
     )
 
 
+def duplex_aligned_keys(
+    key, modality, include, a1, b1, a2, b2, num_modalities, unit_keys, eps, normalization
+) -> Tensor:
+    return empty_in_layout_of(key, key.shape)
+
+
 def register() -> None:
     for kernel in (
         modular_attention,
@@ -247,5 +253,6 @@ def register() -> None:
         duplex_query_views,
         duplex_query_views_backward,
         duplex_attention,
+        duplex_aligned_keys,
     ):
         torch.library.register_fake(f"moda_ext::{kernel.__name__}", kernel)

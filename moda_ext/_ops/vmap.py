@@ -64,6 +64,8 @@ def _one_by_one(op):
 
     def rule(info, in_dims, *args):
         slices = [op(*(select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
         results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
 
@@ -109,6 +111,7 @@ def register() -> None:
     for name in ("causal_gram_projection", "duplex_query_views"):  # sums over the batch make weights' gradients
         for op in (name, f"{name}_backward"):
             rules[op] = _one_by_one(getattr(ops, op).default)
-    rules["duplex_attention"] = _one_by_one(ops.duplex_attention.default)
+    for op in ("duplex_attention", "duplex_aligned_keys"):
+        rules[op] = _one_by_one(getattr(ops, op).default)
     for name, rule in rules.items():
         torch.library.register_vmap(f"moda_ext::{name}", rule)

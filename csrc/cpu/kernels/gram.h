@@ -73,6 +73,19 @@ struct DuplexBackwardArgs : DuplexArgs {
   void* grad_initial = nullptr;  // null: not wanted
 };
 
+// How a Gram becomes Ghat: divided by its trace, by its Frobenius norm, or each of its rows by its length.
+enum class Normalization { kTrace, kFrobenius, kRow };
+
+// One work item is one (batch, kv head). `modality` is that of the tokens in a Gram and -1 for all others; `members`
+// that of the keys to be updated, -1 for padding. There is no query.
+struct AlignedKeysArgs : DuplexArgs {
+  Normalization normalization = Normalization::kTrace;
+  const int32_t* members = nullptr;
+  int64_t members_batch = 0, members_token = 0;
+  Output aligned;
+  bool past_caches = false;  // as in DuplexForwardArgs
+};
+
 struct GramKernels {
   int chunk;  // tokens whose keys enter a state together
   int compute_bytes;
@@ -98,6 +111,9 @@ struct GramKernels {
   // Sums the parts of all items, in order, into tensors shaped like the weights.
   void (*reduce_weight_gradients)(const DuplexArgs&, const void* partials, int64_t count, void* grad_a1, void* grad_b1,
                                   void* grad_a2, void* grad_b2);
+
+  int64_t (*aligned_keys_scratch_bytes)(const AlignedKeysArgs&);
+  void (*aligned_keys)(const AlignedKeysArgs&, int64_t batch, int64_t kv_head, void* scratch);
 };
 
 // Numbers in one item's part of the weight gradients: a1, b1, a2, b2, each (M, rank, D).

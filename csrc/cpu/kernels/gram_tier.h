@@ -4,9 +4,11 @@
 
 #include "duplex_views_backward.h"
 #if defined(__AMX_BF16__)
+#include "aligned_keys_tiles.h"
 #include "duplex_tiles_forward.h"
 #include "modality_gram_tiles.h"
 #else
+#include "aligned_keys.h"
 #include "modality_gram.h"
 #endif
 
@@ -46,6 +48,13 @@ const GramKernels& gram_kernels() {
       duplex_backward_scratch_bytes<T>,
       duplex_backward<Storage, T>,
       reduce_weight_gradients<T>,
+#if defined(__AMX_BF16__)
+      aligned_keys_tile_bytes<Storage>,
+      aligned_keys_tiles<Storage>,
+#else
+      aligned_keys_scratch_bytes<T>,
+      aligned_keys<Storage, T>,
+#endif
   };
   return table;
 }
