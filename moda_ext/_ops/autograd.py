@@ -19,12 +19,6 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def may_differentiate(*tensors: torch.Tensor | None) -> bool:
-    """Whether a derivative of what is computed of these tensors may be asked for."""
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return needed or _transformed()
-
-
 def _differentiable(name: str, setup_context, backward):
     """A callable that runs operator ``name`` and records ``backward`` for it."""
     op = getattr(torch.ops.moda_ext, name).default
