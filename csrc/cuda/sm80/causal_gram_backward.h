@@ -393,7 +393,7 @@ class KeyGradientKernel {
   using Tile = GramTile<Element, kHeadDim>;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kStride = Products::kStride, kStream = Tile::kKeys;
-  static constexpr int kPass = kHeadDim > 192 ? 16 : kStream;  // rows whose scores fit in registers beside the sums
+  static constexpr int kPass = kHeadDim > 128 ? 16 : kStream;  // rows whose scores fit in registers beside the sums
   static_assert(Tile::kSlice <= 2 * kStream, "slices take the place of rows");
 
  public:
