@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks, composite, library
+from moda_ext._ops import autocast, autograd, checks, composite
 
 __all__ = [
     "DuplexAligner",
@@ -259,8 +259,7 @@ def duplex_query_views(
             *tensors, num_modalities, **options, return_indicator=return_indicator, return_state=return_state
         )
     scale, trace = _row_scale(query, key, query_modality, key_modality, num_modalities, **options)
-    initial = None if state is None else state[0]
-    views, square, gram = _operator("duplex_query_views", query, key, scale, a1, b1, a2, b2, initial)(
+    views, square, gram = _operator("duplex_query_views", query)(
         _last_contiguous(query),
         *_view_operands(key, key_modality, scale, (a1, b1, a2, b2), state),
         num_modalities,
@@ -333,15 +332,10 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     return reference.frobenius_scale(square[:, :, key.shape[2] - query.shape[2] :], scale), trace
 
 
-def _operator(name: str, tokens: Tensor, *others: Tensor | None):
-    """The operator for these inputs: native, or composed of PyTorch's own on CUDA, where it has no kernel for the
-    tokens, or a gradient may be asked for and its backward pass has none."""
-    native = tokens.device.type != "cuda" or (
-        tokens.dtype != torch.float64
-        and library.has_cuda_kernel(name)
-        and (library.has_cuda_kernel(f"{name}_backward") or not autograd.may_differentiate(tokens, *others))
-    )
-    return getattr(autograd if native else composite, name)
+def _operator(name: str, tokens: Tensor):
+    """The operator for these tokens: native, or composed of PyTorch's own in float64 on CUDA, which has no kernels."""
+    composed = tokens.device.type == "cuda" and tokens.dtype == torch.float64
+    return getattr(composite if composed else autograd, name)
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:

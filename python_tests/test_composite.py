@@ -1,4 +1,4 @@
-"""The alignment operators composed of PyTorch's own (for CUDA without a kernel), against the reference, on the CPU."""
+"""The alignment operators composed of PyTorch's own (for float64 on CUDA), against the reference, on the CPU."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moda_ext import alignment, reference
-from moda_ext._ops import autograd, composite
+from moda_ext._ops import composite
 
 BATCH, HEADS, KV_HEADS, SIZE, MODALITIES, RANK = 2, 4, 2, 16, 3, 4
 
@@ -102,64 +102,14 @@ def test_no_row_sees_a_later_token(position):
     assert torch.equal(rows[0][..., : position + 1, :], rows[1][..., : position + 1, :])
 
 
-@pytest.fixture
-def choose(monkeypatch):
-    """The operator that inputs on a device get, with a CUDA kernel for the gradient of modality_gram only."""
-    native = {"modality_gram": "native", "duplex_query_views": "native"}
-    monkeypatch.setattr(alignment, "autograd", SimpleNamespace(may_differentiate=autograd.may_differentiate, **native))
-    kernels = (*native, "modality_gram_backward")
-    monkeypatch.setattr(alignment.library, "has_cuda_kernel", lambda name: name in kernels)
+@pytest.mark.parametrize("name", ["modality_gram", "causal_gram_projection", "duplex_query_views"])
+def test_only_float64_on_cuda_is_composed(monkeypatch, name):
+    monkeypatch.setattr(alignment, "autograd", SimpleNamespace(**{name: "native"}))
 
-    def chosen(name, device, *inputs, dtype=torch.float32):
-        tokens = SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=False)
-        return alignment._operator(name, tokens, *inputs)
+    def choose(device, dtype):
+        return alignment._operator(name, SimpleNamespace(device=torch.device(device), dtype=dtype))
 
-    return chosen
-
-
-def test_cuda_takes_the_kernel_where_there_is_one(choose):
-    assert choose("modality_gram", "cuda") == choose("modality_gram", "cpu") == "native"
-    assert choose("modality_gram", "cuda", dtype=torch.float64) is composite.modality_gram
-    assert choose("causal_gram_projection", "cuda") is composite.causal_gram_projection
-
-
-def test_cuda_takes_no_kernel_that_it_cannot_differentiate(choose):
-    plain, weight = torch.ones(2), torch.ones(2, requires_grad=True)
-    assert choose("duplex_query_views", "cuda", plain, None) == "native"
-    assert choose("duplex_query_views", "cuda", plain, weight) is composite.duplex_query_views
-    assert choose("modality_gram", "cuda", weight) == choose("duplex_query_views", "cpu", weight) == "native"
-    with torch.no_grad():
-        assert choose("duplex_query_views", "cuda", plain, weight) == "native"
-
-
-def test_cuda_takes_no_kernel_that_a_transform_may_differentiate(choose):
-    seen = []
-
-    def run(weight):
-        seen.append(choose("duplex_query_views", "cuda", weight))
-        return weight.sum()
-
-    torch.func.grad(run)(torch.ones(2))
-    torch.func.jvp(run, (torch.ones(2),), (torch.ones(2),))
-    with torch.autograd.forward_ad.dual_level():
-        run(torch.ones(2))
-    assert seen == [composite.duplex_query_views] * 3
-
-
-@pytest.mark.parametrize("wanted", ["query", "key", "a1", "b1", "a2", "b2", "gram", "trace"])
-def test_every_input_of_the_views_counts_as_differentiable(monkeypatch, wanted):
-    p = Problem(5, 5, True)
-    tensors = dict(zip(("query", "key", "a1", "b1", "a2", "b2", "gram"), p.inputs, strict=True), trace=p.state[1])
-    tensors = {name: t.detach().requires_grad_(name == wanted) for name, t in tensors.items()}
-    found = []
-
-    def note(name, *inputs):
-        found.append(autograd.may_differentiate(*inputs))
-        return getattr(composite, name)
-
-    monkeypatch.setattr(alignment, "_operator", note)
-    weights = [tensors[name] for name in ("a1", "b1", "a2", "b2")]
-    state = tensors["gram"], tensors["trace"]
-    ids = p.query_modality, p.modality
-    alignment.duplex_query_views(tensors["query"], tensors["key"], *ids, *weights, MODALITIES, state=state)
-    assert found == [True]
+    assert choose("cuda", torch.float64) is getattr(composite, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("cuda", dtype) == "native"
+    assert choose("cpu", torch.float64) == "native"

@@ -47,6 +47,15 @@ def views(query, key, a1, b1, a2, b2, modality):
     return alignment.duplex_query_views(query, key, modality, modality, a1, b1, a2, b2, return_indicator=True)
 
 
+def views_of_a_state(root, query, key, a1, b1, a2, b2, modality):
+    state = root.mT @ root, torch.full(root.shape[:3], 50.0, device=root.device)
+    views, indicator, (gram, _) = alignment.duplex_query_views(
+        query, key, modality[:, -query.shape[2] :], modality, a1, b1, a2, b2, state=state, return_indicator=True,
+        return_state=True,
+    )  # fmt: skip
+    return views, indicator, gram
+
+
 def attention_shapes(rows, keys):
     heads = {"query": (1, 4, rows, SIZE), "key": (1, 2, keys, SIZE), "value": (1, 2, keys, SIZE)}
     return {**heads, "bias": (1, 4, rows, 2), "sink": (1, 4, rows)}
@@ -62,6 +71,10 @@ CALLS = {
     "gram": (gram, {"key": QUERY_AND_KEY["key"]}),
     "projection": (project, QUERY_AND_KEY),
     "views": (views, QUERY_AND_KEY | WEIGHTS),
+    "views of a state": (
+        views_of_a_state,
+        {"root": (1, 2, 2, SIZE, SIZE), "query": (1, 4, TOKENS // 3, SIZE), "key": QUERY_AND_KEY["key"]} | WEIGHTS,
+    ),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
@@ -242,3 +255,16 @@ def test_gram_of_more_keys_than_an_int_can_index(cuda):
     skip_unless_free(100)  # in plain PyTorch, which copies the keys to float32 for each modality
     key = far(WIDE)
     assert_all_close(*long_and_short(gram, (key, hidden_but_last(MANY)), (last_of(key), hidden_but_last(LAST))))
+
+
+def last_view(query, key, modality, *weights):
+    return (alignment.duplex_query_views(query, key, modality, modality, *weights)[1],)
+
+
+def test_views_of_more_rows_than_an_int_can_index(cuda):
+    skip_unless_free(130)  # the Grams before every 256 tokens take 34 GB
+    shapes = ((2, WIDE, RANK), (2, RANK, WIDE)) * 2
+    weights = [torch.randn(shape, device="cuda").div_(WIDE**0.5).requires_grad_() for shape in shapes]
+    query, key = far(WIDE), far(WIDE)
+    long = (query, key, hidden_but_last(MANY), *weights)
+    assert_all_close(*long_and_short(last_view, long, (last_of(query), last_of(key), hidden_but_last(LAST), *weights)))

@@ -41,6 +41,7 @@ MAIN = (
     *("GramKernel", "GramBackwardKernel"),
     *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
     *("LatentKernel", "ViewsKernel", "IndicatorKernel"),
+    *("MoveKernel", "QueryGradientKernel", "WeightGradientKernel"),
 )
 MODALITIES = {"shared": 2, "of 16": 16}
 LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; others have more
@@ -177,14 +178,14 @@ def main() -> None:
     sources = json.loads((ROOT / "csrc/sources.json").read_text())["cuda"]
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
-    print(f"{'kernel':34}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
+    print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for source in (s for s in sources if s.endswith(".cu") and arguments.only in s):
             for arch in arguments.arch:
                 for row in compile_and_count(source, arch, Path(folder), disassembler):
                     rows.append(row)
                     print(
-                        f"{row['kernel']:34}{arch:>4}" + "".join(f"{row.get(c, '-'):>13}" for c in columns), flush=True
+                        f"{row['kernel']:50}{arch:>4}" + "".join(f"{row.get(c, '-'):>13}" for c in columns), flush=True
                     )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -3,7 +3,7 @@
 MODA_EXT_CUDA=native python3 tools/gpu_smoke.py
 
 Dtypes with tensor cores and without, every head size, causal or not, query views, few rows (packed heads, keys split),
-sequences packed into one, Gram matrices.
+sequences packed into one, Gram matrices, an aligner's views.
 """
 
 import torch
@@ -94,6 +94,26 @@ def grams(dtype, size) -> None:
     compare(f"Grams, D={size}", call(alignment), call(reference), tensors)
 
 
+def aligner_views(dtype, size) -> None:
+    def call(module):
+        def views_of(query, key, a1, b1, a2, b2, modality):
+            ids = modality[:, -query.shape[2] :], modality
+            views, indicator, (gram, _) = module.duplex_query_views(
+                query, key, *ids, a1, b1, a2, b2, return_indicator=True, return_state=True
+            )
+            return views, indicator, gram
+
+        return views_of
+
+    tensors = [
+        torch.randn(1, 4, 300, size, device=DEVICE, dtype=dtype),
+        torch.randn(1, 2, 700, size, device=DEVICE, dtype=dtype),
+        *(torch.randn(2, *shape, device=DEVICE) / 8 for shape in ((size, 16), (16, size)) * 2),
+        (torch.arange(700, device=DEVICE) // 50 % 3 - 1)[None],
+    ]
+    compare(f"views of an aligner, D={size}", call(alignment), call(reference), tensors)
+
+
 def main() -> None:
     torch.manual_seed(0)
     for dtype in TOLERANCES:
@@ -102,6 +122,7 @@ def main() -> None:
             dense(dtype, size, 70, 150, False, True)
             dense(dtype, size, 1, 1500, True, False)
             grams(dtype, size)
+            aligner_views(dtype, size)
         varlen(dtype)
     torch.cuda.synchronize()
     print("every kernel agrees with the reference")

@@ -55,6 +55,16 @@ void fill_args(const CausalInputs& in, const GramShape& shape, const Tensor& key
   args.initial = numbers(in.initial);
 }
 
+void fill_args(const DuplexInputs& in, const GramShape& shape, const Tensor& key, const Tensor& query,
+               DuplexArgs& args) {
+  fill_args(static_cast<const CausalInputs&>(in), shape, key, query, args);
+  args.rank = static_cast<int>(shape.rank);
+  args.a1 = weights(in.a1);
+  args.b1 = weights(in.b1);
+  args.a2 = weights(in.a2);
+  args.b2 = weights(in.b2);
+}
+
 Tensor like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   return empty_in_layout_of(tensor, sizes, false);
 }
@@ -175,18 +185,57 @@ std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const
   if (shape.batch * shape.kv_heads == 0) return {views, indicator, gram};
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   const Tensor aligned_key = with_aligned_rows(key), aligned_query = with_aligned_rows(query);
-  DuplexArgs args;
+  DuplexForwardArgs args;
   fill_args(in, shape, aligned_key, aligned_query, args);
-  args.rank = static_cast<int>(shape.rank);
-  args.a1 = weights(in.a1);
-  args.b1 = weights(in.b1);
-  args.a2 = weights(in.a2);
-  args.b2 = weights(in.b2);
   args.views = rows_out(views);
   if (with_indicator) args.indicator = rows_out(indicator);
   if (with_gram) args.gram = numbers(gram);
   run<DuplexKernels>(key, args, storage);
   return {views, indicator, gram};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duplex_query_views_backward(
+    const Tensor& grad_views, const std::optional<Tensor>& grad_indicator, const std::optional<Tensor>& grad_gram,
+    const Tensor& query, const Tensor& key, const Tensor& key_modality, const Tensor& row_scale, const Tensor& a1,
+    const Tensor& b1, const Tensor& a2, const Tensor& b2, const std::optional<Tensor>& initial, const Tensor& indicator,
+    int64_t num_modalities, bool unit_keys, double eps) {
+  const ArgumentCheck check("duplex_query_views_backward");
+  const DuplexInputs in{
+      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
+  const GramShape shape = check_duplex(check, in);
+  const Storage storage = storage_of(check, "key", key);
+  check_tensor(check, in, "grad_views", grad_views, shape.views(), Numbers::kStored);
+  if (grad_indicator) {
+    check_tensor(check, in, "grad_indicator", *grad_indicator, shape.indicator(), Numbers::kSums);
+    check_tensor(check, in, "indicator", indicator, shape.indicator(), Numbers::kSums);
+  }
+  if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
+  const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
+  const Tensor grad_scale = empty_sums(key, shape.row_scale());
+  const Tensor grad_a1 = empty_sums(key, shape.down()), grad_b1 = empty_sums(key, shape.up());
+  const Tensor grad_a2 = empty_sums(key, shape.down()), grad_b2 = empty_sums(key, shape.up());
+  const Tensor grad_initial = empty_sums(key, shape.gram(), initial.has_value());
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const Tensor aligned_key = with_aligned_rows(key), aligned_query = with_aligned_rows(query);
+  const Tensor aligned_grad = with_aligned_rows(grad_views);
+  DuplexBackwardArgs args;
+  fill_args(in, shape, aligned_key, aligned_query, args);
+  args.grad_views = rows(aligned_grad);
+  if (grad_indicator) {
+    args.indicator = rows(indicator);
+    args.grad_indicator = rows(*grad_indicator);
+  }
+  args.grad_gram = numbers(grad_gram);
+  args.grad_query = rows_out(grad_query);
+  args.grad_key = rows_out(grad_key);
+  args.grad_row_scale = rows_out(grad_scale);
+  args.grad_a1 = numbers(grad_a1);
+  args.grad_b1 = numbers(grad_b1);
+  args.grad_a2 = numbers(grad_a2);
+  args.grad_b2 = numbers(grad_b2);
+  args.grad_initial = initial ? numbers(grad_initial) : nullptr;
+  run<DuplexBackwardKernels>(key, args, storage);  // the weights have a gradient, zero, also where nothing else does
+  return {grad_query, grad_key, grad_scale, grad_a1, grad_b1, grad_a2, grad_b2, grad_initial};
 }
 
 }  // namespace
@@ -199,4 +248,5 @@ STABLE_TORCH_LIBRARY_IMPL(moda_ext, CUDA, m) {
   m.impl("causal_gram_projection", TORCH_BOX(&moda_ext::cuda::causal_gram_projection));
   m.impl("causal_gram_projection_backward", TORCH_BOX(&moda_ext::cuda::causal_gram_projection_backward));
   m.impl("duplex_query_views", TORCH_BOX(&moda_ext::cuda::duplex_query_views));
+  m.impl("duplex_query_views_backward", TORCH_BOX(&moda_ext::cuda::duplex_query_views_backward));
 }

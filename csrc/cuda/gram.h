@@ -36,21 +36,34 @@ struct ProjectionArgs : CausalArgs {
   float* gram = nullptr;  // after the last token
 };
 
-struct ProjectionBackwardArgs : CausalArgs {
-  Input grad_projection;
+// What the backward passes have in common.
+struct CausalGradients {
   const float* grad_gram = nullptr;  // null: zero
   Output grad_query, grad_key;
   Output grad_row_scale;          // as row_scale
   float* grad_initial = nullptr;  // symmetric; null: not wanted
 };
 
+struct ProjectionBackwardArgs : CausalArgs, CausalGradients {
+  Input grad_projection;
+};
+
 struct DuplexArgs : CausalArgs {
   int rank = 0;
   const float *a1 = nullptr, *b1 = nullptr;  // contiguous (modality, D, rank) and (modality, rank, D)
   const float *a2 = nullptr, *b2 = nullptr;
+};
+
+struct DuplexForwardArgs : DuplexArgs {
   Output views;
   Output indicator;       // (batch, query head, query, modality), float32; data null: not wanted
   float* gram = nullptr;  // after the last token; null: not wanted
+};
+
+struct DuplexBackwardArgs : DuplexArgs, CausalGradients {
+  Input grad_views;
+  Input indicator, grad_indicator;  // data null: no gradient
+  float *grad_a1 = nullptr, *grad_b1 = nullptr, *grad_a2 = nullptr, *grad_b2 = nullptr;
 };
 
 // As ForwardKernels. `multiprocessors` decides how far few keys are split over the sequence.
@@ -70,14 +83,19 @@ struct ProjectionKernels {
   static void run(const ProjectionArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
-struct DuplexKernels {
-  static int64_t workspace(const DuplexArgs& args, Storage storage);
-  static void run(const DuplexArgs& args, Storage storage, void* workspace, void* stream);
-};
-template <int kHeadDim>
 struct ProjectionBackwardKernels {
   static int64_t workspace(const ProjectionBackwardArgs& args, Storage storage);
   static void run(const ProjectionBackwardArgs& args, Storage storage, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct DuplexKernels {
+  static int64_t workspace(const DuplexForwardArgs& args, Storage storage);
+  static void run(const DuplexForwardArgs& args, Storage storage, void* workspace, void* stream);
+};
+template <int kHeadDim>
+struct DuplexBackwardKernels {
+  static int64_t workspace(const DuplexBackwardArgs& args, Storage storage);
+  static void run(const DuplexBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 
 }  // namespace cuda

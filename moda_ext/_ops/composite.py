@@ -1,5 +1,4 @@
-"""The alignment operators in plain PyTorch, chunk by chunk: what runs on CUDA where they have no kernels of their own:
-in float64, and for duplex_query_views also where a gradient may be asked for.
+"""The alignment operators in plain PyTorch, chunk by chunk: what runs in float64 on CUDA, where they have no kernels.
 
 Each function has the arguments and results of the operator of the same name (csrc/ops/schemas.cpp), and PyTorch
 differentiates it. Unlike moda_ext.reference nothing is N x N: the Gram matrix before every chunk of keys is held (one

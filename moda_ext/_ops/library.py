@@ -136,12 +136,6 @@ def cuda_mode() -> str | None:
     return _cuda_mode
 
 
-@torch.compiler.assume_constant_result
-def has_cuda_kernel(name: str) -> bool:
-    """Whether an operator has a CUDA kernel of its own."""
-    return cuda_loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"moda_ext::{name}", "CUDA")
-
-
 def _default_cuda_mode() -> str:
     if not torch.cuda.is_available():
         return "reference"

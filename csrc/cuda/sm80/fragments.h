@@ -90,18 +90,19 @@ struct Fragments {
     }
   }
 
-  // a, b: first of kDepth rows, from the first of the 16 kRowTiles columns of A and 8 kColumnTiles of B.
-  template <int kDepth, int kRowTiles, int kColumnTiles>
+  // a, b: first of kDepth rows, from the first of the 16 kRowTiles columns of A and 8 kColumnTiles of B. Rows of A may
+  // have a length of their own.
+  template <int kDepth, int kStrideOfA = kStride, int kRowTiles, int kColumnTiles>
   static MODA_EXT_DEVICE void multiply_columns(float (&c)[kRowTiles][kColumnTiles][4], const char* a, const char* b) {
     static_assert(kDepth % 16 == 0 && kColumnTiles % 2 == 0, "fragments are 16 deep, B is loaded two tiles at a time");
     const int lane = lane_index();
-    const char* a_lane = a + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 16;
+    const char* a_lane = a + (lane % 8 + lane / 16 * 8) * kStrideOfA + lane / 8 % 2 * 16;
     const char* b_lane = b + lane % 16 * kStride + lane / 16 * 16;
 #pragma unroll 1
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t a_fragment[kRowTiles][4];
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) load_matrices_transposed(a_fragment[r], a_lane + k * kStride + r * 32);
+      for (int r = 0; r < kRowTiles; ++r) load_matrices_transposed(a_fragment[r], a_lane + k * kStrideOfA + r * 32);
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t b_fragment[4];
@@ -190,7 +191,7 @@ struct Fragments<float, kHeadDim> {
     }
   }
 
-  template <int kDepth, int kRowTiles, int kColumnTiles>
+  template <int kDepth, int kStrideOfA = kStride, int kRowTiles, int kColumnTiles>
   static MODA_EXT_DEVICE void multiply_columns(float (&c)[kRowTiles][kColumnTiles][4], const char* a, const char* b) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
@@ -200,7 +201,7 @@ struct Fragments<float, kHeadDim> {
       for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          weight[r][h] = *reinterpret_cast<const float*>(a + k * kStride + (r * 16 + h * 8 + g) * 4);
+          weight[r][h] = *reinterpret_cast<const float*>(a + k * kStrideOfA + (r * 16 + h * 8 + g) * 4);
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const Float2 pair = *reinterpret_cast<const Float2*>(b + k * kStride + (n * 8 + 2 * t) * 4);
