@@ -35,7 +35,7 @@ void add_condition(const Input& bias, const Input& condition, const Input& scale
 class DuplexViews : public QueryViews {
  public:
   DuplexViews(const DuplexInputs& in, const GramShape& shape, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& condition, const std::optional<Tensor>& conditioned_bias)
+              const std::optional<Tensor>& condition, const Output& conditioned_bias)
       : kernels_(select_gram_kernels(
             in.key, shape.kv_heads > 0 ? shape.num_queries * (shape.query_heads / shape.kv_heads) : 0)),
         element_(static_cast<int64_t>(in.query.element_size())),
@@ -46,7 +46,7 @@ class DuplexViews : public QueryViews {
     kernels_.pack_weights(args_, weights_.at());
     args_.weights = weights_.at();
     args_.past_caches = true;
-    if (conditioned_bias) args_.indicator = output(*conditioned_bias, false, Last::kPresent);
+    args_.indicator = conditioned_bias;
   }
 
   int64_t bytes_per_head() const override {
@@ -105,14 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> duplex_attention(
   const GramShape shape = check_duplex(check, in);
   check.require(key.dim() == 4 && key.size(1) == shape.kv_heads, "key", "as many heads as new_key has", key);
   check_ids("duplex_attention", new_modality, num_modalities);
-  std::optional<Tensor> bias = modality_bias;
-  if (condition) {
-    check_tensor(check, in, "condition", *condition, shape.indicator(), Numbers::kSums);
-    if (modality_bias) check_tensor(check, in, "modality_bias", *modality_bias, shape.indicator(), Numbers::kSums);
-    bias = empty_sums(new_key, shape.indicator());
-  }
-  DuplexViews views(in, shape, modality_bias, condition, condition ? bias : std::nullopt);
-  return forward_with_views({query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale}, views);
+  const auto attend = [&](const std::optional<Tensor>& bias, const Output& conditioned_bias) {
+    DuplexViews views(in, shape, modality_bias, condition, conditioned_bias);
+    return forward_with_views({query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale},
+                              views);
+  };
+  if (!condition) return attend(modality_bias, {});
+  check_tensor(check, in, "condition", *condition, shape.indicator(), Numbers::kSums);
+  if (modality_bias) check_tensor(check, in, "modality_bias", *modality_bias, shape.indicator(), Numbers::kSums);
+  const Tensor bias = empty_sums(new_key, shape.indicator());
+  return attend(bias, output(bias, false, Last::kPresent));
 }
 
 }  // namespace

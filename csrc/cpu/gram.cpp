@@ -352,8 +352,14 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
   const Workspace weights(kernels.weights_bytes(args));
   kernels.pack_weights(args, weights.at());
   args.weights = weights.at();
-  run_heads(shape, kernels.aligned_keys_scratch_bytes(args),
-            [&](int64_t batch, int64_t head, void* scratch) { kernels.aligned_keys(args, batch, head, scratch); });
+  const int64_t heads = shape.batch * shape.kv_heads;
+  const Scratch scratch(kernels.aligned_keys_scratch_bytes(args), heads);
+  std::vector<int64_t> batch_before(num_threads(), -1);
+  run_items(heads, [&](int64_t item, int64_t thread) {
+    const int64_t batch = item / shape.kv_heads;
+    kernels.aligned_keys(args, {batch, item % shape.kv_heads, batch_before[thread]}, scratch.of(thread));
+    batch_before[thread] = batch;
+  });
   return aligned;
 }
 

@@ -209,7 +209,7 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
         this->k.pack_weights(args, packed.data());
         args.weights = packed.data();
         std::vector<char> scratch(static_cast<size_t>(this->k.aligned_keys_scratch_bytes(args)), char(-1));
-        this->k.aligned_keys(args, 0, 0, scratch.data());
+        this->k.aligned_keys(args, {0, 0, -1}, scratch.data());
 
         const std::vector<double> phi = this->features(key, tokens, D);
         std::vector<double> gram(static_cast<size_t>(M) * D * D);

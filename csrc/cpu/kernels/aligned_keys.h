@@ -97,7 +97,8 @@ void copy_padding(const AlignedKeysArgs& args, int64_t batch, int64_t kv_head) {
 }
 
 template <class Storage, class T>
-void aligned_keys(const AlignedKeysArgs& args, int64_t batch, int64_t kv_head, void* memory) {
+void aligned_keys(const AlignedKeysArgs& args, const AlignedKeysItem& item, void* memory) {
+  const int64_t batch = item.batch, kv_head = item.kv_head;
   constexpr int kStride = kScratchStride<T>;
   const int D = args.head_dim, R = padded_rank<T>(args);
   Arena<T> arena(memory);

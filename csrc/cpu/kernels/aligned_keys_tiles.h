@@ -31,13 +31,17 @@ struct KeyStrip {
 // The tokens by modality, those outside the Grams last; padding left out.
 struct KeyOrder {
   int32_t* tokens;
-  int64_t begin[2 * kMaxModalities + 1];
+  int64_t* begin;  // [2 num_modalities + 1]
 
   static int group_of(const AlignedKeysArgs& args, int64_t batch, int64_t j) {
     const int m = args.members[batch * args.members_batch + j * args.members_token];
     if (m < 0) return -1;
     const bool included = args.modality[batch * args.modality_batch + j * args.modality_token] >= 0;
     return included ? m : args.num_modalities + m;
+  }
+  void take(const AlignedKeysArgs& args, Arena<float>& arena) {
+    tokens = arena.take<int32_t>(args.num_keys);
+    begin = arena.take<int64_t>(2 * args.num_modalities + 1);
   }
   void sort(const AlignedKeysArgs& args, int64_t batch) {
     const int groups = 2 * args.num_modalities;
@@ -105,7 +109,7 @@ struct AlignedTileScratch {
   AlignedTileScratch(const AlignedKeysArgs& args, const AlignedTileShape& shape, Arena<float>& arena) {
     const auto rows_of = [&](int64_t count) { return arena.take(count * kScratchColumns); };
     const auto words = [&](int64_t count) { return arena.template take<Word>(count); };
-    order.tokens = arena.template take<int32_t>(args.num_keys);
+    order.take(args, arena);
     rows = rows_of((shape.kept + 1) * kStripRows);
     row_tiles = words(2 * key_step(shape));
     pair_tiles = words(2 * shape.depth * pair_step());
@@ -335,7 +339,8 @@ void update_strip(const AlignedKeysArgs& args, const AlignedTileShape& shape, co
 }
 
 template <class Storage>
-void aligned_keys_tiles(const AlignedKeysArgs& args, int64_t batch, int64_t kv_head, void* memory) {
+void aligned_keys_tiles(const AlignedKeysArgs& args, const AlignedKeysItem& item, void* memory) {
+  const int64_t batch = item.batch, kv_head = item.kv_head;
   const AlignedTileShape shape(args);
   Arena<float> arena(memory);
   const float* alignment = nullptr;
@@ -348,9 +353,9 @@ void aligned_keys_tiles(const AlignedKeysArgs& args, int64_t batch, int64_t kv_h
   }
   AlignedTileScratch<kInputParts<Storage>> s(args, shape, arena);
   const TileUnit unit;
-  s.order.sort(args, batch);
+  if (item.batch_before != batch) s.order.sort(args, batch);
+  if (item.batch_before < 0) make_weight_tiles(args, shape, s);
   const KeyRows<Storage> keys(args, batch, kv_head, s.order);
-  make_weight_tiles(args, shape, s);
   if (shape.by_rank) {
     align_by_rank(args, keys, shape, s);
   } else {

@@ -578,15 +578,11 @@ void for_each_strip(const CausalArgs& args, int64_t kv_head, const RowBlock& blo
     }
 }
 
-// Asks for a row of a strip. By an instruction of its own: GCC moves its builtin out from between the tile
-// instructions, to where the row is wanted.
+// Asks for a row of a strip.
 template <class Storage>
 MODA_EXT_INLINE void prefetch_strip_row(const StripRows& strip, const Storage* row_zero, int64_t row_stride,
                                         int head_dim, int row) {
-  if (row < strip.begin || row >= strip.end) return;
-  const char* line = reinterpret_cast<const char*>(row_zero + row * row_stride);
-  for (size_t at = 0; at < sizeof(Storage) * static_cast<size_t>(head_dim); at += 64)
-    __asm__ volatile("prefetcht1 %0" : : "m"(line[at]));
+  if (row >= strip.begin && row < strip.end) prefetch_rows(row_zero + row * row_stride, row_stride, 1, head_dim);
 }
 
 // Rows of an operand into a strip's rows, zero where there is none.

@@ -86,6 +86,12 @@ struct AlignedKeysArgs : DuplexArgs {
   bool past_caches = false;  // as in DuplexForwardArgs
 };
 
+// The keys of one (batch, kv head). What the tokens' modalities and the weights give stays in the scratch: batch_before
+// is the batch element of the item before on it, -1 for none.
+struct AlignedKeysItem {
+  int64_t batch, kv_head, batch_before;
+};
+
 struct GramKernels {
   int chunk;  // tokens whose keys enter a state together
   int compute_bytes;
@@ -113,7 +119,7 @@ struct GramKernels {
                                   void* grad_a2, void* grad_b2);
 
   int64_t (*aligned_keys_scratch_bytes)(const AlignedKeysArgs&);
-  void (*aligned_keys)(const AlignedKeysArgs&, int64_t batch, int64_t kv_head, void* scratch);
+  void (*aligned_keys)(const AlignedKeysArgs&, const AlignedKeysItem&, void* scratch);
 };
 
 // Numbers in one item's part of the weight gradients: a1, b1, a2, b2, each (M, rank, D).
