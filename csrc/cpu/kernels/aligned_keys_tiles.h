@@ -96,8 +96,8 @@ struct AlignedTileShape {
 template <int kKeyParts>
 struct AlignedTileScratch {
   KeyOrder order;
-  float* rows;                 // [kept + 1][kStripRows] rows: keys
-  Word* row_tiles;             // of a strip, first operands [row tile][step][part]
+  float* rows;                 // [kept + 2][kStripRows] rows: keys
+  Word* row_tiles;             // [2] of a strip, first operands [row tile][step][part]
   Word* pair_tiles;            // of a strip, second operands [column tile][part]
   float* latent;               // [kStripRows] rows: k A2, then k [A1 | H^T]
   Word* latent_tiles;          // first operands: of the former's transpose [part], of the latter [row tile][step][part]
@@ -110,8 +110,8 @@ struct AlignedTileScratch {
     const auto rows_of = [&](int64_t count) { return arena.take(count * kScratchColumns); };
     const auto words = [&](int64_t count) { return arena.template take<Word>(count); };
     order.take(args, arena);
-    rows = rows_of((shape.kept + 1) * kStripRows);
-    row_tiles = words(2 * key_step(shape));
+    rows = rows_of((shape.kept + 2) * kStripRows);
+    row_tiles = words(2 * 2 * key_step(shape));
     pair_tiles = words(2 * shape.depth * pair_step());
     latent = rows_of(kStripRows);
     latent_tiles = words(2 * up_step(shape));
@@ -297,16 +297,44 @@ void make_alignment_tiles(const AlignedTileShape& shape, AlignedTileScratch<kKey
                                      shape.depth, s.down + (2 * a + 1) * s.key_down_words(shape));
 }
 
+// Rows r and r + 16 of a strip as row tiles.
+template <int parts>
+MODA_EXT_INLINE void make_row_of_tiles(const float* rows, int depth, int r, Word* out) {
+  for (int tile = 0; tile < 2; ++tile)
+    for (int step = 0; step < depth; ++step) {
+      const float* from = rows + (tile * kTileRows + r) * kScratchColumns + step * kTileDepth;
+      Words low[parts], high[parts];
+      split<parts>(load(from), low);
+      split<parts>(load(from + kTileRows), high);
+      Word* to = out + (tile * depth + step) * parts * kTileWords + r * kTileRows;
+#pragma GCC unroll 3
+      for (int p = 0; p < parts; ++p) store_words(to + p * kTileWords, join(low[p], high[p]));
+    }
+}
+
+// A strip whose keys are to be updated, as rows and as tiles.
+struct LoadedStrip {
+  KeyStrip strip;
+  const float* rows;
+  Word* tiles;
+};
+
+// Writes the updated keys of a strip, and makes the tiles of the next one (if there is one) under its first product.
 template <class Storage>
-void update_strip(const AlignedKeysArgs& args, const AlignedTileShape& shape, const KeyStrip& strip, const float* rows,
-                  Storage* out, AlignedTileScratch<kInputParts<Storage>>& s) {
+void update_strip(const AlignedKeysArgs& args, const AlignedTileShape& shape, const LoadedStrip& loaded,
+                  const LoadedStrip* next, Storage* out, AlignedTileScratch<kInputParts<Storage>>& s) {
   constexpr int kKeyParts = kInputParts<Storage>;
-  make_row_tiles<kKeyParts, false>(rows, 2, shape.depth, s.row_tiles);
+  const KeyStrip& strip = loaded.strip;
+  const float* rows = loaded.rows;
   const Word* down = s.down + 2 * strip.modality * s.key_down_words(shape);
-  for (int pair = 0; pair < shape.rank_tiles(); ++pair)
-    multiply_tiles<kKeyParts, kFullParts>(2, 2, shape.depth, s.row_tiles, s.key_step(shape),
-                                          down + 2 * pair * shape.depth_step(), shape.depth_step(),
-                                          s.latent + pair * kStripRows, kScratchColumns);
+  for (int pair = 0; pair < shape.rank_tiles(); ++pair) {
+    const auto row = [&](int r) {
+      if (pair == 0 && next != nullptr) make_row_of_tiles<kKeyParts>(next->rows, shape.depth, r, next->tiles);
+    };
+    multiply_tiles<kKeyParts, kFullParts, 2, 2>(
+        shape.depth, loaded.tiles, s.key_step(shape), down + 2 * pair * shape.depth_step(), shape.depth_step(),
+        s.latent + pair * kStripRows, kScratchColumns, Slices(shape.depth * num_groups(kKeyParts, kFullParts), row));
+  }
   finish_stores();
   make_row_tiles<kFullParts, false>(s.latent, 2, shape.rank_steps(), s.latent_tiles);
 
@@ -363,12 +391,21 @@ void aligned_keys_tiles(const AlignedKeysArgs& args, const AlignedKeysItem& item
     load_weights(args, alignment, rows, s.alignment);
   }
   make_alignment_tiles(shape, s);
-  s.order.for_each_strip(shape.M, 0, 2 * shape.M, 0, [&](const KeyStrip& strip, int64_t number) {
+  Storage* out = at<Storage>(args.aligned, batch, kv_head, 0);
+  LoadedStrip loaded[2];
+  const int64_t count = s.order.for_each_strip(shape.M, 0, 2 * shape.M, 0, [&](const KeyStrip& strip, int64_t number) {
     const bool kept = strip.included && number < shape.kept;
-    float* rows = s.rows_of(kept ? number : shape.kept);
+    float* rows = s.rows_of(kept ? number : shape.kept + number % 2);
     if (!kept) keys.load(strip, rows);
-    update_strip<Storage>(args, shape, strip, rows, at<Storage>(args.aligned, batch, kv_head, 0), s);
+    LoadedStrip& next = loaded[number % 2];
+    next = {strip, rows, s.row_tiles + number % 2 * 2 * s.key_step(shape)};
+    if (number == 0) {
+      make_row_tiles<kInputParts<Storage>, false>(rows, 2, shape.depth, next.tiles);
+    } else {
+      update_strip<Storage>(args, shape, loaded[(number + 1) % 2], &next, out, s);
+    }
   });
+  if (count > 0) update_strip<Storage>(args, shape, loaded[(count + 1) % 2], nullptr, out, s);
   copy_padding<Storage>(args, batch, kv_head);
   stream_fence();
 }
