@@ -300,7 +300,7 @@ class DuplexAligner(nn.Module):
             ValueError: ``state`` or ``include`` in a scope that has none, or shapes that do not fit.
             TypeError, NotImplementedError: as :func:`moda_ext.alignment.duplex_query_views`.
         """
-        self._check(query, key, state, include, return_state)
+        self.check(query, key, state, include, return_state)
         if self.scope == "causal":
             results = self._causal(query, key, query_modality, key_modality, state, return_indicator)
         else:
@@ -323,7 +323,7 @@ class DuplexAligner(nn.Module):
 
         ``query @ align_keys(key, ...)`` equals the views times ``key``; the keys must then be aligned before they are
         cached. On the CPU, with ``fusion="concat"``, outside autocast and where no gradient is asked for
-        (``torch.no_grad``), it is one fused operator, several times as fast as the differentiable composition.
+        (``torch.no_grad``), it is one fused operator, for two modalities several times as fast.
 
         Args:
             key: (B, Hkv, N, D).
@@ -338,7 +338,7 @@ class DuplexAligner(nn.Module):
         """
         if self.scope == "causal":
             raise ValueError("DuplexAligner: align_keys has no causal form (a key would differ from query to query)")
-        self._check(key, key, None, include, False)
+        self.check(key, key, None, include, False)
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         if self._aligns_in_one_step(key):
             return self._align_in_one_step(key, modality, include)
@@ -361,9 +361,9 @@ class DuplexAligner(nn.Module):
         return checks.runs_natively("modality_gram", key.device, "key")
 
     def _align_in_one_step(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
-        op, weights, eps = "align_keys", (self.a1, self.b1, self.a2, self.b2), 1e-6
-        checks.gram(op, key, modality, self.num_modalities, include, self.key_norm, self.normalize, eps)
-        checks.fuser(op, key, self.num_modalities, *weights)
+        weights, eps = (self.a1, self.b1, self.a2, self.b2), 1e-6
+        checks.gram("modality_gram", key, modality, self.num_modalities, include, self.key_norm, self.normalize, eps)
+        checks.fuser("duplex_query_views", key, self.num_modalities, *weights)
         return autograd.duplex_aligned_keys(
             key if key.stride(-1) == 1 else key.contiguous(),
             modality.to(torch.int32),
@@ -441,7 +441,7 @@ class DuplexAligner(nn.Module):
         modalities = range(self.num_modalities)
         return torch.stack([sum((gram[:, :, m] for m in modalities if m != a), start=zero) for a in modalities])
 
-    def _check(self, query, key, state, include, return_state) -> None:
+    def check(self, query, key, state, include, return_state) -> None:
         """What the operators cannot know; they check the rest."""
         if query.dim() != 4 or query.shape[-1] != self.head_dim:
             raise ValueError(

@@ -317,7 +317,7 @@ def _row_scale(query, key, query_modality, key_modality, num_modalities, *, key_
     if normalize != "frobenius":
         return scale, trace
     # ||G_i||^2 = ||G_{i-1}||^2 + 2 phi_i G_i phi_i^T - |phi_i|^4: the raw projection of the keys themselves.
-    features = reference.key_features(key, key_modality, key_norm, eps)
+    features = _last_contiguous(reference.key_features(key, key_modality, key_norm, eps))
     ones = scale.new_ones((*key.shape[:3], num_modalities))
     ids = key_modality.to(torch.int32)
     initial = None if state is None else state[0].contiguous()

@@ -299,7 +299,8 @@ def duplex_attention(
         >>> duplex_attention(query, key, value, modality, modality, a, b, a, b).shape
         torch.Size([1, 8, 6, 64])
     """
-    op, weights = "duplex_attention", (a1, b1, a2, b2)
+    weights = (a1, b1, a2, b2)
+    checks.duplex("duplex_attention", key, new_key, new_modality, condition)
     if new_key is None:
         new_key, new_modality = key, key_modality
     alignment = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
@@ -321,6 +322,7 @@ def duplex_attention(
             views = duplex_query_views(*tokens, *weights, num_modalities, **alignment)
         else:
             views, indicator = duplex_query_views(*tokens, *weights, num_modalities, **alignment, return_indicator=True)
+            checks.conditioned_bias("duplex_attention", query, modality_bias, condition, num_modalities)
             conditioned = condition.to(indicator.dtype) * indicator
             modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
         attention = {"modality_bias": modality_bias, "sink": sink, "is_causal": True, "scale": scale}
@@ -329,9 +331,10 @@ def duplex_attention(
     query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
     (new_key,) = autocast.cast_tokens(new_key)
     checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, True, scale)
-    checks.causal(op, query, new_key, query_modality, new_modality, num_modalities, key_norm, normalize, eps, state)
+    op, modalities = "duplex_query_views", (query_modality, new_modality, num_modalities)
+    checks.causal(op, query, new_key, *modalities, key_norm, normalize, eps, state)
     checks.fuser(op, query, num_modalities, *weights)
-    checks.duplex(op, query, new_key, key, condition, num_modalities)
+    checks.conditioned_bias("duplex_attention", query, modality_bias, condition, num_modalities)
     rows = query.shape[:-1]
     row_scale, _ = _row_scale(query, new_key, query_modality, new_modality, num_modalities, **alignment)
     out, lse, mass = autograd.duplex_attention(
@@ -352,9 +355,13 @@ def duplex_attention(
 
 
 def fuses_duplex_attention(query: Tensor, *others: Tensor | None) -> bool:
-    """Whether :func:`duplex_attention` of these tensors is one operator: on the CPU, and without a gradient."""
-    on_cpu = isinstance(query, Tensor) and query.device.type == "cpu" and library.native_loaded
-    return on_cpu and not autograd.may_differentiate(query, *others)
+    """Whether :func:`duplex_attention` of these tensors is one operator: on the CPU, and without a gradient.
+
+    All of them: weights that are elsewhere until their module is called (offloading) want their module to be called.
+    """
+    tensors = [t for t in (query, *others) if isinstance(t, Tensor)]
+    on_cpu = library.native_loaded and all(t.device.type == "cpu" for t in tensors)
+    return on_cpu and not autograd.may_differentiate(*tensors)
 
 
 def pseudo_score_sink(

@@ -74,20 +74,23 @@ def align_and_attend(
     options = {"scale": scale, "return_mass": True}
 
     fits = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
-    if fits and attention is modular_attention and not show:
-        bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start)
-        condition = mask.condition_of_rows(query, query_modality) if conditional else None
-        weights = aligner.a1, aligner.b1, aligner.a2, aligner.b2
+    fits = fits and attention is modular_attention and not show
+    parameters = () if not fits else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
+    sums = () if gram is None else (gram.gram, gram.key)
+    if fits and fuses_duplex_attention(query, key, value, new_key, *sums, *parameters):
+        aligner.check(query, new_key, gram, context, keep_gram)
         recent, before = (new_key, new_modality), None
         if gram is not None:
             recent, before = gram.with_recent(*recent), (gram.gram, gram.trace)
-        if fuses_duplex_attention(*(query, key, value, *recent, bias, condition, sink, *weights, *(before or ()))):
-            options |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize, "return_lse": True}
-            options |= {"modality_bias": bias, "condition": condition, "sink": sink, "state": before}
-            arguments = query, key, value, query_modality, key_modality, *weights, num_modalities
-            out, lse, mass = duplex_attention(*arguments, new_key=recent[0], new_modality=recent[1], **options)
-            after = aligner.state_after(new_key, new_modality, gram) if keep_gram else None
-            return Attended(out, lse, mass, None, None, after)
+        bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start)
+        condition = mask.condition_of_rows(query, query_modality) if conditional else None
+        options |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize, "return_lse": True}
+        options |= {"modality_bias": bias, "condition": condition, "sink": sink, "state": before}
+        weights = aligner.a1, aligner.b1, aligner.a2, aligner.b2
+        arguments = query, key, value, query_modality, key_modality, *weights, num_modalities
+        out, lse, mass = duplex_attention(*arguments, new_key=recent[0], new_modality=recent[1], **options)
+        after = aligner.state_after(new_key, new_modality, gram) if keep_gram else None
+        return Attended(out, lse, mass, None, None, after)
 
     views, indicator, after = query, None, None
     if aligner is not None:

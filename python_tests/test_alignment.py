@@ -72,6 +72,26 @@ def test_a_new_aligner_can_learn(device):
         assert {name for name, p in aligner.named_parameters() if p.grad is not None and p.grad.any()} == names
 
 
+def test_keys_that_are_not_contiguous_have_a_frobenius_norm(device):
+    query, key, modality = inputs(device)
+    aligner = make_aligner(device, normalize="frobenius")
+    strided = key.mT.contiguous().mT
+    assert_close(align(aligner, query, strided, modality), align(aligner, query, key, modality))
+
+
+def test_a_key_beyond_the_range_of_squares_is_left_out_of_the_gram(device):
+    query, key, modality = inputs(device, tokens=100)
+    modality = modality.clamp(min=0)
+    key[:, :, 50] = 3e19
+    aligner = make_aligner(device, scope="full")
+    expected = aligner.align_keys(key, modality).detach()
+    with torch.no_grad():
+        aligned = aligner.align_keys(key, modality)
+    others = torch.arange(100, device=device) != 50
+    assert aligned.isfinite().all()
+    torch.testing.assert_close(aligned[:, :, others], expected[:, :, others], rtol=1e-4, atol=1e-5)
+
+
 # The equations, token by token
 
 

@@ -231,16 +231,46 @@ def test_the_operator_checks_what_memory_safety_depends_on():
         ({"condition": 1.0}, TypeError, "condition"),
         ({"normalize": "row"}, ValueError, "normalize"),
         ({"state": torch.zeros(3)}, TypeError, "state"),
+        ({"new_modality": torch.zeros(2, 150).int()}, ValueError, "new_modality"),
+        ({"new_key": torch.zeros(2, 2, 150, 32)}, ValueError, "new_key"),
+        ({"new_key": 3, "new_modality": 3}, TypeError, "new_key"),
         ({"new_key": torch.zeros(2, 1, 150, 32), "new_modality": torch.zeros(2, 150).int()}, ValueError, "new_key"),
         ({"modality_bias": torch.zeros(7)}, ValueError, "modality_bias"),
         ({"new_key": torch.zeros(2, 2, 10, 32), "new_modality": torch.zeros(2, 10).int()}, ValueError, "query"),
     ),
     ids=lambda value: str(value)[:20],
 )
-def test_errors_name_the_argument(changes, error, message):
+def test_errors_name_the_argument_with_and_without_a_gradient(changes, error, message):
     arguments, terms = inputs()
-    with pytest.raises(error, match=message):
-        duplex_attention(*arguments, **{**terms, **changes})
+    for differentiable in (False, True):
+        query = arguments[0].requires_grad_(differentiable)
+        with pytest.raises(error, match=message):
+            duplex_attention(query, *arguments[1:], **{**terms, **changes})
+
+
+def test_a_layer_refuses_with_and_without_a_gradient():
+    """What the aligner's own forward pass refuses."""
+    layer = ModularDuplexAttention(64, num_heads=4, num_kv_heads=2)
+    x, modality = torch.randn(1, 10, 64), torch.randint(0, 2, (1, 10))
+    state = AttentionState()
+    layer(x, modality, state=state)
+    state.gram.key_norm = None
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            with pytest.raises(ValueError, match="include belongs to scope='context'"):
+                layer(x, modality, context=modality == 0)
+            with pytest.raises(ValueError, match="state must be of key_norm"):
+                layer(x, modality, state=state)
+
+
+def test_a_layer_makes_its_mask_once():
+    layer = ModularDuplexAttention(64, num_heads=4, num_kv_heads=2)
+    calls = []
+    layer.mask.register_forward_hook(lambda *_: calls.append(1))
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            layer(torch.randn(1, 10, 64), torch.randint(0, 2, (1, 10)))
+    assert len(calls) == 2
 
 
 def test_autocast():

@@ -259,16 +259,29 @@ def fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
         _shape(op, name, weight, expected, "(M, D, rank)" if name in ("a1", "a2") else "(M, rank, D)")
 
 
-def duplex(op, query, new_key, key, factor, num_modalities) -> None:
-    """Raise unless alignment and attention are of the same heads, and ``factor`` can scale the indicator."""
-    if new_key.shape[1] != key.shape[1]:
-        _mismatch(op, "new_key", "the number of heads of key", key.shape[1], new_key.shape[1])
-    if factor is None:
-        return
-    _tensor(op, "condition", factor)
-    _dtype(op, "condition", factor, FLOATS)
-    _device(op, "condition", factor, query)
-    _broadcastable(op, "condition", factor, (*query.shape[:3], num_modalities), "(B, Hq, Nq, M)")
+def duplex(op, key, new_key, new_modality, condition) -> None:
+    """Raise unless what ``duplex_attention`` has beside its two halves fits them."""
+    if (new_key is None) != (new_modality is None):
+        given, missing = ("new_modality", "new_key") if new_key is None else ("new_key", "new_modality")
+        raise ValueError(f"{op}: {given} belongs to {missing}, which is None")
+    if new_key is not None:
+        for name, tensor in (("key", key), ("new_key", new_key)):
+            _tensor(op, name, tensor)
+            _rank(op, name, tensor, 4, "(B, Hkv, N, D)")
+        if new_key.shape[1] != key.shape[1]:
+            _mismatch(op, "new_key", "the number of heads of key", key.shape[1], new_key.shape[1])
+    if condition is not None:
+        _tensor(op, "condition", condition)
+        _dtype(op, "condition", condition, FLOATS)
+
+
+def conditioned_bias(op, query, modality_bias, condition, num_modalities) -> None:
+    """Raise unless the indicator of this query can be scaled by ``condition`` and added to ``modality_bias``."""
+    for name, tensor in (("modality_bias", modality_bias), ("condition", condition)):
+        if tensor is not None:
+            _tensor(op, name, tensor)
+            _device(op, name, tensor, query)
+            _broadcastable(op, name, tensor, (*query.shape[:3], num_modalities), "(B, Hq, Nq, M)")
 
 
 def _choice(op, name, value, allowed) -> None:

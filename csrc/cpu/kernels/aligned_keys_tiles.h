@@ -213,7 +213,8 @@ void align_by_rank(const AlignedKeysArgs& args, const KeyRows<Storage>& keys, co
         for (int c = 0; c < width; c += kTileRows) squares += load(row + c) * load(row + c);
         const float square = reduce_add<float>(squares), norm = sqrtf(square);
         factor[i] = args.unit_keys ? 1 / (norm > eps ? norm : eps) : 1.0f;
-        trace += square * factor[i] * factor[i];
+        const float length = factor[i] == 0 ? 0 : norm * factor[i];  // of phi; 0 where the square overflows
+        trace += length * length;
       }
       make_key_tiles<kKeyParts>(rows, shape.depth, s.row_tiles, s.key_step(shape), s.pair_tiles, s.pair_step());
       bool asked = false;
