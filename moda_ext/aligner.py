@@ -12,6 +12,7 @@ from moda_ext import reference
 from moda_ext._ops import autocast, autograd, checks
 from moda_ext._ops.checks import KEY_NORMS, MAX_MODALITIES, MAX_RANK, accumulation_dtype
 from moda_ext.alignment import (
+    _last_contiguous,
     causal_gram_projection,
     duplex_query_views,
     gram_indicator,
@@ -352,20 +353,18 @@ class DuplexAligner(nn.Module):
         return (key + low_rank.flatten(3) @ up.flatten(0, 1)).to(key.dtype)
 
     def _aligns_in_one_step(self, key: Tensor) -> bool:
-        """Whether the fused operator takes these keys: it has no derivative, and kernels on the CPU alone."""
-        if self.fusion != "concat" or self.a1.shape[-1] > MAX_RANK or key.device.type != "cpu":
+        """Whether the fused operator takes these keys."""
+        if self.fusion != "concat" or self.a1.shape[-1] > MAX_RANK:
             return False
         casts = autocast.cast_tokens(key)[0] is not key  # which is for the products; the sum stays as accurate as key
-        if casts or autograd.may_differentiate(key, self.a1, self.b1, self.a2, self.b2):
-            return False
-        return checks.runs_natively("modality_gram", key.device, "key")
+        return not casts and autograd.runs_fused(key, *self.parameters())
 
     def _align_in_one_step(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         weights, eps = (self.a1, self.b1, self.a2, self.b2), 1e-6
         checks.gram("modality_gram", key, modality, self.num_modalities, include, self.key_norm, self.normalize, eps)
         checks.fuser("duplex_query_views", key, self.num_modalities, *weights)
         return autograd.duplex_aligned_keys(
-            key if key.stride(-1) == 1 else key.contiguous(),
+            _last_contiguous(key),
             modality.to(torch.int32),
             include,
             *(w.to(accumulation_dtype(key.dtype)).contiguous() for w in weights),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks, library
-from moda_ext.alignment import _row_scale, _view_operands, duplex_query_views
+from moda_ext._ops import autocast, autograd, checks
+from moda_ext.alignment import _last_contiguous, _row_scale, _view_operands, duplex_query_views
 
 __all__ = [
     "AttentionState",
@@ -316,7 +316,7 @@ def duplex_attention(
         condition,
         sink,
     )
-    if not fuses_duplex_attention(*tensors):
+    if not autograd.runs_fused(*tensors):
         tokens = (query, new_key, query_modality, new_modality)
         if condition is None:
             views = duplex_query_views(*tokens, *weights, num_modalities, **alignment)
@@ -352,16 +352,6 @@ def duplex_attention(
         query.shape[-1] ** -0.5 if scale is None else scale,
     )
     return reference.pack_results(out, lse, mass, return_lse, return_mass)
-
-
-def fuses_duplex_attention(query: Tensor, *others: Tensor | None) -> bool:
-    """Whether :func:`duplex_attention` of these tensors is one operator: on the CPU, and without a gradient.
-
-    All of them: weights that are elsewhere until their module is called (offloading) want their module to be called.
-    """
-    tensors = [t for t in (query, *others) if isinstance(t, Tensor)]
-    on_cpu = library.native_loaded and all(t.device.type == "cpu" for t in tensors)
-    return on_cpu and not autograd.may_differentiate(*tensors)
 
 
 def pseudo_score_sink(
@@ -427,10 +417,6 @@ def pseudo_score_sink(
         decay.to(work).expand(shape), base.to(work).expand(shape), num_rows, length, start
     ).to(dtype)
     return sink if per_head else sink[0]
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _expand(tensor: Tensor | None, shape, dtype: torch.dtype) -> Tensor | None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moda_ext._ops import autograd
 from moda_ext.alignment import DuplexAligner, GramState
-from moda_ext.attention import duplex_attention, fuses_duplex_attention, modular_attention
+from moda_ext.attention import duplex_attention, modular_attention
 from moda_ext.mask import ModularMask
 
 __all__ = ["AttentionState", "ModularDuplexAttention"]
@@ -77,7 +78,7 @@ def align_and_attend(
     fits = fits and attention is modular_attention and not show
     parameters = () if not fits else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
     sums = () if gram is None else (gram.gram, gram.key)
-    if fits and fuses_duplex_attention(query, key, value, new_key, *sums, *parameters):
+    if fits and autograd.runs_fused(query, key, value, new_key, *sums, *parameters):
         aligner.check(query, new_key, gram, context, keep_gram)
         recent, before = (new_key, new_modality), None
         if gram is not None:

@@ -19,10 +19,15 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def may_differentiate(*tensors: torch.Tensor | None) -> bool:
-    """Whether a derivative of what is computed of these tensors may be asked for."""
-    needed = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-    return needed or _transformed()
+def runs_fused(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operator without a derivative, and with kernels on the CPU alone, may take these tensors.
+
+    All must be there: weights that are elsewhere until their module is called (offloading) want it to be called.
+    """
+    given = [t for t in tensors if isinstance(t, torch.Tensor)]
+    if not library.native_loaded or any(t.device.type != "cpu" for t in given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not _transformed()
 
 
 def _differentiable(name: str, setup_context, backward):
