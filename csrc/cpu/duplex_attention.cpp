@@ -40,11 +40,9 @@ class DuplexViews : public QueryViews {
             in.key, shape.kv_heads > 0 ? shape.num_queries * (shape.query_heads / shape.kv_heads) : 0)),
         element_(static_cast<int64_t>(in.query.element_size())),
         args_(arguments(in, shape)),
-        weights_(kernels_.weights_bytes(args_)),
+        weights_(kernels_, args_),
         bias_(input(bias, false, Last::kPresent)),
         condition_(input(condition, false, Last::kPresent)) {
-    kernels_.pack_weights(args_, weights_.at());
-    args_.weights = weights_.at();
     args_.past_caches = true;  // those of a key head are several megabytes; stores through the caches measured slower
     args_.indicator = conditioned_bias;
   }
@@ -89,7 +87,7 @@ class DuplexViews : public QueryViews {
   const GramKernels& kernels_;
   const int64_t element_;
   DuplexForwardArgs args_;
-  const Workspace weights_;
+  const PackedWeights weights_;
   const Input bias_, condition_;
 };
 
@@ -100,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> duplex_attention(
     const std::optional<Tensor>& condition, const std::optional<Tensor>& sink, int64_t num_modalities, bool unit_keys,
     double eps, double scale) {
   const ArgumentCheck check("duplex_attention");
-  const DuplexInputs in{
-      {{new_key, new_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
+  const DuplexInputs in{{{new_key, new_modality, num_modalities, unit_keys, eps}, query, row_scale, initial},
+                        {a1, b1, a2, b2}};
   const GramShape shape = check_duplex(check, in);
   check.require(key.dim() == 4 && key.size(1) == shape.kv_heads, "key", "as many heads as new_key has", key);
   check_ids("duplex_attention", new_modality, num_modalities);

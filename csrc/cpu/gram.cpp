@@ -5,16 +5,14 @@
 // depend on threads.
 #include "cpu/gram.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/adapter.h"
 #include "cpu/isa.h"
+#include "ops/gram_operators.h"
 
 namespace moda_ext {
 namespace cpu {
@@ -78,13 +76,17 @@ void fill_args(const CausalInputs& in, const GramShape& shape, CausalArgs& args)
   args.initial = data(in.initial);
 }
 
+void fill_args(const DuplexWeights& weights, const GramShape& shape, DuplexArgs& args) {
+  args.rank = static_cast<int>(shape.rank);
+  args.a1 = weights.a1.const_data_ptr();
+  args.b1 = weights.b1.const_data_ptr();
+  args.a2 = weights.a2.const_data_ptr();
+  args.b2 = weights.b2.const_data_ptr();
+}
+
 void fill_args(const DuplexInputs& in, const GramShape& shape, DuplexArgs& args) {
   fill_args(static_cast<const CausalInputs&>(in), shape, args);
-  args.rank = static_cast<int>(shape.rank);
-  args.a1 = in.a1.const_data_ptr();
-  args.b1 = in.b1.const_data_ptr();
-  args.a2 = in.a2.const_data_ptr();
-  args.b2 = in.b2.const_data_ptr();
+  fill_args(static_cast<const DuplexWeights&>(in), shape, args);
 }
 
 namespace {
@@ -107,209 +109,140 @@ int64_t largest(int64_t batch, const Bytes& bytes) {
   return most;
 }
 
-Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
-  Tensor result = empty_in_layout_of(tensor, sizes, false);
-  prefer_huge_pages(result);
-  return result;
-}
-Tensor gradient_like(const Tensor& tensor) {
-  return result_like(tensor, {tensor.sizes().begin(), tensor.sizes().end()});
+bool past_caches(const Tensor& result) {
+  return result.numel() * static_cast<int64_t>(result.element_size()) > kCachedBytes;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// modality_gram
-
-Tensor modality_gram(const Tensor& key, const Tensor& modality, int64_t num_modalities, bool unit_keys, double eps) {
-  const ArgumentCheck check("modality_gram");
-  const GramInputs in{key, modality, num_modalities, unit_keys, eps};
-  const GramShape shape = check_gram(check, in);
-  check_ids("modality_gram", modality, num_modalities);
-  const Tensor gram = empty_sums(key, shape.gram());
-  const int64_t heads = shape.batch * shape.kv_heads;
-  if (heads == 0) return gram;
-  GramArgs args;
-  fill_args(in, shape, args);
-  const GramKernels& kernels = select_gram_kernels(key, shape.num_keys);
-
-  const int64_t wanted = std::max(kGramItems, 2 * num_threads());
-  const int64_t pieces = std::max<int64_t>(1, std::min((wanted + heads - 1) / heads, shape.num_keys / kGramKeys));
-  const int64_t chunks = (shape.num_keys + kernels.chunk - 1) / kernels.chunk;
-  const int64_t gram_bytes = shape.num_modalities * shape.head_dim * shape.head_dim * kernels.compute_bytes;
-  const Workspace partials(pieces > 1 ? heads * pieces * gram_bytes : 0);
-  const auto destination = [&](int64_t head, int64_t piece) -> void* {
-    if (pieces > 1) return partials.at((head * pieces + piece) * gram_bytes);
-    return static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes;
-  };
-  const Scratch scratch(kernels.modality_gram_scratch_bytes(args), heads * pieces);
-  run_items(heads * pieces, [&](int64_t index, int64_t thread) {
-    const int64_t head = index / pieces, piece = index % pieces;
-    const auto bound = [&](int64_t p) { return std::min(shape.num_keys, chunks * p / pieces * kernels.chunk); };
-    const ModalityGramItem item{head / shape.kv_heads, head % shape.kv_heads, bound(piece), bound(piece + 1),
-                                destination(head, piece)};
-    kernels.modality_gram(args, item, scratch.of(thread));
-  });
-  if (pieces == 1) return gram;
-  run_items(heads, [&](int64_t head, int64_t) {
-    std::vector<void*> parts;
-    for (int64_t piece = 0; piece < pieces; ++piece) parts.push_back(destination(head, piece));
-    kernels.reduce_grams(args, parts.data(), static_cast<int>(pieces),
-                         static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes);
-  });
-  return gram;
-}
-
-Tensor modality_gram_backward(const Tensor& grad_gram, const Tensor& key, const Tensor& modality,
-                              int64_t num_modalities, bool unit_keys, double eps) {
-  const ArgumentCheck check("modality_gram_backward");
-  const GramInputs in{key, modality, num_modalities, unit_keys, eps};
-  const GramShape shape = check_gram(check, in);
-  check_ids("modality_gram_backward", modality, num_modalities);
-  check_tensor(check, in, "grad_gram", grad_gram, shape.gram(), Numbers::kContiguousSums);
-  const Tensor grad_key = gradient_like(key);
-  ModalityGramBackwardArgs args;
-  fill_args(in, shape, args);
-  args.grad_gram = grad_gram.const_data_ptr();
-  args.grad_key = rows_out(grad_key);
-  const GramKernels& kernels = select_gram_kernels(key, 0);
-  run_heads(shape, kernels.modality_gram_scratch_bytes(args), [&](int64_t batch, int64_t head, void* scratch) {
-    kernels.modality_gram_backward(args, batch, head, scratch);
-  });
-  return grad_key;
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// causal_gram_projection
-
-std::tuple<Tensor, Tensor> causal_gram_projection(const Tensor& query, const Tensor& key, const Tensor& key_modality,
-                                                  const Tensor& row_scale, const std::optional<Tensor>& initial,
-                                                  int64_t num_modalities, bool unit_keys, double eps) {
-  const ArgumentCheck check("causal_gram_projection");
-  const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
-  const GramShape shape = check_causal(check, in);
-  check_ids("causal_gram_projection", key_modality, num_modalities);
-  const Tensor projection = result_like(query, shape.views());
-  const Tensor gram = empty_sums(key, shape.gram());
-  ProjectionForwardArgs args;
-  fill_args(in, shape, args);
-  args.projection = rows_out(projection);
-  args.gram = gram.mutable_data_ptr();
-  const GramKernels& kernels = select_gram_kernels(key, 0);
-  run_heads(shape, kernels.projection_scratch_bytes(args),
-            [&](int64_t batch, int64_t head, void* scratch) { kernels.projection(args, batch, head, scratch); });
-  return {projection, gram};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> causal_gram_projection_backward(
-    const Tensor& grad_projection, const std::optional<Tensor>& grad_gram, const Tensor& query, const Tensor& key,
-    const Tensor& key_modality, const Tensor& row_scale, const std::optional<Tensor>& initial, int64_t num_modalities,
-    bool unit_keys, double eps) {
-  const ArgumentCheck check("causal_gram_projection_backward");
-  const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
-  const GramShape shape = check_causal(check, in);
-  check_ids("causal_gram_projection_backward", key_modality, num_modalities);
-  check_tensor(check, in, "grad_projection", grad_projection, shape.views(), Numbers::kStored);
-  if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
-  const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const Tensor grad_scale = empty_sums(key, shape.row_scale());
-  const Tensor grad_initial = empty_sums(key, shape.gram(), initial.has_value());
-  ProjectionBackwardArgs args;
-  fill_args(in, shape, args);
-  args.grad_projection = rows(grad_projection);
-  args.grad_gram = data(grad_gram);
-  args.grad_query = rows_out(grad_query);
-  args.grad_key = rows_out(grad_key);
-  args.grad_row_scale = rows_out(grad_scale);
-  args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
-  const GramKernels& kernels = select_gram_kernels(key, 0);
-  const int64_t scratch_bytes =
-      largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); });
-  run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
-    kernels.projection_backward(args, batch, head, scratch);
-  });
-  return {grad_query, grad_key, grad_scale, grad_initial};
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// duplex_query_views
-
-std::tuple<Tensor, Tensor, Tensor> duplex_query_views(const Tensor& query, const Tensor& key,
-                                                      const Tensor& key_modality, const Tensor& row_scale,
-                                                      const Tensor& a1, const Tensor& b1, const Tensor& a2,
-                                                      const Tensor& b2, const std::optional<Tensor>& initial,
-                                                      int64_t num_modalities, bool unit_keys, double eps,
-                                                      bool with_indicator, bool with_gram) {
-  const ArgumentCheck check("duplex_query_views");
-  const DuplexInputs in{
-      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
-  const GramShape shape = check_duplex(check, in);
-  check_ids("duplex_query_views", key_modality, num_modalities);
-  const Tensor views = result_like(query, shape.views());
-  const Tensor indicator = empty_sums(key, shape.indicator(), with_indicator);
-  const Tensor gram = empty_sums(key, shape.gram(), with_gram);
-  DuplexForwardArgs args;
-  fill_args(in, shape, args);
-  args.views = rows_out(views);
-  args.past_caches = views.numel() * static_cast<int64_t>(views.element_size()) > kCachedBytes;
-  if (with_indicator) args.indicator = rows_out(indicator);
-  if (with_gram) args.gram = gram.mutable_data_ptr();
-  const GramKernels& kernels = select_gram_kernels(key, args.num_queries * args.group);
-  const Workspace weights(kernels.weights_bytes(args));
-  kernels.pack_weights(args, weights.at());
-  args.weights = weights.at();
-  run_heads(shape, kernels.duplex_scratch_bytes(args),
-            [&](int64_t batch, int64_t head, void* scratch) { kernels.duplex(args, batch, head, scratch); });
-  return {views, indicator, gram};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> duplex_query_views_backward(
-    const Tensor& grad_views, const std::optional<Tensor>& grad_indicator, const std::optional<Tensor>& grad_gram,
-    const Tensor& query, const Tensor& key, const Tensor& key_modality, const Tensor& row_scale, const Tensor& a1,
-    const Tensor& b1, const Tensor& a2, const Tensor& b2, const std::optional<Tensor>& initial, const Tensor& indicator,
-    int64_t num_modalities, bool unit_keys, double eps) {
-  const ArgumentCheck check("duplex_query_views_backward");
-  const DuplexInputs in{
-      {{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial}, a1, b1, a2, b2};
-  const GramShape shape = check_duplex(check, in);
-  check_ids("duplex_query_views_backward", key_modality, num_modalities);
-  check_tensor(check, in, "grad_views", grad_views, shape.views(), Numbers::kStored);
-  if (grad_indicator) {
-    check_tensor(check, in, "grad_indicator", *grad_indicator, shape.indicator(), Numbers::kSums);
-    check_tensor(check, in, "indicator", indicator, shape.indicator(), Numbers::kSums);
+struct CpuGram {
+  static void check(const ArgumentCheck& check, const GramInputs& in) {
+    check_ids(check.op(), in.modality, in.num_modalities);
   }
-  if (grad_gram) check_tensor(check, in, "grad_gram", *grad_gram, shape.gram(), Numbers::kContiguousSums);
-  const Tensor grad_query = gradient_like(query), grad_key = gradient_like(key);
-  const Tensor grad_scale = empty_sums(key, shape.row_scale());
-  const Tensor grad_a1 = empty_sums(key, shape.down()), grad_b1 = empty_sums(key, shape.up());
-  const Tensor grad_a2 = empty_sums(key, shape.down()), grad_b2 = empty_sums(key, shape.up());
-  const Tensor grad_initial = empty_sums(key, shape.gram(), initial.has_value());
-  DuplexBackwardArgs args;
-  fill_args(in, shape, args);
-  args.grad_views = rows(grad_views);
-  if (grad_indicator) {
-    args.indicator = rows(indicator);
-    args.grad_indicator = rows(*grad_indicator);
+  static Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+    Tensor result = empty_in_layout_of(tensor, sizes, false);
+    prefer_huge_pages(result);
+    return result;
   }
-  args.grad_gram = data(grad_gram);
-  args.grad_query = rows_out(grad_query);
-  args.grad_key = rows_out(grad_key);
-  args.grad_row_scale = rows_out(grad_scale);
-  args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
-  const GramKernels& kernels = select_gram_kernels(key, args.num_queries * args.group);
-  const Workspace weights(kernels.weights_bytes(args));
-  kernels.pack_weights(args, weights.at());
-  args.weights = weights.at();
-  const int64_t heads = shape.batch * shape.kv_heads;
-  const int64_t partial_bytes = weight_gradient_elements(args) * kernels.compute_bytes;
-  const Workspace partials(heads * partial_bytes);
-  const int64_t scratch_bytes =
-      largest(shape.batch, [&](int64_t b) { return kernels.duplex_backward_scratch_bytes(args, b); });
-  run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
-    kernels.duplex_backward(args, batch, head, partials.at((batch * shape.kv_heads + head) * partial_bytes), scratch);
-  });
-  kernels.reduce_weight_gradients(args, partials.at(), heads, grad_a1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
-                                  grad_a2.mutable_data_ptr(), grad_b2.mutable_data_ptr());
-  return {grad_query, grad_key, grad_scale, grad_a1, grad_b1, grad_a2, grad_b2, grad_initial};
-}
+
+  static void modality_gram(const GramInputs& in, const GramShape& shape, const Tensor& gram) {
+    const int64_t heads = shape.batch * shape.kv_heads;
+    if (heads == 0) return;
+    GramArgs args;
+    fill_args(in, shape, args);
+    const GramKernels& kernels = select_gram_kernels(in.key, shape.num_keys);
+
+    const int64_t wanted = std::max(kGramItems, 2 * num_threads());
+    const int64_t pieces = std::max<int64_t>(1, std::min((wanted + heads - 1) / heads, shape.num_keys / kGramKeys));
+    const int64_t chunks = (shape.num_keys + kernels.chunk - 1) / kernels.chunk;
+    const int64_t gram_bytes = shape.num_modalities * shape.head_dim * shape.head_dim * kernels.compute_bytes;
+    const Workspace partials(pieces > 1 ? heads * pieces * gram_bytes : 0);
+    const auto destination = [&](int64_t head, int64_t piece) -> void* {
+      if (pieces > 1) return partials.at((head * pieces + piece) * gram_bytes);
+      return static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes;
+    };
+    const Scratch scratch(kernels.modality_gram_scratch_bytes(args), heads * pieces);
+    run_items(heads * pieces, [&](int64_t index, int64_t thread) {
+      const int64_t head = index / pieces, piece = index % pieces;
+      const auto bound = [&](int64_t p) { return std::min(shape.num_keys, chunks * p / pieces * kernels.chunk); };
+      const ModalityGramItem item{head / shape.kv_heads, head % shape.kv_heads, bound(piece), bound(piece + 1),
+                                  destination(head, piece)};
+      kernels.modality_gram(args, item, scratch.of(thread));
+    });
+    if (pieces == 1) return;
+    run_items(heads, [&](int64_t head, int64_t) {
+      std::vector<void*> parts;
+      for (int64_t piece = 0; piece < pieces; ++piece) parts.push_back(destination(head, piece));
+      kernels.reduce_grams(args, parts.data(), static_cast<int>(pieces),
+                           static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes);
+    });
+  }
+
+  static void modality_gram_backward(const GramInputs& in, const GramShape& shape, const Tensor& grad_gram,
+                                     const Tensor& grad_key) {
+    ModalityGramBackwardArgs args;
+    fill_args(in, shape, args);
+    args.grad_gram = grad_gram.const_data_ptr();
+    args.grad_key = rows_out(grad_key);
+    const GramKernels& kernels = select_gram_kernels(in.key, 0);
+    run_heads(shape, kernels.modality_gram_scratch_bytes(args), [&](int64_t batch, int64_t head, void* scratch) {
+      kernels.modality_gram_backward(args, batch, head, scratch);
+    });
+  }
+
+  static void projection(const CausalInputs& in, const GramShape& shape, const Tensor& projection, const Tensor& gram) {
+    ProjectionForwardArgs args;
+    fill_args(in, shape, args);
+    args.projection = rows_out(projection);
+    args.gram = gram.mutable_data_ptr();
+    const GramKernels& kernels = select_gram_kernels(in.key, 0);
+    run_heads(shape, kernels.projection_scratch_bytes(args),
+              [&](int64_t batch, int64_t head, void* scratch) { kernels.projection(args, batch, head, scratch); });
+  }
+
+  static void projection_backward(const CausalInputs& in, const GramShape& shape, const Tensor& grad_projection,
+                                  const std::optional<Tensor>& grad_gram, const CausalResults& results) {
+    ProjectionBackwardArgs args;
+    fill_args(in, shape, args);
+    args.grad_projection = rows(grad_projection);
+    fill_gradients(in, grad_gram, results, args);
+    const GramKernels& kernels = select_gram_kernels(in.key, 0);
+    const int64_t scratch_bytes =
+        largest(shape.batch, [&](int64_t b) { return kernels.projection_backward_scratch_bytes(args, b); });
+    run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
+      kernels.projection_backward(args, batch, head, scratch);
+    });
+  }
+
+  static void duplex(const DuplexInputs& in, const GramShape& shape, const Tensor& views, const Tensor* indicator,
+                     const Tensor* gram) {
+    DuplexForwardArgs args;
+    fill_args(in, shape, args);
+    args.views = rows_out(views);
+    args.past_caches = past_caches(views);
+    if (indicator != nullptr) args.indicator = rows_out(*indicator);
+    if (gram != nullptr) args.gram = gram->mutable_data_ptr();
+    const GramKernels& kernels = select_gram_kernels(in.key, args.num_queries * args.group);
+    const PackedWeights weights(kernels, args);
+    run_heads(shape, kernels.duplex_scratch_bytes(args),
+              [&](int64_t batch, int64_t head, void* scratch) { kernels.duplex(args, batch, head, scratch); });
+  }
+
+  static void duplex_backward(const DuplexInputs& in, const GramShape& shape, const Tensor& grad_views,
+                              const Tensor& indicator, const std::optional<Tensor>& grad_indicator,
+                              const std::optional<Tensor>& grad_gram, const DuplexResults& results) {
+    DuplexBackwardArgs args;
+    fill_args(in, shape, args);
+    args.grad_views = rows(grad_views);
+    if (grad_indicator) {
+      args.indicator = rows(indicator);
+      args.grad_indicator = rows(*grad_indicator);
+    }
+    fill_gradients(in, grad_gram, results, args);
+    const GramKernels& kernels = select_gram_kernels(in.key, args.num_queries * args.group);
+    const PackedWeights weights(kernels, args);
+    const int64_t heads = shape.batch * shape.kv_heads;
+    const int64_t partial_bytes = weight_gradient_elements(args) * kernels.compute_bytes;
+    const Workspace partials(heads * partial_bytes);
+    const int64_t scratch_bytes =
+        largest(shape.batch, [&](int64_t b) { return kernels.duplex_backward_scratch_bytes(args, b); });
+    run_heads(shape, scratch_bytes, [&](int64_t batch, int64_t head, void* scratch) {
+      kernels.duplex_backward(args, batch, head, partials.at((batch * shape.kv_heads + head) * partial_bytes), scratch);
+    });
+    kernels.reduce_weight_gradients(args, partials.at(), heads, results.grad_a1.mutable_data_ptr(),
+                                    results.grad_b1.mutable_data_ptr(), results.grad_a2.mutable_data_ptr(),
+                                    results.grad_b2.mutable_data_ptr());
+  }
+
+ private:
+  template <class Args>
+  static void fill_gradients(const CausalInputs& in, const std::optional<Tensor>& grad_gram,
+                             const CausalResults& results, Args& args) {
+    args.grad_gram = data(grad_gram);
+    args.grad_query = rows_out(results.grad_query);
+    args.grad_key = rows_out(results.grad_key);
+    args.grad_row_scale = rows_out(results.grad_row_scale);
+    args.grad_initial = in.initial ? results.grad_initial.mutable_data_ptr() : nullptr;
+  }
+};
 
 // ------------------------------------------------------------------------------------------------------------------
 // duplex_aligned_keys
@@ -318,20 +251,16 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
                            const Tensor& a1, const Tensor& b1, const Tensor& a2, const Tensor& b2,
                            int64_t num_modalities, bool unit_keys, double eps, int64_t normalization) {
   const ArgumentCheck check("duplex_aligned_keys");
-  const AlignedKeysInputs in{{key, modality, num_modalities, unit_keys, eps}, include, a1, b1, a2, b2, normalization};
+  const AlignedKeysInputs in{{key, modality, num_modalities, unit_keys, eps}, {a1, b1, a2, b2}, include, normalization};
   const GramShape shape = check_aligned_keys(check, in);
-  check_ids("duplex_aligned_keys", modality, num_modalities);
-  const Tensor aligned = gradient_like(key);
+  CpuGram::check(check, in);
+  const Tensor aligned = CpuGram::result_like(key, shape.key());
   AlignedKeysArgs args;
-  fill_args(in, shape, args);
-  args.rank = static_cast<int>(shape.rank);
-  args.a1 = a1.const_data_ptr();
-  args.b1 = b1.const_data_ptr();
-  args.a2 = a2.const_data_ptr();
-  args.b2 = b2.const_data_ptr();
+  fill_args(static_cast<const GramInputs&>(in), shape, args);
+  fill_args(static_cast<const DuplexWeights&>(in), shape, args);
   args.normalization = static_cast<Normalization>(normalization);
   args.aligned = rows_out(aligned);
-  args.past_caches = aligned.numel() * static_cast<int64_t>(aligned.element_size()) > kCachedBytes;
+  args.past_caches = past_caches(aligned);
   args.members = args.modality;
   args.members_batch = args.modality_batch;
   args.members_token = args.modality_token;
@@ -349,9 +278,7 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
     args.modality_token = 1;
   }
   const GramKernels& kernels = select_gram_kernels(key, shape.num_keys);
-  const Workspace weights(kernels.weights_bytes(args));
-  kernels.pack_weights(args, weights.at());
-  args.weights = weights.at();
+  const PackedWeights weights(kernels, args);
   const int64_t heads = shape.batch * shape.kv_heads;
   const Scratch scratch(kernels.aligned_keys_scratch_bytes(args), heads);
   std::vector<int64_t> batch_before(num_threads(), -1);
@@ -368,11 +295,6 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
 }  // namespace moda_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
-  m.impl("modality_gram", TORCH_BOX(&moda_ext::cpu::modality_gram));
-  m.impl("modality_gram_backward", TORCH_BOX(&moda_ext::cpu::modality_gram_backward));
-  m.impl("causal_gram_projection", TORCH_BOX(&moda_ext::cpu::causal_gram_projection));
-  m.impl("causal_gram_projection_backward", TORCH_BOX(&moda_ext::cpu::causal_gram_projection_backward));
-  m.impl("duplex_query_views", TORCH_BOX(&moda_ext::cpu::duplex_query_views));
-  m.impl("duplex_query_views_backward", TORCH_BOX(&moda_ext::cpu::duplex_query_views_backward));
+  moda_ext::GramOperators<moda_ext::cpu::CpuGram>::implement(m);
   m.impl("duplex_aligned_keys", TORCH_BOX(&moda_ext::cpu::duplex_aligned_keys));
 }

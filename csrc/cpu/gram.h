@@ -1,6 +1,7 @@
 // What the CPU adapters of the alignment operators share.
 #pragma once
 
+#include "cpu/adapter.h"
 #include "cpu/kernels/gram.h"
 #include "ops/gram.h"
 
@@ -16,6 +17,18 @@ void check_ids(const char* op, const Tensor& modality, int64_t num_modalities);
 void fill_args(const GramInputs& in, const GramShape& shape, GramArgs& args);
 void fill_args(const CausalInputs& in, const GramShape& shape, CausalArgs& args);
 void fill_args(const DuplexInputs& in, const GramShape& shape, DuplexArgs& args);
+
+// The weights of `args` as the kernels want them, for as long as this lives.
+class PackedWeights {
+ public:
+  PackedWeights(const GramKernels& kernels, DuplexArgs& args) : memory_(kernels.weights_bytes(args)) {
+    kernels.pack_weights(args, memory_.at());
+    args.weights = memory_.at();
+  }
+
+ private:
+  Workspace memory_;
+};
 
 }  // namespace cpu
 }  // namespace moda_ext

@@ -12,9 +12,12 @@
 namespace moda_ext {
 namespace cuda {
 
-inline Storage storage_of(const ArgumentCheck& check, const char* argument, const Tensor& tensor) {
+inline void check_dtype(const ArgumentCheck& check, const char* argument, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   check.require(dtype != ScalarType::Double, argument, "float32, bfloat16 or float16 on CUDA", dtype);
+}
+inline Storage storage_of(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
   return dtype == ScalarType::BFloat16 ? Storage::kBFloat16
          : dtype == ScalarType::Half   ? Storage::kFloat16
                                        : Storage::kFloat32;

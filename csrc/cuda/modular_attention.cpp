@@ -63,7 +63,8 @@ struct Operands {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const Storage storage = storage_of(ArgumentCheck("modular_attention"), "query", in.query);
+  check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
+  const Storage storage = storage_of(in.query);
   const AttentionOutputs outputs = empty_outputs(in, shape);
   if (outputs.lse.numel() == 0) return {outputs.out, outputs.lse, outputs.mass};
 
@@ -87,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
                                                             const AttentionNeeds& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
-  const Storage storage = storage_of(ArgumentCheck("modular_attention"), "query", in.query);
+  check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
+  const Storage storage = storage_of(in.query);
   check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
   const bool packed = in.packed();
   const int32_t device = in.query.get_device_index();

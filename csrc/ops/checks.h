@@ -25,6 +25,7 @@ Tensor empty_in_layout_of(const Tensor& like, const std::vector<int64_t>& sizes,
 class ArgumentCheck {
  public:
   constexpr explicit ArgumentCheck(const char* op) : op_(op) {}
+  const char* op() const { return op_; }
 
   template <class Expected, class Got>
   void require(bool condition, const char* argument, const Expected& expected, const Got& got) const {

@@ -46,20 +46,20 @@ GramShape check_causal(const ArgumentCheck& check, const CausalInputs& in) {
 }
 
 // The weights of the fuser, of which the first has the rank.
-template <class Inputs>
-static void check_weights(const ArgumentCheck& check, const Inputs& in, GramShape& shape) {
-  check.require(in.a1.dim() == 3, "a1", "3 dimensions", in.a1);
-  shape.rank = in.a1.size(2);
-  check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", in.a1);
-  check_tensor(check, in, "a1", in.a1, shape.down(), Numbers::kContiguousSums);
-  check_tensor(check, in, "b1", in.b1, shape.up(), Numbers::kContiguousSums);
-  check_tensor(check, in, "a2", in.a2, shape.down(), Numbers::kContiguousSums);
-  check_tensor(check, in, "b2", in.b2, shape.up(), Numbers::kContiguousSums);
+static void check_weights(const ArgumentCheck& check, const GramInputs& in, const DuplexWeights& weights,
+                          GramShape& shape) {
+  check.require(weights.a1.dim() == 3, "a1", "3 dimensions", weights.a1);
+  shape.rank = weights.a1.size(2);
+  check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", weights.a1);
+  check_tensor(check, in, "a1", weights.a1, shape.down(), Numbers::kContiguousSums);
+  check_tensor(check, in, "b1", weights.b1, shape.up(), Numbers::kContiguousSums);
+  check_tensor(check, in, "a2", weights.a2, shape.down(), Numbers::kContiguousSums);
+  check_tensor(check, in, "b2", weights.b2, shape.up(), Numbers::kContiguousSums);
 }
 
 GramShape check_duplex(const ArgumentCheck& check, const DuplexInputs& in) {
   GramShape shape = check_causal(check, in);
-  check_weights(check, in, shape);
+  check_weights(check, in, in, shape);
   return shape;
 }
 
@@ -70,7 +70,7 @@ GramShape check_aligned_keys(const ArgumentCheck& check, const AlignedKeysInputs
     check.dtype("include", *in.include, ScalarType::Bool);
     check.device("include", *in.include, in.key);
   }
-  check_weights(check, in, shape);
+  check_weights(check, in, in, shape);
   check.require(in.normalization >= 0 && in.normalization <= 2, "normalization", "0 to 2", in.normalization);
   return shape;
 }

@@ -12,6 +12,7 @@ struct GramShape {
   int64_t batch, query_heads, kv_heads, num_queries, num_keys, head_dim, num_modalities, rank;
 
   std::vector<int64_t> gram() const { return {batch, kv_heads, num_modalities, head_dim, head_dim}; }
+  std::vector<int64_t> key() const { return {batch, kv_heads, num_keys, head_dim}; }
   std::vector<int64_t> query() const { return {batch, query_heads, num_queries, head_dim}; }
   std::vector<int64_t> views() const { return {num_modalities, batch, query_heads, num_queries, head_dim}; }
   std::vector<int64_t> row_scale() const { return {batch, kv_heads, num_queries, num_modalities}; }
@@ -32,13 +33,14 @@ struct CausalInputs : GramInputs {
   std::optional<Tensor> initial;
 };
 
-struct DuplexInputs : CausalInputs {
+struct DuplexWeights {
   Tensor a1, b1, a2, b2;
 };
 
-struct AlignedKeysInputs : GramInputs {
+struct DuplexInputs : CausalInputs, DuplexWeights {};
+
+struct AlignedKeysInputs : GramInputs, DuplexWeights {
   std::optional<Tensor> include;
-  Tensor a1, b1, a2, b2;
   int64_t normalization;
 };
 
