@@ -18,6 +18,8 @@
 // makes it a shift and an or of whole vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "pack.h"
 
 namespace moda_ext {
@@ -192,24 +194,137 @@ class Slices {
   int credit_ = 0, next_ = 0;
 };
 
+// A strip as a first operand that is made while it is used, a step of its depth at a time. Its first parts are kept,
+// for the last pass over them; of the others, a ring keeps two steps.
+template <int parts>
+struct StripTiles {
+  Word *first, *others;
+  int steps;
+  bool ring;
+
+  MODA_EXT_INLINE Word* at(int row_tile, int step, int part) const {
+    if (part == 0) return first + (row_tile * steps + step) * kTileWords;
+    const int slot = ring ? step % 2 : step;
+    return others + ((slot * 2 + row_tile) * (parts - 1) + part - 1) * kTileWords;
+  }
+};
+
+// A tile of columns of the second operand, [step][part], and where its product goes: [kStripRows][kTileRows].
+struct Column {
+  const Word* tiles;
+  float* product;
+
+  MODA_EXT_INLINE const Word* at(int step, int part) const { return tiles + (step * kFullParts + part) * kTileWords; }
+};
+
+// Adds the product of parts PA and PB of one step to sums 0, 1, 2 (first row tile) and 3, 4, 5.
+template <int PA, int PB, int NT, int parts, class Between>
+MODA_EXT_INLINE void multiply_parts(const StripTiles<parts>& strip, int step, const Column* columns, Between& between) {
+  _tile_loadd(6, strip.at(0, step, PA), 64);
+  _tile_loadd(7, columns[0].at(step, PB), 64);
+  _tile_dpbf16ps(0, 6, 7);
+  if (NT > 1) {
+    _tile_loadd(7, columns[1].at(step, PB), 64);
+    _tile_dpbf16ps(1, 6, 7);
+  }
+  if (NT > 2) {
+    _tile_loadd(7, columns[2].at(step, PB), 64);
+    _tile_dpbf16ps(2, 6, 7);
+  }
+  between();
+  _tile_loadd(6, strip.at(1, step, PA), 64);
+  if (NT > 2) {
+    _tile_dpbf16ps(5, 6, 7);
+    _tile_loadd(7, columns[1].at(step, PB), 64);
+  }
+  if (NT > 1) {
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(7, columns[0].at(step, PB), 64);
+  }
+  _tile_dpbf16ps(3, 6, 7);
+  between();
+}
+
+// A strip times NT in {1, 2, 3} tiles of columns in full parts. prepare(step, r), r < 16, runs for every step but the
+// first, under the products of the one before; between(r) under those of the first parts.
+template <int NT, int parts, class Prepare, class Between>
+MODA_EXT_INLINE void multiply_columns(const StripTiles<parts>& strip, const Column* columns, const Prepare& prepare,
+                                      const Between& between) {
+  finish_stores();
+  _tile_zero(0);
+  _tile_zero(3);
+  if (NT > 1) _tile_zero(1);
+  if (NT > 1) _tile_zero(4);
+  if (NT > 2) _tile_zero(2);
+  if (NT > 2) _tile_zero(5);
+  for (int step = 0; step < strip.steps; ++step) {
+    const auto row = [&](int r) {
+      if (step + 1 < strip.steps) prepare(step + 1, r);
+    };
+    Slices slices(2 * (num_groups(parts, kFullParts) - 1), row);
+    multiply_parts<0, 2, NT>(strip, step, columns, slices);
+    multiply_parts<0, 1, NT>(strip, step, columns, slices);
+    if constexpr (parts > 1) {
+      multiply_parts<1, 1, NT>(strip, step, columns, slices);
+      multiply_parts<1, 0, NT>(strip, step, columns, slices);
+    }
+    if constexpr (parts > 2) multiply_parts<2, 0, NT>(strip, step, columns, slices);
+  }
+  Slices slices(2 * strip.steps, between);
+  for (int step = 0; step < strip.steps; ++step) multiply_parts<0, 0, NT>(strip, step, columns, slices);
+  _tile_stored(0, columns[0].product, 64);
+  _tile_stored(3, columns[0].product + kTileWords, 64);
+  if (NT > 1) _tile_stored(1, columns[1].product, 64);
+  if (NT > 1) _tile_stored(4, columns[1].product + kTileWords, 64);
+  if (NT > 2) _tile_stored(2, columns[2].product, 64);
+  if (NT > 2) _tile_stored(5, columns[2].product + kTileWords, 64);
+  finish_stores();
+}
+
+// The same for NT = count.
+template <int parts, class Prepare, class Between>
+MODA_EXT_INLINE void multiply_columns(int count, const StripTiles<parts>& strip, const Column* columns,
+                                      const Prepare& prepare, const Between& between) {
+  if (count == 1) multiply_columns<1>(strip, columns, prepare, between);
+  if (count == 2) multiply_columns<2>(strip, columns, prepare, between);
+  if (count == 3) multiply_columns<3>(strip, columns, prepare, between);
+}
+
+struct Nothing {
+  MODA_EXT_INLINE void operator()(int) const {}
+};
+
 // One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and r
-// + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one.
-template <int PA, int PB, class Steps, class Epilogue>
+// + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one. before(r) runs between
+// those of the first.
+template <int PA, int PB, class Steps, class Before, class Epilogue>
 MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a, int64_t a_row_step, const Word* b,
-                                    int64_t b_column_step, float* products, const Epilogue& epilogue) {
+                                    int64_t b_column_step, float* products, const Before& before,
+                                    const Epilogue& epilogue) {
   const auto product_of = [&](int pair) { return products + pair % 2 * kBlockElements; };
   for (int pair = 0; pair < pairs; ++pair) {
     const Word* columns = b + 2 * pair * b_column_step;
-    if (pair == 0) {
+    if (std::is_same<Before, Nothing>::value && pair == 0) {
       multiply_tiles<PA, PB>(2, 2, steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows);
       continue;
     }
-    const auto row = [&](int r) { epilogue(pair - 1, product_of(pair - 1), r); };
+    const auto row = [&](int r) {
+      if (pair == 0) {
+        before(r);
+      } else {
+        epilogue(pair - 1, product_of(pair - 1), r);
+      }
+    };
     multiply_tiles<PA, PB, 2, 2>(steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows,
                                  Slices(steps(pair) * num_groups(PA, PB), row));
   }
   finish_stores();
   for (int r = 0; r < kTileRows; ++r) epilogue(pairs - 1, product_of(pairs - 1), r);
+}
+template <int PA, int PB, class Steps, class Epilogue>
+MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a, int64_t a_row_step, const Word* b,
+                                    int64_t b_column_step, float* products, const Epilogue& epilogue) {
+  multiply_strip<PA, PB>(pairs, steps, a, a_row_step, b, b_column_step, products, Nothing(), epilogue);
 }
 
 // x as a sum of `parts` bfloat16 numbers, in the upper halves of words, rounded to nearest (ties away from zero). A
@@ -242,14 +357,14 @@ MODA_EXT_INLINE void clear_rows(float* rows, int tile_rows, int head_dim, int co
 MODA_EXT_INLINE void store_words(Word* to, Words words) { memcpy(to, &words, sizeof(words)); }
 
 // One tile in all its parts, or its transpose: row r joins 16 numbers of row r of `first` and of `second` (both of
-// stride kScratchColumns).
+// stride `stride`).
 template <int parts, bool transposed>
-MODA_EXT_INLINE void make_tile(const float* first, const float* second, Word* out) {
+MODA_EXT_INLINE void make_tile(const float* first, const float* second, Word* out, int64_t stride = kScratchColumns) {
   Vector<float> square[parts][kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
     Words low[parts], high[parts];
-    split<parts>(load(first + r * kScratchColumns), low);
-    split<parts>(load(second + r * kScratchColumns), high);
+    split<parts>(load(first + r * stride), low);
+    split<parts>(load(second + r * stride), high);
     for (int p = 0; p < parts; ++p) square[p][r] = (Vector<float>)join(low[p], high[p]);
   }
   for (int p = 0; p < parts; ++p) {
