@@ -142,7 +142,8 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
 // What turns a score in log2 units into a probability: P = 2^(s + shift) factor. The query is scaled before the product
 // exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - lse)
 // log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
-// bias gradient), so the factor 2^error takes it back.
+// bias gradient), so the factor 2^error takes it back. Scores so large that the error counts for more than that say
+// nothing about P; nonpositive_exponent() keeps it a probability.
 template <class T>
 struct RowExponent {
   T shift, factor;
@@ -150,9 +151,14 @@ struct RowExponent {
   RowExponent(T bias, T lse) {
     const double exact = (static_cast<double>(bias) - static_cast<double>(lse)) * kLog2e;
     shift = static_cast<T>(exact);
-    factor = static_cast<T>(1 + kLn2 * (exact - static_cast<double>(shift)));
+    const double error = exact - static_cast<double>(shift);
+    factor = static_cast<T>(error > -0.1 && error < 0.1 ? 1 + kLn2 * error : 1);
   }
 };
+template <class T>
+MODA_EXT_INLINE Vector<T> nonpositive_exponent(Vector<T> x) {
+  return minimum(Vector<T>{}, x);
+}
 
 // Sums over the visible keys of one modality: of P, and of dS.
 template <class T>
@@ -168,7 +174,7 @@ MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, co
   Vector<T> probability{}, grad_score{};
   int j = 0;
   for (; j + L <= count; j += L) {
-    const Vector<T> p = exp2_nonpositive(load(scores + j) + c) * f;
+    const Vector<T> p = exp2_nonpositive(nonpositive_exponent<T>(load(scores + j) + c)) * f;
     const Vector<T> ds = p * (load(grads + j) - d);
     store(scores + j, p);
     store(grads + j, ds);
@@ -176,7 +182,7 @@ MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, co
     grad_score += ds;
   }
   if (j < count) {
-    const Vector<T> p = keep_first<T>(exp2_nonpositive(load(scores + j) + c) * f, count - j);
+    const Vector<T> p = keep_first<T>(exp2_nonpositive(nonpositive_exponent<T>(load(scores + j) + c)) * f, count - j);
     const Vector<T> ds = keep_first<T>(p * (load(grads + j) - d), count - j);
     store(scores + j, p);
     store(grads + j, ds);

@@ -411,8 +411,8 @@ class TileBackward {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q) {
         const int from = (r + half * kTileRows) * kStrip + q * kTileRows;
-        Vector<float> probability =
-            exp2_nonpositive(load(scratch_.scores[step % 2] + from) * scale + state.shift[q]) * state.factor[q];
+        const Vector<float> exponent = load(scratch_.scores[step % 2] + from) * scale + state.shift[q];
+        Vector<float> probability = exp2_nonpositive(nonpositive_exponent<float>(exponent)) * state.factor[q];
         Vector<float> grad = probability * (load(scratch_.grad_scores[step % 2] + from) - state.delta[q]);
         if (masked) {
           const Bits<float> mask = sees(seen.visible + q * kTileRows, step * kTileDepth + r + half * kTileRows);

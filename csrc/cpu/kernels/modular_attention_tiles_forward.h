@@ -230,13 +230,17 @@ class TileEngine {
     }
     const bool interleaves_last = keep && steps > 1 && interleaves(steps - 1);
     if (!keep) {
+      Vector<float> reference[2];
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q) {
         // Each query for itself: no row may depend, not even in its rounding, on what others in the strip see.
         const Bits<float> moves = exceeds(best[q] * scale + shift[q]);
         const Vector<float> now = choose(moves, best[q] * scale + bias[q], maximum_before[q]);
         rescale[q] = exp2_nonpositive(maximum_before[q] - now);
-        shift[q] = bias[q] - now;
+        // Scores relative to the largest, so that it is near 0 also where its rounding error, `left`, is not.
+        const Vector<float> left = best[q] * scale + (bias[q] - now);
+        reference[q] = choose(moves, best[q], Vector<float>{});
+        shift[q] = choose(moves, maximum(splat(-kSlack), minimum(splat(kSlack), left)), shift[q]);
         mass[q] = Vector<float>{};
         store(state().maximum + first + q * kTileRows, now);
         for (int m = 0; m < args_.num_modalities; ++m) {
@@ -244,7 +248,7 @@ class TileEngine {
           store(total, load(total) * rescale[q]);
         }
       }
-      for (int s = 0; s < steps; ++s) exponentiate(s, strip, scale, shift, mass);
+      for (int s = 0; s < steps; ++s) exponentiate(s, strip, scale, shift, mass, reference);
     } else if (!interleaves_last) {
       exponentiate(steps - 1, strip, scale, shift, mass);
     }
@@ -299,16 +303,21 @@ class TileEngine {
     }
   }
 
-  // Probabilities of keys r and r + 16 of a step, from scores to a row of the pair tiles.
+  // Probabilities of keys r and r + 16 of a step, from scores (relative to `reference`, if there is one) to a row of
+  // the pair tiles.
   template <bool masked>
   MODA_EXT_INLINE void exponentiate_row(int step, int r, const StripView& strip, Vector<float> scale,
-                                        const Vector<float>* shift, Vector<float>* mass) {
+                                        const Vector<float>* shift, Vector<float>* mass,
+                                        const Vector<float>* reference = nullptr) {
     const float* scores = scratch_.scores + step * kTileDepth * kStrip;
     Word* out = scratch_.probability + step * kInner * kTileWords;
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
-      Vector<float> low = exp2_nonpositive(load(scores + r * kStrip + q * kTileRows) * scale + shift[q]);
-      Vector<float> high = exp2_nonpositive(load(scores + (r + kTileRows) * kStrip + q * kTileRows) * scale + shift[q]);
+      const auto probability = [&](int key) {
+        const Vector<float> score = load(scores + key * kStrip + q * kTileRows);
+        return exp2_nonpositive((reference == nullptr ? score : score - reference[q]) * scale + shift[q]);
+      };
+      Vector<float> low = probability(r), high = probability(r + kTileRows);
       if (masked) {
         const int key = step * kTileDepth + r;
         low = keep_where(sees(strip.visible + q * kTileRows, key), low);
@@ -324,12 +333,12 @@ class TileEngine {
     }
   }
 
-  void exponentiate(int step, const StripView& strip, Vector<float> scale, const Vector<float>* shift,
-                    Vector<float>* mass) {
+  MODA_EXT_INLINE void exponentiate(int step, const StripView& strip, Vector<float> scale, const Vector<float>* shift,
+                                    Vector<float>* mass, const Vector<float>* reference = nullptr) {
     if ((step + 1) * kTileDepth <= strip.full) {
-      for (int r = 0; r < kTileRows; ++r) exponentiate_row<false>(step, r, strip, scale, shift, mass);
+      for (int r = 0; r < kTileRows; ++r) exponentiate_row<false>(step, r, strip, scale, shift, mass, reference);
     } else {
-      for (int r = 0; r < kTileRows; ++r) exponentiate_row<true>(step, r, strip, scale, shift, mass);
+      for (int r = 0; r < kTileRows; ++r) exponentiate_row<true>(step, r, strip, scale, shift, mass, reference);
     }
   }
 

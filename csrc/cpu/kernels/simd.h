@@ -98,29 +98,40 @@ MODA_EXT_INLINE Vector<T> splat(T x) {
   return x - Vector<T>{};  // x - 0 folds into a plain broadcast; 0 + x would not, because of -0
 }
 
-// max(a, b) that returns b when either is NaN, as the x86 instruction does: maximum(limit, x) keeps a NaN in x.
-MODA_EXT_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
-#if defined(__AVX512F__)  // the maskz form: GCC 12 warns of an uninitialised operand in the plain one
-  return (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (Vector<float>)_mm_max_ps((__m128)a, (__m128)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-MODA_EXT_INLINE Vector<double> maximum(Vector<double> a, Vector<double> b) {
+// max(a, b) and min(a, b) that return b when either is NaN, as the x86 instructions do: maximum(limit, x) keeps a NaN
+// in x. In the maskz form, because GCC 12 warns of an uninitialised operand in the plain one.
 #if defined(__AVX512F__)
-  return (Vector<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+#define MODA_EXT_BOUND(name, operation, compare)                                        \
+  MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {                \
+    return (Vector<float>)_mm512_maskz_##operation##_ps(0xffff, (__m512)a, (__m512)b);  \
+  }                                                                                     \
+  MODA_EXT_INLINE Vector<double> name(Vector<double> a, Vector<double> b) {             \
+    return (Vector<double>)_mm512_maskz_##operation##_pd(0xff, (__m512d)a, (__m512d)b); \
+  }
 #elif defined(__AVX2__)
-  return (Vector<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#define MODA_EXT_BOUND(name, operation, compare)                            \
+  MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {    \
+    return (Vector<float>)_mm256_##operation##_ps((__m256)a, (__m256)b);    \
+  }                                                                         \
+  MODA_EXT_INLINE Vector<double> name(Vector<double> a, Vector<double> b) { \
+    return (Vector<double>)_mm256_##operation##_pd((__m256d)a, (__m256d)b); \
+  }
 #elif defined(__SSE2__)
-  return (Vector<double>)_mm_max_pd((__m128d)a, (__m128d)b);
+#define MODA_EXT_BOUND(name, operation, compare)                            \
+  MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {    \
+    return (Vector<float>)_mm_##operation##_ps((__m128)a, (__m128)b);       \
+  }                                                                         \
+  MODA_EXT_INLINE Vector<double> name(Vector<double> a, Vector<double> b) { \
+    return (Vector<double>)_mm_##operation##_pd((__m128d)a, (__m128d)b);    \
+  }
 #else
-  return a > b ? a : b;
+#define MODA_EXT_BOUND(name, operation, compare)                                                       \
+  MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) { return a compare b ? a : b; } \
+  MODA_EXT_INLINE Vector<double> name(Vector<double> a, Vector<double> b) { return a compare b ? a : b; }
 #endif
-}
+MODA_EXT_BOUND(maximum, max, >)
+MODA_EXT_BOUND(minimum, min, <)
+#undef MODA_EXT_BOUND
 
 // Horizontal reductions, halving the vector down to 16 bytes and then lane by lane: a fixed order, so a result depends
 // only on the tier. Extracting halves is one instruction each; general shuffles would need masks from memory.
