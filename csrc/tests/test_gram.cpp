@@ -2,6 +2,7 @@
 // for each tier of the machine (ATEN_CPU_CAPABILITY).
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -179,11 +180,18 @@ TYPED_TEST(Gram, ViewsAndIndicatorEqualPlainLoops) {
   }
 }
 
-// Two modalities of which the first has keys outside the Gram, and padding; `rank` decides which way A2^T G is made.
+// What a kernel left there must not serve the next one.
+__attribute__((noinline)) void overwrite_stack() {
+  volatile char bytes[1 << 15];
+  for (volatile char& byte : bytes) byte = -1;
+}
+
+// Keys inside and outside the Grams, and padding; the rank decides which way A2^T G is made. Then the same as another
+// head of the batch element, for which the scratch holds all it needs.
 TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
   using T = TypeParam;
   for (int D : {40, 128})
-    for (int r : {5, 70})
+    for (int r : {5, 20, 70})
       for (Normalization normalization : {Normalization::kTrace, Normalization::kFrobenius, Normalization::kRow}) {
         const int tokens = 2 * this->k.chunk + 5, M = this->kModalities;
         const std::vector<T> key = this->random_values(static_cast<size_t>(tokens) * D);
@@ -210,6 +218,11 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
         args.weights = packed.data();
         std::vector<char> scratch(static_cast<size_t>(this->k.aligned_keys_scratch_bytes(args)), char(-1));
         this->k.aligned_keys(args, {0, 0, -1}, scratch.data());
+        const std::vector<T> first = aligned;
+        std::fill(aligned.begin(), aligned.end(), T(99));
+        overwrite_stack();
+        this->k.aligned_keys(args, {0, 0, 0}, scratch.data());
+        ASSERT_EQ(aligned, first) << D << " wide, rank " << r;
 
         const std::vector<double> phi = this->features(key, tokens, D);
         std::vector<double> gram(static_cast<size_t>(M) * D * D);
