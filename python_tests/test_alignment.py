@@ -167,8 +167,7 @@ def test_key_side_equals_query_side(device, fusion, scope, normalize):
     assert_close(query_side, modular_attention(query, aligned, value, modality, **keywords))
 
 
-# Tiles are used from 64 keys on; A2^T G is made of the keys or of the Gram, whichever is less; keys beyond a number are
-# read twice.
+# Tiles are used from 64 keys on; A2^T G is made of the keys or of the Gram, whichever is less.
 ALIGNED_KEYS = {
     "few keys": {"tokens": 30},
     "one modality": {"num_modalities": 1},

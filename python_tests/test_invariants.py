@@ -318,19 +318,23 @@ def test_everything_is_finite(device, data):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("bias", (None, 1e3, -1e10, 1e10))
 @pytest.mark.parametrize("peak", (1e4, 1e8, 1e9, 3e9, 1e10, 1e18))
-def test_scores_whose_rounding_errors_are_large(device, peak, dtype):
+def test_scores_whose_rounding_errors_are_large(device, peak, bias, dtype):
     """Around 1e9 a score and the maximum of its row, rounded apart, differ by more than an exponential can hold."""
     shape = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 200, "keys": 200, "head_size": 64}
-    problem = make_problem(
-        **shape, peak=peak, dtype=dtype, bias=None, sink=None, is_causal=True, runs="mixed runs", device=device
-    )
+    sink = None if bias is None else "full"
+    problem = make_problem(**shape, peak=peak, dtype=dtype, bias=None, sink=sink, is_causal=True, device=device)
+    if bias is not None:  # of one modality
+        problem.modality_bias = torch.tensor([0.0, bias], device=device, requires_grad=True)
     results = evaluate(ours, problem, cotangents_for(problem, torch.Generator().manual_seed(1)))
     for name, value in results.items():
         assert value.isfinite().all(), name
-    q, k, v = (t.detach().double() for t in (problem.query, problem.key, problem.value))
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert_close(results["out"], expected, units=2**10 if dtype == torch.float32 else 4)
+    assert (results["mass"].sum(dim=-1) < 1 + 1e-5).all()
+    if bias is None:
+        q, k, v = (t.detach().double() for t in (problem.query, problem.key, problem.value))
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        assert_close(results["out"], expected, units=2**10 if dtype == torch.float32 else 4)
 
 
 # 8. Finite differences agree with every gradient, in float64.

@@ -15,6 +15,10 @@ namespace moda_ext {
 namespace cpu {
 namespace {
 
+void* align_to_line(char* memory) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
+
 const GramKernels& kernels(Storage storage) {
 #if defined(MODA_EXT_AMX_TIER)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return gram_kernels_amx(storage);
@@ -78,7 +82,7 @@ TYPED_TEST(Gram, EqualsTheSumOfOuterProductsAtEveryLength) {
       this->fill(args, key, modality, head_dim);
       std::vector<T> gram(static_cast<size_t>(this->kModalities) * head_dim * head_dim, T(99));
       std::vector<char> scratch(static_cast<size_t>(this->k.modality_gram_scratch_bytes(args)) + 64, char(-1));
-      void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+      void* aligned = align_to_line(scratch.data());
       this->k.modality_gram(args, {0, 0, 0, tokens, gram.data()}, aligned);
       const std::vector<double> phi = this->features(key, tokens, head_dim);
       for (int m = 0; m < this->kModalities; ++m)
@@ -187,10 +191,10 @@ __attribute__((noinline)) void overwrite_stack() {
 }
 
 // Keys inside and outside the Grams, and padding; the rank decides which way A2^T G is made. Then the same as another
-// head of the batch element, for which the scratch holds all it needs.
+// head of the batch element, for which the scratch holds all it needs, and past the caches.
 TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
   using T = TypeParam;
-  for (int D : {40, 128})
+  for (int D : {40, 72, 128})
     for (int r : {5, 20, 70})
       for (Normalization normalization : {Normalization::kTrace, Normalization::kFrobenius, Normalization::kRow}) {
         const int tokens = 2 * this->k.chunk + 5, M = this->kModalities;
@@ -210,19 +214,22 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
         args.normalization = normalization;
         args.members = members.data();
         args.members_token = 1;
-        std::vector<T> aligned(static_cast<size_t>(tokens) * D, T(99));
-        args.aligned.data = aligned.data();
+        std::vector<char> results(sizeof(T) * tokens * D + 64);
+        T* const aligned = static_cast<T*>(align_to_line(results.data()));
+        std::fill_n(aligned, tokens * D, T(99));
+        args.aligned.data = aligned;
         args.aligned.row = D;
         std::vector<char> packed(static_cast<size_t>(this->k.weights_bytes(args)));
         this->k.pack_weights(args, packed.data());
         args.weights = packed.data();
         std::vector<char> scratch(static_cast<size_t>(this->k.aligned_keys_scratch_bytes(args)), char(-1));
         this->k.aligned_keys(args, {0, 0, -1}, scratch.data());
-        const std::vector<T> first = aligned;
-        std::fill(aligned.begin(), aligned.end(), T(99));
+        const std::vector<T> first(aligned, aligned + tokens * D);
+        std::fill_n(aligned, tokens * D, T(99));
         overwrite_stack();
+        args.past_caches = true;
         this->k.aligned_keys(args, {0, 0, 0}, scratch.data());
-        ASSERT_EQ(aligned, first) << D << " wide, rank " << r;
+        ASSERT_EQ(std::vector<T>(aligned, aligned + tokens * D), first) << D << " wide, rank " << r;
 
         const std::vector<double> phi = this->features(key, tokens, D);
         std::vector<double> gram(static_cast<size_t>(M) * D * D);

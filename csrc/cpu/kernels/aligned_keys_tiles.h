@@ -11,8 +11,9 @@
 // and updated in one visit to each of its strips; the others are visited twice.
 //
 // A strip's operands would fill a first-level cache, and a store that misses it costs more than the vector work behind
-// it. So they are made a step of the head size at a time, under the products of the step before, and all but the first
-// parts are overwritten two steps later. Asking for the keys of the next strip brought nothing.
+// it. So they are made a step of the head size at a time, under the products of the step before. Of a first operand
+// that up to three tiles of columns need, all but the first parts are then overwritten two steps later. Asking for the
+// keys of the next strip brought nothing.
 #pragma once
 
 #include "aligned_keys.h"
@@ -83,8 +84,10 @@ struct KeyPlan {
       }
     };
     for_each_token([&](int group, int32_t) { ++begin[group + 1]; });
-    for (int g = 0; g < 2 * M; ++g) next[g] = begin[g + 1] += begin[g];
-    for (int g = 0; g < 2 * M; ++g) next[g] = begin[g];
+    for (int g = 0; g < 2 * M; ++g) {
+      next[g] = begin[g];
+      begin[g + 1] += begin[g];
+    }
     for_each_token([&](int group, int32_t j) { tokens[next[group]++] = j; });
 
     int largest = 0;
@@ -238,10 +241,10 @@ MODA_EXT_INLINE void split_keys(const StripTiles<parts>& tiles, int step, int r,
   }
 }
 
-// f_i and its share of the trace, once the squares of key i are complete.
+// f_i and its share of the trace, once the squares of key i are complete. Where there is nothing, 0.
 MODA_EXT_INLINE void find_factor(const AlignedKeysArgs& args, int i, LoadedStrip& strip) {
   const float norm = sqrtf(reduce_add<float>(strip.squares[i])), eps = static_cast<float>(args.eps);
-  strip.factor[i] = args.unit_keys ? 1 / (norm > eps ? norm : eps) : 1.0f;
+  strip.factor[i] = norm == 0 ? 0.0f : args.unit_keys ? 1 / (norm > eps ? norm : eps) : 1.0f;
   const float length = strip.factor[i] == 0 ? 0 : norm * strip.factor[i];  // of phi; 0 where the square overflows
   strip.trace += length * length;
 }
@@ -430,10 +433,9 @@ void aligned_keys_tiles(const AlignedKeysArgs& args, const AlignedKeysItem& item
       if (c == 0) {
         multiply_columns(count, s.keys, s.columns, prepare, between);
       } else {
-        multiply_columns(count, s.keys, s.columns + c, [](int, int) {}, [](int) {});
+        multiply_columns(count, s.keys, s.columns + c, Nothing(), Nothing());
       }
     }
-    finish_stores();
 
     if (visit.sum) {
       trace += strip.trace;

@@ -94,7 +94,7 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
 // sink), and the D_i that went into dS was made from the rounded output. Here it is replaced by the D that the row's
 // own probabilities imply, and the common factor that the rounding of lse gives to them is divided out, known from what
 // they should sum to:
-//   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P
+//   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P; 1 where the scores are so large that it is far from it
 //   D = k sum_m (db_m + Q_m D_i) - dL
 //   db_m <- k (db_m + Q_m (D_i - D))
 template <class T>
@@ -111,7 +111,7 @@ void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, in
   if (seen == T(0)) return;
   if (args.sink.data == nullptr || *row_of<T>(args.sink, sequence, head, sequence.first_query, row) == T(-INFINITY))
     expected = 1;
-  const T correction = expected / seen;
+  const T ratio = expected / seen, correction = ratio > T(0.5) && ratio < T(2) ? ratio : T(1);
   T difference =
       *row_of<T>(args.delta, sequence, head, sequence.first_query, row) * (1 - expected) - correction * grads;
   if (args.grad_lse.data != nullptr) difference += *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
@@ -142,8 +142,8 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
 // What turns a score in log2 units into a probability: P = 2^(s + shift) factor. The query is scaled before the product
 // exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - lse)
 // log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
-// bias gradient), so the factor 2^error takes it back. Scores so large that the error counts for more than that say
-// nothing about P; nonpositive_exponent() keeps it a probability.
+// bias gradient), so the factor 2^error takes it back. Where the error is above 0.1, scores say nothing about P any
+// more; nonpositive_exponent() keeps it a probability.
 template <class T>
 struct RowExponent {
   T shift, factor;

@@ -114,6 +114,9 @@ MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
   return reduce_max<T>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
+// How far above 0 the exponent of a probability may be, and that of a row's largest below it.
+constexpr float kSlack = 8;
+
 // scores[j] <- 2^(scores[j] + shift) for j < count, zero up to the end of the last vector; returns the sum.
 template <class T>
 MODA_EXT_INLINE T exponentiate_row(T* scores, int count, T shift) {
@@ -152,10 +155,11 @@ class VectorEngine {
   struct Scratch {
     RowState<T> state;
     T scores[kBlockRows * kScratchStride<T>];
-    T bias[kBlockRows];     // of the tile's modality, in log2 units
-    T best[kBlockRows];     // maximum of the tile's scores, without bias
-    T shift[kBlockRows];    // bias - running maximum
-    T rescale[kBlockRows];  // 2^(old - new running maximum)
+    T bias[kBlockRows];       // of the tile's modality, in log2 units
+    T best[kBlockRows];       // maximum of the tile's scores, without bias
+    T shift[kBlockRows];      // bias - running maximum
+    T reference[kBlockRows];  // what is taken off the scores first
+    T rescale[kBlockRows];    // 2^(old - new running maximum)
     // followed by: one query block for each view, then room for one packed tile
   };
 
@@ -261,13 +265,20 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
     const Vector<T> now = maximum(load(scratch.best + i) + b, before);
     const Vector<T> rescale = exp2_nonpositive(before - now);
     store(state.maximum + i, now);
-    store(scratch.shift + i, b - now);
+    // What rounding leaves of the largest score. Where it is large, because they are, scores are taken relative to the
+    // largest, and what is left is bounded.
+    const Vector<T> top = load(scratch.best + i), left = top + (b - now), slack = splat(T(kSlack));
+    const Bits<T> far = (left > slack) | ((now > before) & (left < -slack));
+    store(scratch.reference + i, choose<T>(far, top, Vector<T>{}));
+    store(scratch.shift + i, choose<T>(far, maximum(-slack, minimum(slack, left)), b - now));
     store(scratch.rescale + i, rescale);
     for (int m = 0; m < args.num_modalities; ++m) store(state.mass[m] + i, load(state.mass[m] + i) * rescale);
   }
   T* mass = state.mass[tile.modality];
   for (int i = 0; i < count; ++i) {
     T* scores = scratch.scores + i * kStride;
+    if (scratch.reference[i] != T(0))
+      for (int j = 0; j < visible[i]; ++j) scores[j] -= scratch.reference[i];
     if (visible[i] > 0) mass[i] += exponentiate_row(scores, visible[i], scratch.shift[i]);
     zero_from(scores, visible[i], limit[i / kRows]);
   }

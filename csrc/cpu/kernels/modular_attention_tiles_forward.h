@@ -68,9 +68,6 @@ MODA_EXT_INLINE Bits<float> sees(const int32_t* visible, int j) {
 MODA_EXT_INLINE Vector<float> keep_where(Bits<float> mask, Vector<float> v) {
   return (Vector<float>)((Bits<float>)v & mask);
 }
-MODA_EXT_INLINE Vector<float> choose(Bits<float> mask, Vector<float> v, Vector<float> other) {
-  return (Vector<float>)(((Bits<float>)v & mask) | ((Bits<float>)other & ~mask));
-}
 MODA_EXT_INLINE bool any(Bits<float> mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
 // Columns of 16 queries (stride kStrip) to 16 rows.
@@ -235,12 +232,14 @@ class TileEngine {
       for (int q = 0; q < 2; ++q) {
         // Each query for itself: no row may depend, not even in its rounding, on what others in the strip see.
         const Bits<float> moves = exceeds(best[q] * scale + shift[q]);
-        const Vector<float> now = choose(moves, best[q] * scale + bias[q], maximum_before[q]);
+        const Vector<float> top = maximum(maximum_before[q], best[q] * scale + bias[q]);
+        const Vector<float> now = choose<float>(moves, top, maximum_before[q]);
         rescale[q] = exp2_nonpositive(maximum_before[q] - now);
-        // Scores relative to the largest, so that it is near 0 also where its rounding error, `left`, is not.
+        // What the rounding of `now` and of the shift leaves of the largest score. It is large where they are: scores
+        // are therefore taken relative to the largest, and what is left is bounded.
         const Vector<float> left = best[q] * scale + (bias[q] - now);
-        reference[q] = choose(moves, best[q], Vector<float>{});
-        shift[q] = choose(moves, maximum(splat(-kSlack), minimum(splat(kSlack), left)), shift[q]);
+        reference[q] = choose<float>(moves, best[q], Vector<float>{});
+        shift[q] = choose<float>(moves, maximum(splat(-kSlack), minimum(splat(kSlack), left)), shift[q]);
         mass[q] = Vector<float>{};
         store(state().maximum + first + q * kTileRows, now);
         for (int m = 0; m < args_.num_modalities; ++m) {
@@ -298,8 +297,8 @@ class TileEngine {
     for (int j = 0; j < kTileDepth; ++j) {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q)
-        best[q] = maximum(best[q], choose(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
-                                          load(scores + j * kStrip + q * kTileRows), splat(kLowest<float>)));
+        best[q] = maximum(best[q], choose<float>(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
+                                                 load(scores + j * kStrip + q * kTileRows), splat(kLowest<float>)));
     }
   }
 
@@ -344,7 +343,6 @@ class TileEngine {
 
   // Lanes whose largest score, relative to the running maximum, no longer fits.
   static Bits<float> exceeds(Vector<float> v) { return v > splat(kSlack); }
-  static constexpr float kSlack = 8;
 
   static constexpr int64_t kProbabilityStep = int64_t{kTileKeys / kTileDepth} * kInner * kTileWords;
 

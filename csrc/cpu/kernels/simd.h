@@ -98,9 +98,15 @@ MODA_EXT_INLINE Vector<T> splat(T x) {
   return x - Vector<T>{};  // x - 0 folds into a plain broadcast; 0 + x would not, because of -0
 }
 
+// Lanes of `a` where the mask is set, of `b` where it is not.
+template <class T>
+MODA_EXT_INLINE Vector<T> choose(Bits<T> mask, Vector<T> a, Vector<T> b) {
+  return (Vector<T>)(((Bits<T>)a & mask) | ((Bits<T>)b & ~mask));
+}
+
 // max(a, b) and min(a, b) that return b when either is NaN, as the x86 instructions do: maximum(limit, x) keeps a NaN
-// in x. In the maskz form, because GCC 12 warns of an uninitialised operand in the plain one.
-#if defined(__AVX512F__)
+// in x.
+#if defined(__AVX512F__)  // the maskz form: GCC 12 warns of an uninitialised operand in the plain one
 #define MODA_EXT_BOUND(name, operation, compare)                                        \
   MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {                \
     return (Vector<float>)_mm512_maskz_##operation##_ps(0xffff, (__m512)a, (__m512)b);  \

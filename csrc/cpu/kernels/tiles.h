@@ -18,8 +18,6 @@
 // makes it a shift and an or of whole vectors.
 #pragma once
 
-#include <type_traits>
-
 #include "pack.h"
 
 namespace moda_ext {
@@ -194,8 +192,17 @@ class Slices {
   int credit_ = 0, next_ = 0;
 };
 
+struct Nothing {
+  template <class... Arguments>
+  MODA_EXT_INLINE void operator()(Arguments...) const {}
+};
+template <class Work>
+constexpr bool kIsNothing = false;
+template <>
+constexpr bool kIsNothing<Nothing> = true;
+
 // A strip as a first operand that is made while it is used, a step of its depth at a time. Its first parts are kept,
-// for the last pass over them; of the others, a ring keeps two steps.
+// for the last pass over them; the others too, for further products, or else in a ring of two steps.
 template <int parts>
 struct StripTiles {
   Word *first, *others;
@@ -290,10 +297,6 @@ MODA_EXT_INLINE void multiply_columns(int count, const StripTiles<parts>& strip,
   if (count == 3) multiply_columns<3>(strip, columns, prepare, between);
 }
 
-struct Nothing {
-  MODA_EXT_INLINE void operator()(int) const {}
-};
-
 // One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and r
 // + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one. before(r) runs between
 // those of the first.
@@ -304,7 +307,7 @@ MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a
   const auto product_of = [&](int pair) { return products + pair % 2 * kBlockElements; };
   for (int pair = 0; pair < pairs; ++pair) {
     const Word* columns = b + 2 * pair * b_column_step;
-    if (std::is_same<Before, Nothing>::value && pair == 0) {
+    if (kIsNothing<Before> && pair == 0) {
       multiply_tiles<PA, PB>(2, 2, steps(pair), a, a_row_step, columns, b_column_step, product_of(pair), kStripRows);
       continue;
     }
