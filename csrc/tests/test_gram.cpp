@@ -8,16 +8,13 @@
 #include <random>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/gram.h"
 
 namespace moda_ext {
 namespace cpu {
 namespace {
-
-void* align_to_line(char* memory) {
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-}
 
 const GramKernels& kernels(Storage storage) {
 #if defined(MODA_EXT_AMX_TIER)
@@ -81,9 +78,8 @@ TYPED_TEST(Gram, EqualsTheSumOfOuterProductsAtEveryLength) {
       GramArgs args;
       this->fill(args, key, modality, head_dim);
       std::vector<T> gram(static_cast<size_t>(this->kModalities) * head_dim * head_dim, T(99));
-      std::vector<char> scratch(static_cast<size_t>(this->k.modality_gram_scratch_bytes(args)) + 64, char(-1));
-      void* aligned = align_to_line(scratch.data());
-      this->k.modality_gram(args, {0, 0, 0, tokens, gram.data()}, aligned);
+      std::vector<char> scratch = bytes(this->k.modality_gram_scratch_bytes(args));
+      this->k.modality_gram(args, {0, 0, 0, tokens, gram.data()}, aligned(scratch));
       const std::vector<double> phi = this->features(key, tokens, head_dim);
       for (int m = 0; m < this->kModalities; ++m)
         for (int a = 0; a < head_dim; ++a)
@@ -214,22 +210,22 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
         args.normalization = normalization;
         args.members = members.data();
         args.members_token = 1;
-        std::vector<char> results(sizeof(T) * tokens * D + 64);
-        T* const aligned = static_cast<T*>(align_to_line(results.data()));
-        std::fill_n(aligned, tokens * D, T(99));
-        args.aligned.data = aligned;
+        std::vector<char> memory = bytes(static_cast<int64_t>(sizeof(T)) * tokens * D);
+        T* const result = static_cast<T*>(aligned(memory));
+        std::fill_n(result, tokens * D, T(99));
+        args.aligned.data = result;
         args.aligned.row = D;
         std::vector<char> packed(static_cast<size_t>(this->k.weights_bytes(args)));
         this->k.pack_weights(args, packed.data());
         args.weights = packed.data();
         std::vector<char> scratch(static_cast<size_t>(this->k.aligned_keys_scratch_bytes(args)), char(-1));
         this->k.aligned_keys(args, {0, 0, -1}, scratch.data());
-        const std::vector<T> first(aligned, aligned + tokens * D);
-        std::fill_n(aligned, tokens * D, T(99));
+        const std::vector<T> first(result, result + tokens * D);
+        std::fill_n(result, tokens * D, T(99));
         overwrite_stack();
         args.past_caches = true;
         this->k.aligned_keys(args, {0, 0, 0}, scratch.data());
-        ASSERT_EQ(std::vector<T>(aligned, aligned + tokens * D), first) << D << " wide, rank " << r;
+        ASSERT_EQ(std::vector<T>(result, result + tokens * D), first) << D << " wide, rank " << r;
 
         const std::vector<double> phi = this->features(key, tokens, D);
         std::vector<double> gram(static_cast<size_t>(M) * D * D);
@@ -268,7 +264,7 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
               expected[d] += own * weights[1][(a * r + k) * D + d] + moved * weights[3][(a * r + k) * D + d];
           }
           for (int d = 0; d < D; ++d)
-            ASSERT_NEAR(aligned[j * D + d], expected[d], 100 * this->kTolerance)
+            ASSERT_NEAR(result[j * D + d], expected[d], 100 * this->kTolerance)
                 << D << " wide, rank " << r << ", key " << j << " of modality " << a << " at " << d;
         }
       }

@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "core/runs.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/modular_attention.h"
@@ -412,12 +413,6 @@ struct Problem {
     args.sink = input(sink, 1, queries);
   }
 };
-
-std::vector<char> bytes(int64_t count) { return std::vector<char>(static_cast<size_t>(count) + 64); }
-void* aligned(std::vector<char>& memory) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<void*>((at + 63) / 64 * 64);
-}
 
 template <class T>
 struct Result {

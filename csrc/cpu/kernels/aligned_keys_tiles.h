@@ -428,14 +428,9 @@ void aligned_keys_tiles(const AlignedKeysArgs& args, const AlignedKeysItem& item
       find_factor(args, r, strip);
       find_factor(args, r + kTileRows, strip);
     };
-    for (int c = 0; c < columns; c += 3) {
-      const int count = columns - c < 3 ? columns - c : 3;
-      if (c == 0) {
-        multiply_columns(count, s.keys, s.columns, prepare, between);
-      } else {
-        multiply_columns(count, s.keys, s.columns + c, Nothing(), Nothing());
-      }
-    }
+    multiply_columns(smaller(columns, 3), s.keys, s.columns, prepare, between);
+    for (int c = 3; c < columns; c += 3)
+      multiply_columns(smaller(columns - c, 3), s.keys, s.columns + c, Nothing(), Nothing());
 
     if (visit.sum) {
       trace += strip.trace;

@@ -116,6 +116,10 @@ MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
 
 // How far above 0 the exponent of a probability may be, and that of a row's largest below it.
 constexpr float kSlack = 8;
+template <class T>
+MODA_EXT_INLINE Vector<T> within_slack(Vector<T> exponent) {
+  return maximum(splat(T(-kSlack)), minimum(splat(T(kSlack)), exponent));
+}
 
 // scores[j] <- 2^(scores[j] + shift) for j < count, zero up to the end of the last vector; returns the sum.
 template <class T>
@@ -267,10 +271,10 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
     store(state.maximum + i, now);
     // What rounding leaves of the largest score. Where it is large, because they are, scores are taken relative to the
     // largest, and what is left is bounded.
-    const Vector<T> top = load(scratch.best + i), left = top + (b - now), slack = splat(T(kSlack));
-    const Bits<T> far = (left > slack) | ((now > before) & (left < -slack));
+    const Vector<T> top = load(scratch.best + i), left = top + (b - now);
+    const Bits<T> far = (left > splat(T(kSlack))) | ((now > before) & (left < splat(T(-kSlack))));
     store(scratch.reference + i, choose<T>(far, top, Vector<T>{}));
-    store(scratch.shift + i, choose<T>(far, maximum(-slack, minimum(slack, left)), b - now));
+    store(scratch.shift + i, choose<T>(far, within_slack<T>(left), b - now));
     store(scratch.rescale + i, rescale);
     for (int m = 0; m < args.num_modalities; ++m) store(state.mass[m] + i, load(state.mass[m] + i) * rescale);
   }

@@ -239,7 +239,7 @@ class TileEngine {
         // are therefore taken relative to the largest, and what is left is bounded.
         const Vector<float> left = best[q] * scale + (bias[q] - now);
         reference[q] = choose<float>(moves, best[q], Vector<float>{});
-        shift[q] = choose<float>(moves, maximum(splat(-kSlack), minimum(splat(kSlack), left)), shift[q]);
+        shift[q] = choose<float>(moves, within_slack<float>(left), shift[q]);
         mass[q] = Vector<float>{};
         store(state().maximum + first + q * kTileRows, now);
         for (int m = 0; m < args_.num_modalities; ++m) {

@@ -206,12 +206,10 @@ MODA_EXT_INLINE Vector<T> keep_first(Vector<T> v, int count) {
 // Lanes below count keep v, the others become fill.
 template <class T>
 MODA_EXT_INLINE Vector<T> keep_first_or(Vector<T> v, int count, T fill) {
-  typedef Bits<T> I;
-  I iota;
+  Bits<T> iota;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; ++i) iota[i] = i;
-  const I mask = iota < (I{} + count);
-  return (Vector<T>)(((I)v & mask) | ((I)splat(fill) & ~mask));
+  return choose<T>(iota < (Bits<T>{} + count), v, splat(fill));
 }
 
 // 2^x for x <= 0 or slightly above; exactly 0 for x <= -127 (float) or x <= -1023 (double), -inf included; NaN stays
