@@ -7,13 +7,14 @@ text stack has hooks if and only if its config has settings (``config.moda``); w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
-from transformers.cache_utils import Cache, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
@@ -22,8 +23,13 @@ from moda_ext._ops.checks import accumulation_dtype
 from moda_ext.alignment import DuplexAligner, GramState
 from moda_ext.attention import modular_attention
 from moda_ext.integrations.recording import AttentionRecord
-from moda_ext.integrations.transformers.cache import MODADynamicLayer, MODAStaticLayer
+from moda_ext.integrations.transformers.cache import (
+    MODADynamicLayer,
+    MODADynamicSlidingWindowLayer,
+    MODAStaticLayer,
+)
 from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.integrations.transformers.versions import versions
 from moda_ext.layer import Tokens, align_and_attend
 from moda_ext.mask import ModularMask
 from moda_ext.release import ReleaseAligner
@@ -130,6 +136,14 @@ def attention_under(visible: Tensor | None):
     return attention
 
 
+# Arguments of ``sdpa`` that change its result and are served here or by the masks, and some of other attention functions.
+SERVED = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "kwargs"}
+REFUSED = frozenset(inspect.signature(sdpa_attention_forward).parameters) - SERVED | {
+    *("softcap", "s_aux", "position_bias"),
+    *("block_table", "read_index", "write_index"),  # of continuous batching
+}
+
+
 def moda_attention(
     module: nn.Module,
     query: Tensor,
@@ -143,6 +157,11 @@ def moda_attention(
 
     In a layer with ``module.moda`` modular attention; in one without, plain attention equal to ``sdpa``. With
     ``module.moda_recorder`` set, the recorder gets an :class:`~moda_ext.integrations.recording.AttentionRecord`.
+
+    Raises:
+        RuntimeError: the keys, the cache or the modalities are not those of one pass: a Transformers that works in
+            another way than those this was tested with.
+        NotImplementedError: an option of attention that this one lacks.
     """
     moda, recorder = getattr(module, "moda", None), getattr(module, "moda_recorder", None)
     if modality_context is None:
@@ -150,53 +169,26 @@ def moda_attention(
             raise RuntimeError(
                 "attention 'moda' has settings (text_config.moda), and nothing derives the modalities of the tokens. "
                 "Use a ...ForConditionalGeneration model of a family that moda_ext.integrations.transformers knows, "
-                "and import that module before the model is made; or call apply_moda(model)"
+                f"and import that module before the model is made; or call apply_moda(model) {versions()}"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    cached = _check_premises(module, query, key, modality_context, kwargs)
     own_mask = attention_mask is not None and attention_mask.dim() == 4
     if moda is None and recorder is None and (kwargs.get("sliding_window") is not None or own_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    dropout, scaling, softcap = kwargs.get("dropout", 0.0), kwargs.get("scaling"), kwargs.get("softcap")
-    if dropout:
-        raise NotImplementedError(
-            f"attention 'moda' has no dropout, got {dropout}; set attention_dropout=0 in the config"
-        )
-    if softcap is not None:
-        raise NotImplementedError(f"attention 'moda' has no softcap, got {softcap}")
-
-    cached = None if modality_context.cache is None else modality_context.cache.layers[module.layer_idx]
+    _check_options(module, own_mask, kwargs)
     if isinstance(cached, StaticSlidingWindowLayer):
         raise NotImplementedError("a layer with a static sliding-window cache cannot be recorded; use a dynamic cache")
-    tokens, visible = _tokens(query, key, value, attention_mask if own_mask else None, scaling, modality_context)
+
+    mask = attention_mask if own_mask else None
+    tokens, visible = _tokens(query, key, value, mask, kwargs.get("scaling"), modality_context)
     if moda is None:
         attention = attention_under(visible)
         attended = align_and_attend(None, None, tokens, modality_context.num_modalities, attention=attention)
         out, lse, mass = attended.out, attended.lse, attended.mass
         recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
-        if visible is not None and isinstance(moda.aligner, DuplexAligner):
-            _check_past_is_visible(tokens, visible, modality_context.start)
-        keep_state = isinstance(cached, MODADynamicLayer | MODAStaticLayer) and isinstance(moda.aligner, DuplexAligner)
-        state = cached.gram if keep_state else None
-        if keep_state and isinstance(cached, MODAStaticLayer) and state is None:
-            state = GramState.from_keys(
-                tokens.new_key[:, :, :0],
-                tokens.query_modality[:, :0],
-                modality_context.num_modalities,
-                key_norm=moda.aligner.key_norm,
-                window=0,
-            )
-        start = 0
-        if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
-            seen = modality_context.key_modality >= 0
-            start = seen.sum(dim=1).to(query.device) - (tokens.query_modality >= 0).sum(dim=1)
-        out, state, recorded = moda(tokens, visible, state, keep_state, start, recorder is not None)
-        if keep_state:
-            state = state.detach()
-            if isinstance(cached, MODAStaticLayer):
-                cached.store(state)
-            else:
-                cached.gram = state
+        out, recorded = _duplex_attention(moda, tokens, visible, key, modality_context, cached, recorder is not None)
     if recorder is not None:
         recorder(
             AttentionRecord(
@@ -209,6 +201,100 @@ def moda_attention(
             )
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _duplex_attention(
+    moda: MODAAttention,
+    tokens: Tokens,
+    visible: Tensor | None,
+    key: Tensor,
+    context: ModalityContext,
+    cached: CacheLayerMixin | None,
+    record: bool,
+):
+    """``(out, what is recorded or None)`` of a layer with MODA, whose Gram goes on in the cache layer."""
+    aligns = isinstance(moda.aligner, DuplexAligner)
+    if visible is not None and aligns:
+        _check_past_is_visible(tokens, visible, context.start)
+    state = None
+    if cached is not None and aligns:
+        state = cached.gram
+        if isinstance(cached, MODAStaticLayer) and (state is None or cached.gram_is_stale):
+            state = _static_gram(moda.aligner, key, context)
+        elif isinstance(cached, MODADynamicLayer) and state is not None and state.length != context.start:
+            _fail(f"the Gram of the cache is over {state.length} tokens, and {context.start} came before this pass")
+    start = 0
+    if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
+        seen = context.key_modality >= 0
+        start = seen.sum(dim=1).to(tokens.query.device) - (tokens.query_modality >= 0).sum(dim=1)
+    out, state, recorded = moda(tokens, visible, state, cached is not None and aligns, start, record)
+    if state is not None:
+        state = state.detach()
+        if isinstance(cached, MODAStaticLayer):
+            cached.store(state)
+        else:
+            cached.gram = state
+    return out, recorded
+
+
+def _static_gram(aligner: DuplexAligner, key: Tensor, context: ModalityContext) -> GramState:
+    """The Gram of the tokens before this pass, from the keys (B, Hkv, max_cache_len, D) of a static cache."""
+    past = 0 if not isinstance(context.start, Tensor) else key.shape[2]  # a number: the first pass
+    modality = context.key_modality.to(key.device)[:, :past]
+    before = torch.arange(past, device=key.device) < context.start
+    keywords = {"key_norm": aligner.key_norm, "window": 0}
+    return GramState.from_keys(
+        key[:, :, :past], modality.masked_fill(~before, -1), context.num_modalities, **keywords
+    )
+
+
+def _check_premises(module, query, key, context: ModalityContext, kwargs: dict) -> CacheLayerMixin | None:
+    """Raises unless query, keys and context belong to one pass, as far as shapes tell. Returns the layer's cache."""
+    tokens, keys, cache = (query.shape[0], query.shape[2]), key.shape[2], context.cache
+    if context.query_modality.shape != tokens:
+        _fail(f"modalities came for {tuple(context.query_modality.shape)} tokens, queries for {tokens}")
+    if any(isinstance(value, Cache) and value is not cache for value in kwargs.values()):
+        _fail("a cache came to the attention that did not come to the text stack")
+    if cache is None:
+        if keys != tokens[1]:
+            _fail(f"{keys} keys came with {tokens[1]} tokens and no cache")
+        return None
+    cached, start = cache.layers[module.layer_idx], context.start
+    if isinstance(cached, StaticLayer):
+        if keys != cached.max_cache_len and not isinstance(cached, StaticSlidingWindowLayer):
+            _fail(f"{keys} keys came from a static cache of {cached.max_cache_len}")
+    elif isinstance(cached, MODADynamicLayer):
+        total = start + tokens[1]
+        windowed = isinstance(cached, MODADynamicSlidingWindowLayer)
+        if cached.get_seq_length() != total or (keys > total if windowed else keys != total):
+            _fail(
+                f"{keys} keys came and the cache holds {cached.get_seq_length()} tokens, where {start} came before "
+                f"and {tokens[1]} are new"
+            )
+    else:
+        _fail(f"the cache has a layer of {type(cached).__name__}")
+    return cached
+
+
+def _check_options(module: nn.Module, own_mask: bool, kwargs: dict) -> None:
+    """Raises where the model asks for something that modular attention would ignore."""
+    if kwargs.get("dropout"):
+        raise NotImplementedError(
+            f"attention 'moda' has no dropout, got {kwargs['dropout']}; set attention_dropout=0 in the config"
+        )
+    for name in REFUSED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention 'moda' has no {name}, got {kwargs[name]} {versions()}")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal) and not own_mask:
+        raise NotImplementedError("attention 'moda' is causal, and this layer is not")
+
+
+def _fail(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"MODA: {what}. Its premises do not hold and the result would be wrong {versions()}. If this Transformers is "
+        "newer than the tested ones, install one of those"
+    )
 
 
 def _has_settings(config) -> bool:
@@ -264,17 +350,18 @@ def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor)
 def moda_mask(
     *args,
     kv_length: int,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
-    config=None,
+    kv_offset: int,
+    mask_function,
+    attention_mask: Tensor | None,
+    config,
     **kwargs,
 ) -> Tensor | None:
     """The mask function "moda" of Transformers' ``AttentionMaskInterface``.
 
     Causal modular attention needs no matrix: the result is the padding mask, (B, kv_length) bool, or None. What else a
     model asks for (sliding windows, bidirectional images, packed sequences, encoders) is what ``sdpa`` would get, and
-    so is every mask of a model without settings.
+    so is every mask of a model without settings. The arguments have no defaults: one that a Transformers names
+    otherwise is an error.
     """
     if mask_function is not causal_mask_function or not _has_settings(config):
         options = {"kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function, "config": config}

@@ -6,10 +6,13 @@ is dropped (None) and the next call makes it again from the keys.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -17,8 +20,32 @@ from transformers.cache_utils import (
 )
 
 from moda_ext.alignment import GramState
+from moda_ext.integrations.transformers.versions import versions
 
-__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache"]
+__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache", "refuse_cache"]
+
+# Methods of Transformers' cache layers that keep the tokens as they are or append new ones, and those that do more, which
+# the layers below follow.
+HARMLESS = {"lazy_initialization", "update", "offload", "prefetch", "activate_past_recording"}
+FOLLOWED = {"reset", "crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"}
+QUERIES = ("get_", "has_", "is_", "supports_")
+
+
+def _refusing_unknown_methods(layer_class: type) -> type:
+    """Makes a layer refuse what a later Transformers may do to its tokens, as nobody would do it to the Gram."""
+
+    def refusal(name: str):
+        def refuse(self, *args, **kwargs):
+            raise NotImplementedError(f"MODA does not know what {name}() does to the tokens of a cache {versions()}")
+
+        return refuse
+
+    bases = [base for base in layer_class.__mro__ if base.__module__.startswith("transformers.")]
+    for name in {name for base in bases for name, value in vars(base).items() if callable(value)}:
+        known = name in HARMLESS | FOLLOWED or name.startswith(("_", *QUERIES))
+        if not known:
+            setattr(layer_class, name, refusal(name))
+    return layer_class
 
 
 class MODALayerMixin:
@@ -43,6 +70,7 @@ class MODALayerMixin:
             self._select(pick(torch.arange(held.shape[0], device=held.device)))
 
 
+@_refusing_unknown_methods
 class MODADynamicLayer(MODALayerMixin, DynamicLayer):
     """A cache layer that grows."""
 
@@ -52,8 +80,8 @@ class MODADynamicLayer(MODALayerMixin, DynamicLayer):
         if seen and (self.modality is None or self.modality.shape[1] < seen):
             known = 0 if self.modality is None else self.modality.shape[1]
             raise ValueError(
-                f"past_key_values holds {seen} tokens, but modalities of only {known}: it was filled while MODA was "
-                "off. Start from an empty cache"
+                f"the cache holds {seen} tokens, but modalities of only {known}: it was filled while MODA was off. "
+                "Start from an empty cache"
             )
         # More ids than keys: a forward pass that failed before it came to this layer.
         self.modality = modality if not seen else torch.cat([self.modality[:, :seen], modality], dim=1)
@@ -78,33 +106,46 @@ class MODADynamicLayer(MODALayerMixin, DynamicLayer):
         self._select_of(lambda rows: rows[indices.to(rows.device)])  # indices, or a mask
 
 
+@_refusing_unknown_methods
 class MODADynamicSlidingWindowLayer(MODADynamicLayer, DynamicSlidingWindowLayer):
     """A cache layer with a window of keys, and the modalities of all tokens. Such layers have no Gram."""
 
 
+@_refusing_unknown_methods
 class MODAStaticLayer(MODALayerMixin, StaticLayer):
     """A cache layer of fixed size: ids and Gram are buffers too, so that a compiled decoding step stays one graph."""
+
+    gram_is_stale = False  # tokens were taken back: the Gram is to be made again of the keys that stay
 
     def append(self, modality: Tensor) -> Tensor:
         """(B, N) new ones -> (B, max_cache_len), -1 where no token is yet."""
         if self.modality is None:
             if self.is_initialized and self.cumulative_length > 0:
-                raise ValueError("past_key_values holds tokens without modalities: it was filled while MODA was off")
+                raise ValueError("the cache holds tokens without modalities: it was filled while MODA was off")
             self.modality = modality.new_full((modality.shape[0], self.max_cache_len), -1)
             _mark_static(self.modality)
         seen = self.get_seq_length()
         self.modality.index_copy_(1, torch.arange(modality.shape[1], device=modality.device) + seen, modality)
         return self.modality
 
+    def crop(self, tokens_to_remove: int) -> None:  # Transformers 5.24 and later
+        super().crop(tokens_to_remove)
+        self.gram_is_stale = self.gram is not None and (self.gram_is_stale or tokens_to_remove != 0)
+        if self.modality is not None:
+            places = torch.arange(self.max_cache_len, device=self.modality.device)
+            self.modality.masked_fill_(places >= self.get_seq_length(), -1)
+
     def reset(self) -> None:
         super().reset()
+        self.gram_is_stale = False
         if self.modality is not None:
             self.modality.fill_(-1)
         if self.gram is not None:
             self.gram.gram.zero_()
 
     def store(self, state: GramState) -> None:
-        """The Gram after this call. ``state`` has no recent keys: a static cache takes nothing back."""
+        """The Gram after this call. ``state`` has no recent keys, or it would grow."""
+        self.gram_is_stale = False
         if self.gram is None:
             self.gram = state
             _mark_static(state.gram)
@@ -130,9 +171,11 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         ValueError: the cache has tokens whose modalities nobody knows.
         NotImplementedError: another kind of cache layer.
     """
+    if not hasattr(cache, "layers"):
+        refuse_cache(type(cache))
     if cache.layer_class_to_replicate is not None:  # layers come as they are used
         if cache.layer_class_to_replicate is not DynamicLayer:
-            _refuse(cache.layer_class_to_replicate)
+            refuse_cache(cache.layer_class_to_replicate)
         cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
         cache.layer_class_to_replicate = None
     for index, layer in enumerate(cache.layers):
@@ -140,8 +183,8 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
             continue
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while "
-                "MODA was off. Start from an empty cache"
+                f"the cache holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while MODA was "
+                "off. Start from an empty cache"
             )
         if type(layer) is DynamicLayer:
             cache.layers[index] = MODADynamicLayer()
@@ -152,7 +195,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         elif type(layer) is StaticLayer:
             cache.layers[index] = MODAStaticLayer(layer.max_cache_len)
         else:
-            _refuse(type(layer))
+            refuse_cache(type(layer))
 
 
 def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
@@ -167,8 +210,10 @@ def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
     raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
 
 
-def _refuse(layer_class: type) -> None:
+def refuse_cache(cache_class: type) -> NoReturn:
+    """Raises NotImplementedError: MODA cannot use this kind of cache, or of cache layer."""
     raise NotImplementedError(
-        f"MODA cannot use a cache of {layer_class.__name__}: it needs the keys as they are. Use a dynamic or a static "
-        "cache (cache_implementation='dynamic' or 'static')"
+        f"MODA cannot use a cache of {cache_class.__name__}: it needs the keys as they are, and the modality of each "
+        "(so no quantised cache, no paged one as in generate_batch). Use a dynamic or a static cache "
+        "(cache_implementation='dynamic' or 'static')"
     )

@@ -7,15 +7,19 @@ picklable objects, so a model with them can be copied and saved.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import typing
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
-from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache
+from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache, refuse_cache
+from moda_ext.integrations.transformers.versions import versions
 
-__all__ = ["BaseModelHook", "TextStackHook", "placeholder", "token_modalities"]
+__all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
 
 TOKEN_ID_NAMES = {
     "image": ("image_token_id", "image_token_index"),
@@ -47,6 +51,23 @@ def token_modalities(config, modalities: dict[str, int]) -> dict[int, int]:
     return result
 
 
+def cache_argument(module_class: type[nn.Module]) -> str | None:
+    """Name of the argument of a class's ``forward`` that takes a ``Cache``, None if not exactly one is annotated so.
+
+    By type, as releases of Transformers give it different names (``past_key_values`` up to 5.23, then ``cache``).
+    """
+
+    def is_cache(annotation) -> bool:
+        if isinstance(annotation, str):
+            return re.search(r"\b\w*Cache\b", annotation) is not None
+        types = (annotation, *typing.get_args(annotation))
+        return any(isinstance(kind, type) and issubclass(kind, Cache) for kind in types)
+
+    parameters = inspect.signature(module_class.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if is_cache(parameter.annotation)]
+    return names[0] if len(names) == 1 else None
+
+
 @dataclasses.dataclass
 class BaseModelHook:
     """Adds ``modality_ids`` (B, N), made of the token ids, to a base model's arguments."""
@@ -68,6 +89,7 @@ class TextStackHook(BaseModelHook):
     """Replaces ``modality_ids`` by the :class:`ModalityContext` of this pass, with a cache that MODA can use."""
 
     num_modalities: int
+    cache_name: str | None = None  # the argument in which a cache is handed to the text stack, if it is known
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         if len(args) > 1:
@@ -87,15 +109,18 @@ class TextStackHook(BaseModelHook):
             raise ValueError(f"modality_ids must have shape {tuple(tokens.shape[:2])}, got {tuple(modality.shape)}")
         modality = modality.to(tokens.device, torch.int32)
 
-        cache = kwargs.get("past_key_values")
+        cache = self._cache(kwargs)
         if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             cache = None  # Transformers drops it in every layer, and recomputing must not find a Gram
         elif cache is None and self._uses_cache(module, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            if self.cache_name is None:
+                raise RuntimeError(
+                    f"MODA does not know which argument of {type(module).__name__}.forward takes a cache {versions()}. "
+                    "Pass a cache of your own (DynamicCache), or use_cache=False"
+                )
+            cache = kwargs[self.cache_name] = DynamicCache(config=module.config)
         layer, start = None, 0
         if cache is not None:
-            if not isinstance(cache, Cache):
-                raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
             prepare_cache(cache, module.config.num_hidden_layers)
             layer = modality_layer(cache)
             start = layer.get_seq_length()
@@ -104,6 +129,22 @@ class TextStackHook(BaseModelHook):
         key_modality = modality if layer is None else layer.append(modality)
         kwargs["modality_context"] = ModalityContext(modality, key_modality, start, self.num_modalities, cache)
         return args, kwargs
+
+    def _cache(self, kwargs: dict) -> Cache | None:
+        """The cache among the arguments, whatever its name.
+
+        Raises:
+            NotImplementedError: it is of a kind that MODA cannot use, or there are several.
+        """
+        caches = [value for value in kwargs.values() if isinstance(value, Cache)]
+        if any(cache is not caches[0] for cache in caches):
+            raise NotImplementedError(f"MODA: the text stack got several caches {versions()}; pass one")
+        for name, value in kwargs.items():
+            # Something else that takes keys, such as the paged cache of continuous batching.
+            keeps = callable(getattr(value, "update", None)) and not isinstance(value, (Cache, dict, set))
+            if keeps or (name == self.cache_name and value is not None and not isinstance(value, Cache)):
+                refuse_cache(type(value))
+        return caches[0] if caches else None
 
     @staticmethod
     def _uses_cache(module: nn.Module, kwargs: dict) -> bool:

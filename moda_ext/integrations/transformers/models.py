@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from moda_ext.integrations.recording import Recorder
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
-from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, token_modalities
+from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument, token_modalities
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
 
@@ -299,7 +299,9 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
 def _hooks(model: PreTrainedModel, modalities: dict[str, int]) -> list:
     """Pairs of a module and its forward pre-hook."""
     tokens, num_modalities = token_modalities(model.config, modalities), len(set(modalities.values()))
-    return [(model.base_model, BaseModelHook(tokens)), (text_stack(model), TextStackHook(tokens, num_modalities))]
+    stack = text_stack(model)
+    stack_hook = TextStackHook(tokens, num_modalities, cache_argument(type(stack)))
+    return [(model.base_model, BaseModelHook(tokens)), (stack, stack_hook)]
 
 
 def _register(hooks: list) -> list:
