@@ -1,11 +1,12 @@
 """What this installation is: `moda_ext.info()`, printed by `python -m moda_ext.info`."""
 
 import platform
+from importlib import metadata
 
 import torch
 
 from moda_ext._ops import library
-from moda_ext._version import TORCH_REQUIREMENT, __version__
+from moda_ext._version import TORCH_REQUIREMENT, TRANSFORMERS_BELOW, TRANSFORMERS_MIN, __version__
 
 
 def info() -> dict:
@@ -14,8 +15,9 @@ def info() -> dict:
     Keys: version, native (bool), build (one line), library (path), isa (CPU instruction set in use), isas_built (list),
     compiler, torch, torch_built_for, torch_supported, cuda (torch's, or None), cuda_built_for (None: no CUDA kernels),
     cuda_archs (list), cuda_kernels ("native" or "reference": who computes on CUDA tensors, see MODA_EXT_CUDA in
-    _ops/library.py; None: no CUDA kernels are loaded), python, platform. What only a native build knows is None
-    without one.
+    _ops/library.py; None: no CUDA kernels are loaded), transformers (its version, or None), transformers_tested (the
+    tested range; with a later one each family of models proves itself when it is first used), python, platform. What
+    only a native build knows is None without one.
     """
     built = library.build_info or {}
     return {
@@ -33,12 +35,25 @@ def info() -> dict:
         "cuda_built_for": built.get("cuda"),
         "cuda_archs": built.get("cuda_archs"),
         "cuda_kernels": library.cuda_mode(),
+        "transformers": _installed("transformers"),
+        "transformers_tested": f">={_text(TRANSFORMERS_MIN)},<{_text(TRANSFORMERS_BELOW)}",
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
 def main() -> None:
     for key, value in info().items():
         text = ", ".join(value) if isinstance(value, list) else value
-        print(f"{key:16} {'-' if text in (None, '') else text}")
+        print(f"{key:19} {'-' if text in (None, '') else text}")

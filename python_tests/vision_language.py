@@ -6,37 +6,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-IMAGE, VIDEO, START, END = 60, 61, 62, 63
-VOCABULARY = 64
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-FINE = {**VISION, "patch_size": 2}
-QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2}
-QWEN_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+from moda_ext.integrations.transformers.proof import END, IMAGE, START, TEXT, TINY, VIDEO  # noqa: F401  TEXT: for tests
 
 
 @dataclasses.dataclass
@@ -68,116 +38,29 @@ def _qwen_types(ids):
     return {"mm_token_type_ids": torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0))}
 
 
-def _qwen(text, vision):
-    return Family(
-        {"text_config": {**TEXT, **text}, "vision_config": {**QWEN_VISION, **vision}, **QWEN_TOKENS},
-        image_tokens=4,
-        images=_qwen_images,
-        before=(START,),
-        after=(END,),
-        extra=_qwen_types,
-    )
+def _qwen(name):
+    options = {"images": _qwen_images, "before": (START,), "after": (END,), "extra": _qwen_types}
+    return Family(TINY[name], image_tokens=4, **options)
 
-
-def _idefics():
-    return Family(
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": FINE, "image_token_id": IMAGE},
-        image_tokens=4,
-        images=_pixels(1, 3, 8, 8),
-    )
-
-
-GEMMA_TEXT = {
-    **TEXT,
-    "num_hidden_layers": 3,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-}
 
 FAMILIES = {
-    "llava": Family(
-        {
-            "text_config": {"model_type": "llama", **TEXT},
-            "vision_config": {"model_type": "clip_vision_model", **VISION},
-            "image_token_index": IMAGE,
-            "image_seq_length": 4,
-            "vision_feature_layer": -1,
-        },
-        image_tokens=4,
-        images=_pixels(3, 8, 8),
-    ),
-    "llava_next": Family(
-        {
-            "text_config": {"model_type": "mistral", **TEXT, "sliding_window": None, "head_dim": 16},
-            "vision_config": {"model_type": "clip_vision_model", **VISION},
-            "image_token_index": IMAGE,
-            "image_grid_pinpoints": [[8, 8]],
-            "vision_feature_layer": -1,
-        },
-        image_tokens=10,
-        images=_tiles,
-    ),
-    "llava_onevision": Family(
-        {
-            "text_config": {"model_type": "qwen2", **TEXT},
-            "vision_config": {"model_type": "siglip_vision_model", **VISION},
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
-            "image_grid_pinpoints": [[8, 8]],
-        },
-        image_tokens=10,
-        images=_tiles,
-    ),
-    "qwen2_vl": _qwen({"rope_parameters": MROPE}, {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 1}),
-    "qwen2_5_vl": _qwen(
-        {"rope_parameters": MROPE},
-        {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "out_hidden_size": 64,
-            "window_size": 8,
-            "fullatt_block_indexes": [0],
-        },
-    ),
-    "qwen3_vl": _qwen(
-        {"rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 16},
-        {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-    ),
+    "llava": Family(TINY["llava"], image_tokens=4, images=_pixels(3, 8, 8)),
+    "llava_next": Family(TINY["llava_next"], image_tokens=10, images=_tiles),
+    "llava_onevision": Family(TINY["llava_onevision"], image_tokens=10, images=_tiles),
+    "qwen2_vl": _qwen("qwen2_vl"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl"),
+    "qwen3_vl": _qwen("qwen3_vl"),
     "gemma3": Family(
-        {
-            "text_config": GEMMA_TEXT,
-            "vision_config": {"model_type": "siglip_vision_model", **FINE, "vision_use_head": False},
-            "image_token_index": IMAGE,
-            "boi_token_index": START,
-            "eoi_token_index": END,
-            "mm_tokens_per_image": 4,
-        },
+        TINY["gemma3"],
         image_tokens=4,
         images=_pixels(3, 8, 8),
         before=(START,),
         after=(END,),
         extra=lambda ids: {"token_type_ids": (ids == IMAGE).long()},
     ),
-    "internvl": Family(
-        {
-            "text_config": {"model_type": "qwen2", **TEXT},
-            "vision_config": {**FINE, "image_size": [8, 8], "patch_size": [2, 2]},
-            "image_token_id": IMAGE,
-            "image_seq_length": 4,
-        },
-        image_tokens=4,
-        images=_pixels(3, 8, 8),
-    ),
-    "idefics3": _idefics(),
-    "smolvlm": _idefics(),
+    "internvl": Family(TINY["internvl"], image_tokens=4, images=_pixels(3, 8, 8)),
+    "idefics3": Family(TINY["idefics3"], image_tokens=4, images=_pixels(1, 3, 8, 8)),
+    "smolvlm": Family(TINY["smolvlm"], image_tokens=4, images=_pixels(1, 3, 8, 8)),
 }
 
 

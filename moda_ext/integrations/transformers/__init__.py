@@ -5,19 +5,9 @@ the ``..._moda`` model types to its Auto classes. ``attn_implementation="moda"``
 with settings in ``config.text_config.moda``, such as :meth:`MODAConfig.fixed_prior`, it applies them.
 """
 
-from importlib import metadata
+from moda_ext.integrations.transformers.versions import check_minimum
 
-try:
-    _version = metadata.version("transformers")
-except metadata.PackageNotFoundError:
-    raise ImportError(
-        "moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'"
-    ) from None
-if tuple(map(int, _version.split(".")[:2])) < (5, 23):
-    raise ImportError(
-        f"moda_ext.integrations.transformers needs transformers 5.23 or later, found {_version}: "
-        "pip install 'moda_ext[transformers]'"
-    )
+check_minimum()
 
 from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
 from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402

@@ -136,7 +136,7 @@ def attention_under(visible: Tensor | None):
     return attention
 
 
-# Arguments of ``sdpa`` that change its result and are served here or by the masks, and some of other attention functions.
+# What ``sdpa`` takes and is served here, and what it or another attention function takes and would be ignored.
 SERVED = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "kwargs"}
 REFUSED = frozenset(inspect.signature(sdpa_attention_forward).parameters) - SERVED | {
     *("softcap", "s_aux", "position_bias"),
@@ -243,9 +243,7 @@ def _static_gram(aligner: DuplexAligner, key: Tensor, context: ModalityContext) 
     modality = context.key_modality.to(key.device)[:, :past]
     before = torch.arange(past, device=key.device) < context.start
     keywords = {"key_norm": aligner.key_norm, "window": 0}
-    return GramState.from_keys(
-        key[:, :, :past], modality.masked_fill(~before, -1), context.num_modalities, **keywords
-    )
+    return GramState.from_keys(key[:, :, :past], modality.masked_fill(~before, -1), context.num_modalities, **keywords)
 
 
 def _check_premises(module, query, key, context: ModalityContext, kwargs: dict) -> CacheLayerMixin | None:

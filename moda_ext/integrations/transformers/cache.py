@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -24,8 +23,8 @@ from moda_ext.integrations.transformers.versions import versions
 
 __all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache", "refuse_cache"]
 
-# Methods of Transformers' cache layers that keep the tokens as they are or append new ones, and those that do more, which
-# the layers below follow.
+# Methods of Transformers' cache layers that keep the tokens as they are or append new ones, and those that do more and
+# that the layers below follow.
 HARMLESS = {"lazy_initialization", "update", "offload", "prefetch", "activate_past_recording"}
 FOLLOWED = {"reset", "crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"}
 QUERIES = ("get_", "has_", "is_", "supports_")
@@ -183,8 +182,8 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
             continue
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
-                f"the cache holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while MODA was "
-                "off. Start from an empty cache"
+                f"the cache holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while MODA "
+                "was off. Start from an empty cache"
             )
         if type(layer) is DynamicLayer:
             cache.layers[index] = MODADynamicLayer()

@@ -114,9 +114,20 @@ class MODAConfig:
             options["prior"] = torch.tensor(options["prior"], dtype=torch.get_default_dtype())
         return options
 
-    def to_dict(self) -> dict:
-        """Plain values, for a JSON file."""
+    def values(self) -> dict:
+        """The settings as plain values, for a JSON file."""
         return dataclasses.asdict(self)
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, for ``config.text_config.moda`` of a model that is to be made or switched on.
+
+        From then on in this process, models of the families apply what their configs hold where their attention is
+        "moda".
+        """
+        from moda_ext.integrations.transformers.models import apply_settings_in_configs
+
+        apply_settings_in_configs()
+        return self.values()
 
     @classmethod
     def from_dict(cls, settings: dict) -> MODAConfig:

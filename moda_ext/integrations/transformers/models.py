@@ -17,6 +17,8 @@ from moda_ext.integrations.recording import Recorder
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument, token_modalities
+from moda_ext.integrations.transformers.proof import TINY, prove
+from moda_ext.integrations.transformers.versions import beyond_tested, versions
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
 
@@ -43,7 +45,7 @@ class MODAModelMixin:
         requested = config.text_config._attn_implementation
         super().__init__(config, *args, **kwargs)
         settings = _settings(config) or MODAConfig()
-        config.text_config.moda = settings.to_dict()
+        config.text_config.moda = settings.values()
         _attach(self, *_prepare(self, settings))
         if requested not in (None, NAME):
             self.set_attn_implementation({"text_config": requested})
@@ -59,6 +61,14 @@ class MODAModelMixin:
                 stacklevel=2,
             )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        if self.config.text_config._attn_implementation == NAME:
+            raise NotImplementedError(
+                "MODA has no continuous batching (generate_batch) yet: its paged cache keeps no modalities and no "
+                "Gram. Use generate(), or switch MODA off with set_attn_implementation('sdpa')"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _initialize_missing_keys(self, *args, **kwargs):
         super()._initialize_missing_keys(*args, **kwargs)
         for module in self.modules():
@@ -66,13 +76,12 @@ class MODAModelMixin:
                 module.reset_parameters()
 
 
-def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
+def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[type, type]:
     """The config and model class of one family with MODA, known to the Auto classes."""
-    base_config = getattr(transformers, f"{prefix}Config")
-    base_model = _MODELS[model_type]
+    prefix = FAMILIES[model_type]
     config_class = type(
         f"{prefix}MODAConfig",
-        (base_config,),
+        (base_model.config_class,),
         {"model_type": model_type + SUFFIX, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
     )
     model_class = type(
@@ -96,18 +105,45 @@ def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
     return config_class, model_class
 
 
-_MODELS = {
-    model_type: getattr(transformers, f"{prefix}ForConditionalGeneration") for model_type, prefix in FAMILIES.items()
-}
-_CLASSES = {model_type: _make_classes(model_type, prefix) for model_type, prefix in FAMILIES.items()}
+def _find_models() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
+    """The families that this Transformers has, and why it lacks the others: these cost themselves only."""
+    models, missing = {}, {}
+    for model_type, prefix in FAMILIES.items():
+        try:
+            models[model_type] = getattr(transformers, f"{prefix}ForConditionalGeneration")
+        except (AttributeError, ImportError) as error:
+            missing[model_type] = str(error)
+    return models, missing
+
+
+_MODELS, _MISSING = _find_models()
+_CLASSES = {model_type: _make_classes(model_type, base_model) for model_type, base_model in _MODELS.items()}
+_PROVEN: set[str] = set()
+
+
+def __getattr__(name: str) -> type:
+    """The generated classes, which pickle looks up here by their names."""
+    for made in _CLASSES.values():
+        for generated in made:
+            if generated.__name__ == name:
+                return generated
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def apply_settings_in_configs() -> None:
+    """Lets plain classes apply the settings in their config as soon as their text stack's attention is "moda".
+
+    An attention function sees one layer. Where a model gets its attention is the only place that sees the token ids
+    too, and Transformers lets nobody else in there: so the methods of its classes are wrapped. That happens when the
+    first settings are made for a config (:meth:`MODAConfig.to_dict`) and not before.
+    """
+    for model_class in _MODELS.values():
+        for method in ("__init__", "set_attn_implementation"):
+            _apply_settings_after(model_class, method)
 
 
 def _apply_settings_after(model_class: type, method: str) -> None:
-    """Lets a plain class apply the settings in its config as soon as its text stack's attention is "moda".
-
-    An attention function sees one layer. Where a model gets its attention is the only place that sees the token ids
-    too, and Transformers lets nobody else in there.
-    """
     original = getattr(model_class, method)
 
     @functools.wraps(original)
@@ -122,10 +158,17 @@ def _apply_settings_after(model_class: type, method: str) -> None:
     setattr(model_class, method, wrapped)
 
 
-for _model in _MODELS.values():
-    _apply_settings_after(_model, "__init__")
-    _apply_settings_after(_model, "set_attn_implementation")
-globals().update({c.__name__: c for classes in _CLASSES.values() for c in classes})
+def _prove(family: str) -> None:
+    """With a Transformers that came later than the tested ones: raises RuntimeError unless MODA works with it."""
+    if family in _PROVEN or not beyond_tested():
+        return
+    _PROVEN.add(family)  # first: the proof uses what asks for it
+    try:
+        make = functools.partial(AutoConfig.for_model, family, **TINY[family])
+        prove(family, lambda: _MODELS[family](make()), apply_moda, recording)
+    except BaseException:
+        _PROVEN.discard(family)
+        raise
 
 
 def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreTrainedModel:
@@ -146,6 +189,7 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
     Raises:
         ValueError: a model of another family, one that has MODA, or layers that cannot have it, such as those with a
             sliding window (the Gram of a window would have to forget).
+        RuntimeError: with a Transformers that came later than the tested ones: MODA does not work with it.
 
     Example:
         >>> from transformers import AutoModelForImageTextToText
@@ -163,8 +207,9 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
         )
     if config is None:
         config = _settings(model.config) or MODAConfig()
+    _prove(family)
     modules, hooks = _prepare(model, config)  # raises before anything changes
-    model.config.text_config.moda = config.to_dict()
+    model.config.text_config.moda = config.values()
     model.config.__class__, model.__class__ = config_class, model_class
     _attach(model, modules, hooks)
     return model
@@ -194,8 +239,10 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
 
     Raises:
         ValueError: a model of another family, or one that is recorded already.
+        RuntimeError: with a Transformers that came later than the tested ones: recording does not work with it.
     """
     inner = _pretrained(model, "recording")
+    _prove(_family(inner, "recording"))
     modules, text_config = attention_modules(inner), inner.config.text_config
     if any(hasattr(module, "moda_recorder") for module in modules):
         raise ValueError("recording: this model is being recorded already")
@@ -209,7 +256,7 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
         if not isinstance(inner, MODAModelMixin):
             plain = MODAConfig.plain() if modalities is None else MODAConfig.plain(modalities=modalities)
             handles = _register(_hooks(inner, plain.modalities))
-            text_config.moda = plain.to_dict()
+            text_config.moda = plain.values()
             PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
         for module in modules:
             module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
@@ -331,8 +378,12 @@ def _check_layers(model: PreTrainedModel, config: MODAConfig) -> list[int]:
 def _family(model: nn.Module, caller: str) -> str:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = model_type.removesuffix(SUFFIX)
-    if family not in FAMILIES:
-        raise ValueError(f"{caller}: unknown model family {model_type!r}; known are {', '.join(FAMILIES)}")
+    if family in _MISSING:
+        raise ValueError(
+            f"{caller}: the family {family!r} is not in this Transformers {versions()}: {_MISSING[family]}"
+        )
+    if family not in _MODELS:
+        raise ValueError(f"{caller}: unknown model family {model_type!r}; known are {', '.join(_MODELS)}")
     return family
 
 

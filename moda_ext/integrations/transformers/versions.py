@@ -23,9 +23,7 @@ def check_minimum() -> None:
     """Raises ImportError unless a Transformers is installed that is new enough."""
     version = found()
     if version is None:
-        raise ImportError(
-            "moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'"
-        )
+        raise ImportError("moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'")
     if _series(version) < TRANSFORMERS_MIN:
         raise ImportError(
             f"moda_ext.integrations.transformers needs transformers {'.'.join(map(str, TRANSFORMERS_MIN))} or later, "
