@@ -164,6 +164,23 @@ def test_a_gram_of_other_tokens_is_an_error():
             model(input_ids=torch.tensor([[1], [2]]), past_key_values=cache)
 
 
+def test_a_mask_that_is_not_seen_is_an_error(monkeypatch):
+    model, masks = make_trained("llava"), []
+
+    def change(arguments):
+        masks.append(arguments.pop("attention_mask"))
+        return arguments
+
+    def forward(original):
+        return lambda self, *args, **kwargs: original(self, *args, attention_mask=masks[-1], **kwargs)
+
+    call_stack_otherwise(monkeypatch, model, change, forward)
+    with pytest.raises(
+        RuntimeError, match="a mask of padding came to the attention that did not come to"
+    ):
+        model(**make_inputs("llava"), use_cache=False)
+
+
 @pytest.mark.parametrize("name", ("position_bias", "s_aux", "softcap", "block_table"))
 def test_options_of_attention_that_would_be_ignored_are_refused(name):
     stack, inputs = text_stack(make_trained("llava")), make_inputs("llava")

@@ -47,6 +47,7 @@ class ModalityContext(NamedTuple):
     start: int | Tensor  # tokens before the new ones
     num_modalities: int
     cache: Cache | None
+    masked: bool = False  # a mask came to the text stack
 
 
 class MODAAttention(nn.Module):
@@ -173,6 +174,8 @@ def moda_attention(
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     cached = _check_premises(module, query, key, modality_context, kwargs)
+    if attention_mask is not None and attention_mask.dim() == 2 and not modality_context.masked:
+        _fail("a mask of padding came to the attention that did not come to the text stack")
     own_mask = attention_mask is not None and attention_mask.dim() == 4
     if moda is None and recorder is None and (kwargs.get("sliding_window") is not None or own_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

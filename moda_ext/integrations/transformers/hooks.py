@@ -76,7 +76,8 @@ class BaseModelHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         input_ids = args[0] if args else kwargs.get("input_ids")
-        if kwargs.get("modality_ids") is None and input_ids is not None:
+        ids_came = input_ids is not None and not input_ids.is_floating_point()
+        if kwargs.get("modality_ids") is None and ids_came:
             modality = torch.full_like(input_ids, 0, dtype=torch.int32)
             for token, m in self.token_modality.items():
                 modality = modality.masked_fill(input_ids == token, m)
@@ -125,9 +126,11 @@ class TextStackHook(BaseModelHook):
             layer = modality_layer(cache)
             start = layer.get_seq_length()
             start = start.clone() if isinstance(start, Tensor) else start  # a static cache counts on in place
-        modality = _without_padding(modality, kwargs.get("attention_mask"), start)
+        mask = kwargs.get("attention_mask")
+        modality = _without_padding(modality, mask, start)
         key_modality = modality if layer is None else layer.append(modality)
-        kwargs["modality_context"] = ModalityContext(modality, key_modality, start, self.num_modalities, cache)
+        context = ModalityContext(modality, key_modality, start, self.num_modalities, cache, mask is not None)
+        kwargs["modality_context"] = context
         return args, kwargs
 
     def _cache(self, kwargs: dict) -> Cache | None:
