@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,22 @@ VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 GENERATED = ROOT / "build" / "generated"
 OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # setuptools would put those of -e into /tmp
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+
+if not VERSION["supports_torch"](torch.__version__):  # now, and not when what was compiled is imported
+    raise SystemExit(VERSION["unsupported_torch"](torch.__version__))
+
+
+def check_tree() -> None:
+    """Ends the build with the fix where setuptools could not write beside the sources."""
+    try:
+        GENERATED.mkdir(parents=True, exist_ok=True)
+        for folder in (ROOT, GENERATED):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(
+            f"moda_ext: the build writes into its source tree, and {ROOT} cannot be written ({error}). "
+            "Fix: copy the tree to a place that can be, and build there."
+        ) from error
 
 
 def check_toolchain() -> None:
@@ -138,7 +155,6 @@ def write_build_info(isas: list[str]) -> None:
     text = "".join(["#pragma once\n", *lines])
     header = GENERATED / "moda_ext_build_info.h"
     if not header.exists() or header.read_text() != text:
-        header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text(text)
 
 
@@ -163,6 +179,7 @@ class BuildExtensions(cpp_extension.BuildExtension):
         self.build_temp = str(OBJECTS)
 
 
+check_tree()
 check_toolchain()
 missing_cuda = missing_for_cuda()
 if missing_cuda is None:
@@ -237,10 +254,22 @@ bindings = Extension(
     language="c++",
 )
 
+extras = {
+    "demo": ["matplotlib>=3.8", "numpy", "pillow", "tqdm"],
+    "bench": ["numpy", "tqdm"],
+    "transformers": ["pillow", "safetensors", VERSION["TRANSFORMERS_REQUIREMENT"]],
+    "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
+    "cli": ["moda_ext[demo,diagnostics,transformers]", "rich", "typer"],
+    "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
+    # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
+    "test-transformers": ["accelerate", "moda_ext[cli,transformers]", "peft", "pillow"],
+}
+
 write_build_info(isas)
 print(f"moda_ext: {build_summary()}", flush=True)
 setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing
+    extras_require=extras,
     libraries=libraries,
     ext_modules=[operators, bindings, *([cuda_operators] if missing_cuda is None else [])],
     cmdclass={"build_clib": BuildKernels, "build_ext": BuildExtensions},

@@ -3,11 +3,24 @@
 __version__ = "0.1.0"
 
 TORCH_MIN = (2, 11)  # first supported torch; the stable ABI the native library is compiled for
-TORCH_BELOW = (2, 15)  # first torch that is not supported
-TORCH_REQUIREMENT = "torch>=2.11,<2.15"
+TORCH_BELOW = (2, 16)  # first torch that is not supported
+TORCH_REQUIREMENT = "torch>=2.11,<2.16"
 TORCH_TESTED = "2.13.0"  # what is installed, or built against, where no torch is there yet
 
 TRANSFORMERS_MIN = (5, 23)  # first supported Transformers
 TRANSFORMERS_BELOW = (5, 25)  # first one that was not tested: from it on, each family proves itself when first used
 TRANSFORMERS_REQUIREMENT = "transformers>=5.23,<6"
 TRANSFORMERS_TESTED = "5.24.0"  # the newest that was tested
+
+
+def supports_torch(version: str) -> bool:
+    """Whether moda_ext is built for and runs with a torch of this version, such as "2.13.0+cpu"."""
+    return TORCH_MIN <= tuple(map(int, version.split(".")[:2])) < TORCH_BELOW
+
+
+def unsupported_torch(version: str) -> str:
+    """What to tell whoever has a torch that is not supported."""
+    return (
+        f"moda_ext {__version__} needs {TORCH_REQUIREMENT}, but found torch {version}. "
+        f'Fix: python -m pip install "{TORCH_REQUIREMENT}"'
+    )

@@ -1,5 +1,6 @@
 """Loading the native library: what is checked at import, the fallback, and what moda_ext.info() says."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -32,17 +33,17 @@ def copy_without_native(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("found", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130"])
+@pytest.mark.parametrize("found", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "2.15.0+cu132"])
 def test_supported_torch_is_accepted(found):
     assert library.torch_mismatch(found, "2.13.0") is None
 
 
-@pytest.mark.parametrize("found", ["1.13.1", "2.10.0+cpu", "2.15.0.dev20270101", "3.0.0"])
+@pytest.mark.parametrize("found", ["1.13.1", "2.10.0+cpu", "2.16.0.dev20270101", "3.0.0"])
 def test_unsupported_torch_names_both_versions_and_the_fix(found):
     message = library.torch_mismatch(found, "2.13.0+cpu")
     assert f"found torch {found}" in message
     assert "built for torch 2.13.0+cpu" in message
-    assert 'pip install "torch>=2.11,<2.15"' in message
+    assert 'pip install "torch>=2.11,<2.16"' in message
 
 
 def test_unsupported_torch_is_an_import_error(native):
@@ -50,6 +51,59 @@ def test_unsupported_torch_is_an_import_error(native):
     assert result.returncode != 0
     assert "ImportError: moda_ext" in result.stderr
     assert "found torch 2.9.1" in result.stderr
+
+
+@pytest.fixture
+def source_tree(tmp_path) -> Path:
+    """What setup.py reads before it compiles."""
+    checkout = PACKAGE.parent
+    if not (checkout / "setup.py").exists():
+        pytest.skip("the package is not in a checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sources.json", "moda_ext/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(checkout / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_build_beside_an_unsupported_torch_stops_before_it_compiles(source_tree):
+    fake = source_tree / "fake" / "torch" / "utils"
+    fake.mkdir(parents=True)
+    (fake.parent / "__init__.py").write_text("__version__ = '2.16.0'")
+    (fake / "__init__.py").write_text("cpp_extension = None")
+    result = run_python("setup.py", "build_ext", path=source_tree, PYTHONPATH=str(source_tree / "fake"))
+    assert result.returncode != 0 and not (source_tree / "build").exists()
+    message = "needs torch>=2.11,<2.16, but found torch 2.16.0. Fix: python -m pip install"
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("hook", ["wheel", "sdist", "editable"])
+def test_an_isolated_build_does_not_choose_another_torch_than_the_users(hook, monkeypatch):
+    path = PACKAGE.parent / "tools" / "build_backend.py"
+    if not path.exists():
+        pytest.skip("the package is not in a checkout")
+    backend = importlib.util.module_from_spec(importlib.util.spec_from_file_location("build_backend", path))
+    backend.__spec__.loader.exec_module(backend)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # in isolation there is no torch
+
+    def answer(stdout, returncode=0):
+        done = subprocess.CompletedProcess([], returncode, stdout=stdout)
+        monkeypatch.setattr(backend.subprocess, "run", lambda *arguments, **options: done)
+
+    requires = getattr(backend, f"get_requires_for_build_{hook}")
+    answer("", returncode=1)
+    assert requires() == [f"torch=={moda_ext._version.TORCH_TESTED}"]
+    answer('["2.15.0+cu132", ["/somewhere"]]')
+    assert requires() == []
+    answer('["2.10.0", ["/somewhere"]]')
+    with pytest.raises(SystemExit, match="but found torch 2.10.0. Fix: python -m pip install"):
+        requires()
+
+
+def test_a_source_tree_that_cannot_be_written_is_said(source_tree):
+    (source_tree / "build").write_text("")  # also stops root, whom permissions do not
+    result = run_python("setup.py", "--version", path=source_tree)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert f"{source_tree} cannot be written" in result.stderr and "copy the tree" in result.stderr
 
 
 def test_info_is_a_function_and_a_program():

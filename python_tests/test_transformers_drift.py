@@ -175,9 +175,7 @@ def test_a_mask_that_is_not_seen_is_an_error(monkeypatch):
         return lambda self, *args, **kwargs: original(self, *args, attention_mask=masks[-1], **kwargs)
 
     call_stack_otherwise(monkeypatch, model, change, forward)
-    with pytest.raises(
-        RuntimeError, match="a mask of padding came to the attention that did not come to"
-    ):
+    with pytest.raises(RuntimeError, match="a mask of padding came to the attention that did not come to"):
         model(**make_inputs("llava"), use_cache=False)
 
 

@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, plus the choice of the torch that an isolated build compiles against.
 
 pip hides the user's packages from an isolated build, and torch as a build requirement would be another torch than the
-one the package will run with. So: the torch of the environment that runs pip if it has a supported one, else (and only
-then) a required one. `--no-build-isolation` sees the user's torch anyway.
+one the package will run with. So: the torch of the environment that runs pip if it has one, which must be supported,
+else (and only then) a required one. `--no-build-isolation` sees the user's torch anyway.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ print(json.dumps([importlib.metadata.version("torch"), sys.path]))
 
 
 def _user_torch_path() -> list[str]:
-    """Import path of the environment that runs pip, or [] if it has no supported torch.
+    """Import path of the environment that runs pip, or [] if it has no torch; ends the build with one not supported.
 
     pip runs a build with the interpreter of that environment and hides its packages through environment variables; the
     same interpreter without those variables finds all its packages: of a virtual environment, the user, the system.
@@ -35,8 +35,9 @@ def _user_torch_path() -> list[str]:
     if probe.returncode != 0:
         return []
     version, path = json.loads(probe.stdout)
-    supported = _VERSION["TORCH_MIN"] <= tuple(map(int, version.split(".")[:2])) < _VERSION["TORCH_BELOW"]
-    return [entry for entry in path if entry] if supported else []
+    if not _VERSION["supports_torch"](version):  # another one would be built against and put in its place, unasked
+        raise SystemExit(_VERSION["unsupported_torch"](version))
+    return [entry for entry in path if entry]
 
 
 def _make_torch_importable() -> None:

@@ -5,6 +5,8 @@ python3 tools/dev.py test        set up, then C++ tests (plain, then with saniti
 python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
+python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
+                                 own, or with those that are named: transformers-oldest, torch-newest, ...
 
 Further arguments go to the demo, pytest, the benchmarks or the report on the kernels. Uses the active virtual
 environment if there is one, else .venv in the checkout; uses the torch that is there, else installs one (the CPU build
@@ -13,6 +15,7 @@ on a machine without an NVIDIA GPU). Run it as often as you like: what is done a
 
 import argparse
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -30,7 +33,11 @@ DISASSEMBLER = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]  # a minimal CU
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 
 
+STEPS: list[tuple[float, str]] = []  # when each began
+
+
 def step(text: str) -> None:
+    STEPS.append((time.monotonic(), text))
     print(f"\n== {text}", flush=True)
 
 
@@ -43,15 +50,11 @@ def run(*command: object, **options) -> None:
         raise SystemExit(f"\ndev.py: failed with status {status}: {' '.join(words)}")
 
 
-def torch_version(python: Path | str) -> tuple[int, ...] | None:
-    """(major, minor) of the torch that `python` would import, None without one."""
-    code = "import importlib.metadata as m; print(m.version('torch'))"
+def version_of(package: str, python: Path | str) -> str | None:
+    """Version of the package that `python` would import, None without one."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
     probe = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
-    return tuple(map(int, probe.stdout.split(".")[:2])) if probe.returncode == 0 else None
-
-
-def supported(version: tuple[int, ...] | None) -> bool:
-    return version is not None and VERSION["TORCH_MIN"] <= version < VERSION["TORCH_BELOW"]
+    return probe.stdout.strip() if probe.returncode == 0 else None
 
 
 def has_pip(python: Path) -> bool:
@@ -77,13 +80,23 @@ def environment() -> Path:
     python = home / "bin" / "python"
     step(f"environment: {home}")
     if not has_pip(python):
-        options = ["--system-site-packages"] if supported(torch_version(sys.executable)) else []
-        # Without venv's own way to get pip: it needs ensurepip, which Debian packs apart.
-        run(sys.executable, "-m", "venv", "--clear", "--without-pip", *options, home)
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        site = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", site, "pip")
+        found = version_of("torch", sys.executable)
+        make_environment(home, *(["--system-site-packages"] if found and VERSION["supports_torch"](found) else []))
     return python
+
+
+def make_environment(home: Path, *options: str) -> Path:
+    """A new virtual environment with pip; returns its Python."""
+    # Without venv's own way to get pip: it needs ensurepip, which Debian packs apart.
+    run(sys.executable, "-m", "venv", "--clear", "--without-pip", *options, home)
+    python = home / "bin" / "python"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--target", site_packages(python), "pip")
+    return python
+
+
+def site_packages(python: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
 
 
 def has_gpu() -> bool:
@@ -103,23 +116,26 @@ def pip_install(python: Path, *words: str) -> None:
 
 
 def ensure_torch(python: Path) -> None:
-    version = torch_version(python)
-    requirement = VERSION["TORCH_REQUIREMENT"]
-    if supported(version):
-        step(f"torch: {'.'.join(map(str, version))} is there")
-        return
+    version = version_of("torch", python)
     if version is not None:
-        found = ".".join(map(str, version))
-        raise SystemExit(f'dev.py: found torch {found}; moda_ext needs {requirement}. Fix: pip install "{requirement}"')
+        if not VERSION["supports_torch"](version):
+            raise SystemExit(f"dev.py: {VERSION['unsupported_torch'](version)}")
+        step(f"torch: {version} is there")
+        return
     if has_gpu():
         step("torch: installing (this machine has an NVIDIA GPU)")
-        pip_install(python, requirement)
+        pip_install(python, VERSION["TORCH_REQUIREMENT"])
         return
     step("torch: installing the CPU build (no NVIDIA GPU found)")
-    index = ["--extra-index-url", CPU_INDEX] if reachable(f"{CPU_INDEX}/torch/") else []
-    if not index:
-        print(f"{CPU_INDEX} cannot be reached: taking what pip finds, which may be the larger CUDA build")
-    pip_install(python, *index, f"torch=={VERSION['TORCH_TESTED']}")
+    pip_install(python, *cpu_index(), f"torch=={VERSION['TORCH_TESTED']}")
+
+
+def cpu_index() -> list[str]:
+    """pip's options to find CPU builds of torch."""
+    if reachable(f"{CPU_INDEX}/torch/"):
+        return ["--extra-index-url", CPU_INDEX]
+    print(f"{CPU_INDEX} cannot be reached: taking what pip finds, which may be the larger CUDA build")
+    return []
 
 
 def install(python: Path, extra: str) -> None:
@@ -177,14 +193,103 @@ def kernels(python: Path, arguments: list[str]) -> None:
     run(python, "tools/cuda_report.py", "--check", *arguments)
 
 
+def series(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+# name: what pip is asked for beside the package
+MATRIX = {
+    "transformers-oldest": f"transformers=={series(VERSION['TRANSFORMERS_MIN'])}.*",
+    "transformers-newest": VERSION["TRANSFORMERS_REQUIREMENT"],
+    "torch-oldest": f"torch=={series(VERSION['TORCH_MIN'])}.*",
+    "torch-tested": f"torch=={VERSION['TORCH_TESTED']}",
+    "torch-newest": VERSION["TORCH_REQUIREMENT"],
+}
+INTEGRATION_TESTS = ["test_transformers*.py", "test_diagnostics.py", "test_cli.py"]
+NOT_OF_AN_INSTALLATION = ["test_benchmarks.py", "test_install.py"]  # they look at the checkout
+
+
+def matrix(python: Path, arguments: list[str]) -> None:
+    """Tests under other versions: a Transformers is laid over the environment, a torch gets its own, and a build."""
+    unknown = set(arguments) - MATRIX.keys()
+    if unknown:
+        raise SystemExit(f"dev.py: unknown entries {', '.join(sorted(unknown))}; known are {', '.join(MATRIX)}")
+    ensure_torch(python)
+    install(python, "test,test-transformers")
+    rows = []
+    for name in arguments or MATRIX:
+        step(f"matrix: {name}")
+        start = time.monotonic()
+        try:
+            found, result = matrix_entry(python, name)
+        except subprocess.CalledProcessError as error:
+            found, result = "-", f"cannot be installed: {error}"
+        rows.append((name, found, result, f"{time.monotonic() - start:.0f} s"))
+    step("matrix: results")
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, (20, 44, 40, 6), strict=True)))
+    if not all(re.match(r"\d+ passed", result) for _, _, result, _ in rows):
+        raise SystemExit("dev.py: the matrix has failures")
+
+
+def matrix_entry(parent: Path, name: str) -> tuple[str, str]:
+    """(versions, pytest's last line) of one entry."""
+    home, requirement = ROOT / "build" / "matrix" / name, MATRIX[name]
+    python = make_environment(home)
+    tests = ROOT / "python_tests"
+
+    def pip(*words: str) -> None:
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
+        print("$ " + " ".join(map(str, command)), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+
+    if name.startswith("transformers"):
+        (site_packages(python) / "parent.pth").write_text(
+            f"import site; site.addsitedir({str(site_packages(parent))!r})\n"
+        )
+        pip("--upgrade", requirement)
+        chosen = sorted(path for pattern in INTEGRATION_TESTS for path in tests.glob(pattern))
+    else:
+        pip(*([] if has_gpu() else cpu_index()), requirement)
+        pip(*BUILD_TOOLS)
+        pip("--no-build-isolation", ".[test,test-transformers]")
+        chosen = [tests, *(f"--ignore={tests / file}" for file in NOT_OF_AN_INSTALLATION)]
+    found = ", ".join(f"{package} {version_of(package, python)}" for package in ("torch", "transformers"))
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    print("$ " + " ".join(map(str, command)), flush=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tests,  # in ROOT it would import the package of the checkout
+        env={**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    status = process.wait()
+    return found, last if status == 0 else f"failed ({status}): {last}"
+
+
+def print_times() -> None:
+    """What each step cost."""
+    ends = [start for start, _ in STEPS[1:]] + [time.monotonic()]
+    print("\n== time")
+    for (start, text), end in zip(STEPS, ends, strict=True):
+        print(f"{end - start:6.0f} s  {text}")
+
+
 def main() -> None:
-    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "kernels": kernels}
+    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "kernels": kernels, "matrix": matrix}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parsed, arguments = parser.parse_known_args()
     start = time.monotonic()
     commands[parsed.command](environment(), arguments)
-    step(f"{parsed.command}: done in {time.monotonic() - start:.0f} s")
+    print_times()
+    print(f"\n== {parsed.command}: done in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,12 @@ def _differentiable(name: str, setup_context, backward):
         return function.apply(*inputs)
 
     def call(*inputs):
-        if _transformed():
-            return through_function(*inputs)
-        return op(*inputs)
+        try:
+            return through_function(*inputs) if _transformed() else op(*inputs)
+        except RuntimeError as error:  # torch 2.15 makes one of the std::invalid_argument of a check in csrc
+            if str(error).startswith(f"{name}: "):
+                raise ValueError(str(error)) from None
+            raise
 
     return call
 

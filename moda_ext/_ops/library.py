@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from moda_ext._version import TORCH_BELOW, TORCH_MIN, TORCH_REQUIREMENT, __version__
+from moda_ext._version import __version__, supports_torch, unsupported_torch
 
 native_loaded: bool = False
 build_info: dict | None = None
@@ -35,21 +35,13 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def _version_text(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
 def torch_mismatch(found: str, built_for: str) -> str | None:
     """Why a native library built for torch `built_for` cannot run with torch `found`, with the fix; None if it can.
 
     The library uses only libtorch's stable ABI, so one binary serves every supported torch.
     """
-    if TORCH_MIN <= tuple(map(int, found.split(".")[:2])) < TORCH_BELOW:
-        return None
-    newest = _version_text((TORCH_BELOW[0], TORCH_BELOW[1] - 1))
     return (
-        f"moda_ext {__version__} was built for torch {built_for} and runs with torch {_version_text(TORCH_MIN)} to "
-        f'{newest}, but found torch {found}. Fix: python -m pip install "{TORCH_REQUIREMENT}"'
+        None if supports_torch(found) else f"{unsupported_torch(found)} (the library was built for torch {built_for})"
     )
 
 
