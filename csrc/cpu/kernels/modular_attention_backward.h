@@ -94,9 +94,10 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
   }
   if (args.grad_sink.data != nullptr) {
     const T sink = *row_of<T>(args.sink, sequence, head, sequence.first_query, row);
+    // Above 0 only where scores are so large that their rounding decides about the sink.
     const double exponent = natural_exponent(args, sequence, head, row, sink);
     *row_of<T>(args.grad_sink, sequence, head, sequence.first_query, row) =
-        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(exponent)) * delta;
+        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(exponent > 0 ? 0 : exponent)) * delta;
   }
 }
 

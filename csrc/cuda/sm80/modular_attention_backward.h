@@ -128,8 +128,10 @@ struct RowKernel {
       p.delta[at] = sum;
       if (args.grad_sink.data != nullptr) {
         const float sink = *row_of<float>(args.sink, sequence, head, token);
+        // Above 0 only where scores are so large that their rounding decides about the sink.
+        const float exponent = ((sink - lse) - residual) * kLog2e;
         *row_of<float>(args.grad_sink, sequence, head, token) =
-            sink == -infinity() ? 0.0f : -exp2_fast(((sink - lse) - residual) * kLog2e) * sum;
+            sink == -infinity() ? 0.0f : -exp2_fast(exponent > 0.0f ? 0.0f : exponent) * sum;
       }
     }
     return warp_or(sees ? 1u << m : 0u);
