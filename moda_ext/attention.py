@@ -113,7 +113,7 @@ def modular_attention(
             return_mass=return_mass,
         )
     rows = query.shape[-4:-1]
-    out, lse, mass = autograd.modular_attention(
+    out, lse, mass, _ = autograd.modular_attention(
         _last_contiguous(query),
         _last_contiguous(key),
         _last_contiguous(value),
@@ -221,7 +221,7 @@ def modular_attention_varlen(
             return_mass=return_mass,
         )
     rows = query.shape[-3:-1]
-    out, lse, mass = autograd.modular_attention_varlen(
+    out, lse, mass, _ = autograd.modular_attention_varlen(
         _last_contiguous(query),
         _last_contiguous(key),
         _last_contiguous(value),

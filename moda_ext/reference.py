@@ -83,7 +83,8 @@ def dense_attention(
         o_i = sum_j p_ij v_j      L_i = log(sum_j exp(S_ij) + exp(c_i))      mass_im = sum_{j: a_j = m} p_ij
 
     A row sees what is not padding, what ``is_causal`` allows and what ``visible`` allows: a boolean mask, broadcastable
-    to (B, Hq, Nq, Nk), which the operators do not take.
+    to (B, Hq, Nq, Nk), which the operators do not take. Bias and sink are taken relative to the largest of them that
+    has a part in the row, which changes nothing but that scores are not rounded away beside a large one.
 
     Returns:
         ``(out, lse, mass)`` of shapes (B, Hq, Nq, D), (B, Hq, Nq), (B, Hq, Nq, M). A row that sees nothing has out 0,
@@ -98,30 +99,34 @@ def dense_attention(
     key = torch.where(attended, key, 0.0).repeat_interleave(heads // kv_heads, dim=1)
     value = torch.where(attended, value, 0.0).repeat_interleave(heads // kv_heads, dim=1)
     modality = key_modality[:, None, None, :]  # (B, 1, 1, Nk)
-
-    scores = scale * (views[0] @ key.mT)  # (B, Hq, Nq, Nk)
-    for m in range(1, views.shape[0]):
-        scores = torch.where(modality == m, scale * (views[m] @ key.mT), scores)
-    if modality_bias is not None:
-        modality_bias = modality_bias.expand(batch, heads, rows, num_modalities)
-        scores = scores + modality_bias.gather(-1, modality.clamp(min=0).expand(batch, heads, rows, columns))
     visible = modality >= 0 if visible is None else visible & (modality >= 0)
     if is_causal:  # bottom-right aligned: the last query sees the last key
         i = torch.arange(rows, device=query.device)[:, None]
         visible = visible & (torch.arange(columns, device=query.device) <= i + (columns - rows))
-    scores = scores.masked_fill(~visible, -math.inf)
 
-    sink = scores.new_full((), -math.inf) if sink is None else sink
-    logits = torch.cat([scores, sink.expand(batch, heads, rows)[..., None]], dim=-1)
+    scores = scale * (views[0] @ key.mT)  # (B, Hq, Nq, Nk)
+    for m in range(1, views.shape[0]):
+        scores = torch.where(modality == m, scale * (views[m] @ key.mT), scores)
+    bias = scores.new_zeros(())
+    if modality_bias is not None:
+        modality_bias = modality_bias.expand(batch, heads, rows, num_modalities)
+        bias = modality_bias.gather(-1, modality.clamp(min=0).expand(batch, heads, rows, columns))
+    sink = (scores.new_full((), -math.inf) if sink is None else sink).expand(batch, heads, rows)[..., None]
+    shifts = bias.detach().expand(batch, heads, rows, columns).masked_fill(~visible, -math.inf)
+    base = torch.cat([shifts, sink.detach()], dim=-1).amax(dim=-1, keepdim=True)
+    base = base.masked_fill(base == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
+    scores = (scores + (bias - base)).masked_fill(~visible, -math.inf)
+
+    logits = torch.cat([scores, sink - base], dim=-1)
     maximum = logits.detach().amax(dim=-1, keepdim=True)
-    maximum = maximum.masked_fill(maximum == -math.inf, 0.0)  # a row that sees nothing: exp(-inf - 0) = 0, never NaN
+    maximum = maximum.masked_fill(maximum == -math.inf, 0.0)
     weights = (logits - maximum).exp()
     total = weights.sum(dim=-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     probability = (weights / total)[..., :columns]
 
-    lse = (total.log() + maximum).masked_fill(empty, -math.inf).squeeze(-1)
+    lse = ((total.log() + maximum) + base).masked_fill(empty, -math.inf).squeeze(-1)
     members = (key_modality[..., None] == torch.arange(num_modalities, device=key.device)).to(query.dtype)
     return probability @ value, lse, probability @ members[:, None]
 
@@ -281,7 +286,7 @@ def merged_attention(
 
     Returns ``(out, lse, mass)`` as :func:`dense_attention` does, for rows that see at least one key or have a sink.
     """
-    outs, logits = [], []
+    outs, lses = [], []
     for m in range(num_modalities):
         out, lse, _ = dense_attention(
             query[m] if query.dim() == 5 else query,
@@ -293,10 +298,15 @@ def merged_attention(
             scale=scale,
         )
         outs.append(out)
-        logits.append(lse if modality_bias is None else lse + modality_bias.expand(*lse.shape, num_modalities)[..., m])
-    column = [] if sink is None else [sink.expand_as(logits[0])]
-    lse = torch.stack(logits + column, dim=-1).logsumexp(dim=-1)
-    mass = (torch.stack(logits, dim=-1) - lse[..., None]).exp()
+        lses.append(lse)
+    lses = torch.stack(lses, dim=-1)  # (B, Hq, Nq, M)
+    bias = torch.zeros_like(lses) if modality_bias is None else modality_bias.expand_as(lses)
+    column = lses[..., :0] if sink is None else sink.expand(lses.shape[:-1])[..., None]
+    base = torch.cat([bias.masked_fill(lses == -math.inf, -math.inf), column], dim=-1).detach().amax(-1, keepdim=True)
+    logits = lses + (bias - base)
+    lse = torch.cat([logits, column - base], dim=-1).logsumexp(dim=-1, keepdim=True)
+    mass = (logits - lse).exp()
+    lse = (lse + base).squeeze(-1)
     out = sum(mass[..., m, None] * outs[m] for m in range(num_modalities))
     return out, lse, mass
 

@@ -82,7 +82,7 @@ def operator_calls(device):
         needs = (True,) * 3 + (bias is not None,) * 2
         calls[f"modular_attention_backward {name}"] = (
             ops.modular_attention_backward.default,
-            (*results, *plain, *results, 3, True, 0.25, *needs),
+            (*results[:3], *plain, *results, 3, True, 0.25, *needs),
         )
     calls["modular_attention_backward partly"] = (
         ops.modular_attention_backward.default,
@@ -95,7 +95,7 @@ def operator_calls(device):
     plain = tuple(t.detach() for t in (*tensors, bias, sink))
     calls["modular_attention_varlen_backward"] = (
         ops.modular_attention_varlen_backward.default,
-        (*results, *plain, *results, *options, True, True, True, True, True),
+        (*results[:3], *plain, *results, *options, True, True, True, True, True),
     )
     decay, base = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
     for length in (9, None):

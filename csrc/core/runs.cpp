@@ -17,6 +17,8 @@ int64_t panels_of(int64_t keys, int panel_keys) { return (keys + panel_keys - 1)
 
 KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys, int num_modalities, int tile_keys,
                   int panel_keys) {
+  KeyPlan plan;
+  plan.first_position.assign(num_modalities, INT32_MAX);
   std::vector<Run> runs;
   std::vector<int64_t> keys_of(num_modalities, 0);
   for (int64_t j = 0; j < num_keys; ++j) {
@@ -27,7 +29,7 @@ KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys,
                                   "), or -1 for padding");
     }
     if (modality < 0) continue;
-    ++keys_of[modality];
+    if (keys_of[modality]++ == 0) plan.first_position[modality] = static_cast<int32_t>(j);
     if (!runs.empty() && runs.back().modality == modality && runs.back().start + runs.back().length == j) {
       ++runs.back().length;
     } else {
@@ -42,7 +44,6 @@ KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys,
   }
   for (int64_t count : keys_of) grouped_panels += panels_of(count, panel_keys);
 
-  KeyPlan plan;
   // A quarter of wasted panels is where the extra diagonal tiles of the grouped order (one per modality and row) are
   // paid for.
   plan.grouped = 4 * (natural_panels * panel_keys - keys) > keys && 4 * grouped_panels < 3 * natural_panels;

@@ -17,8 +17,9 @@ namespace moda_ext {
 struct KeyPlan {
   std::vector<int32_t> order;  // order[slot] = position of the key in its sequence; padding left out
   std::vector<KeyTile> tiles;
-  int32_t num_panels = 0;  // packed storage needed, each tile rounded up to whole panels
-  bool grouped = false;    // keys were grouped by modality
+  std::vector<int32_t> first_position;  // of each modality: where its first key is, INT32_MAX if it has none
+  int32_t num_panels = 0;               // packed storage needed, each tile rounded up to whole panels
+  bool grouped = false;                 // keys were grouped by modality
 };
 
 // Plans num_keys keys whose modalities are key_modality[i * stride], into tiles of at most tile_keys keys and panels of

@@ -131,6 +131,7 @@ Batch plan_batch(const AttentionInputs& in, const AttentionShape& shape, int til
     const KeyPlan& plan = batch.plans.back();
     sequence.order = plan.order.data();
     sequence.tiles = plan.tiles.data();
+    sequence.first_position = plan.first_position.data();
     sequence.num_tiles = static_cast<int32_t>(plan.tiles.size());
     sequence.num_panels = plan.num_panels;
     sequence.num_slots = static_cast<int32_t>(plan.order.size());
@@ -302,8 +303,8 @@ void run_forward(const AttentionKernels& kernels, ForwardArgs args, const Attent
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_from(QueryViews* views, const AttentionInputs& in, int64_t max_seqlen_q,
-                                                int64_t max_seqlen_k) {
+AttentionOutputs forward_from(QueryViews* views, const AttentionInputs& in, int64_t max_seqlen_q,
+                              int64_t max_seqlen_k) {
   AttentionShape shape = check_attention(in);
   if (views != nullptr) shape.num_views = in.num_modalities;
   const AttentionKernels& kernels =
@@ -316,11 +317,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_from(QueryViews* views, const Attenti
   args.out = output(outputs.out, in.packed(), Last::kPresent);
   args.lse = output(outputs.lse, in.packed(), Last::kNone);
   args.mass = output(outputs.mass, in.packed(), Last::kPresent);
+  args.lse_residual = output(outputs.lse_residual, in.packed(), Last::kNone);
   run_forward(kernels, args, shape, batch, views);
-  return {outputs.out, outputs.lse, outputs.mass};
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+AttentionOutputs forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   return forward_from(nullptr, in, max_seqlen_q, max_seqlen_k);
 }
 
@@ -464,13 +466,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   const bool packed = in.packed();
   const ScalarType compute = compute_dtype(in.query.scalar_type());
   const std::vector<int64_t> rows(saved.lse.sizes().begin(), saved.lse.sizes().end());
-  check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
+  check_saved(in, shape, saved);
 
   BackwardArgs args;
   fill_args(in, shape, args);
   args.saved_out = input(saved.out, packed, Last::kPresent);
   args.saved_lse = input(saved.lse, packed, Last::kNone);
   args.saved_mass = input(saved.mass, packed, Last::kPresent);
+  args.saved_lse_residual = input(saved.lse_residual, packed, Last::kNone);
   args.grad_lse = input(saved.grad_lse, packed, Last::kNone);
   args.grad_mass = input(saved.grad_mass, packed, Last::kPresent);
   const Tensor zero_row = torch::stable::new_zeros(in.query, {shape.head_dim});
@@ -517,7 +520,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> forward_with_views(const AttentionInputs& in, QueryViews& views) {
-  return forward_from(&views, in, 0, 0);
+  const AttentionOutputs outputs = forward_from(&views, in, 0, 0);
+  return {outputs.out, outputs.lse, outputs.mass};
 }
 
 }  // namespace cpu

@@ -61,12 +61,12 @@ struct Operands {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+AttentionOutputs forward(const AttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const AttentionShape shape = check_attention(in);
   check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
   const Storage storage = storage_of(in.query);
   const AttentionOutputs outputs = empty_outputs(in, shape);
-  if (outputs.lse.numel() == 0) return {outputs.out, outputs.lse, outputs.mass};
+  if (outputs.lse.numel() == 0) return outputs;
 
   const int32_t device = in.query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -76,12 +76,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const AttentionInputs& in, int64_t ma
   args.out = output(outputs.out, in.packed(), Last::kPresent);
   args.lse = output(outputs.lse, in.packed(), Last::kNone);
   args.mass = output(outputs.mass, in.packed(), Last::kPresent);
+  args.lse_residual = output(outputs.lse_residual, in.packed(), Last::kNone);
   with_kernels<ForwardKernels>(shape.head_dim, [&](auto kernels) {
     const int multiprocessors = multiprocessor_count(device);
     const Tensor workspace = new_workspace(in.query, kernels.workspace(args, storage, multiprocessors));
     kernels.run(args, storage, multiprocessors, workspace.mutable_data_ptr(), current_stream(device));
   });
-  return {outputs.out, outputs.lse, outputs.mass};
+  return outputs;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInputs& in, const SavedAttention& saved,
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   const AttentionShape shape = check_attention(in);
   check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
   const Storage storage = storage_of(in.query);
-  check_saved(in, shape, saved.out, saved.lse, saved.mass, saved.grad_out, saved.grad_lse, saved.grad_mass);
+  check_saved(in, shape, saved);
   const bool packed = in.packed();
   const int32_t device = in.query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -102,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionInput
   args.saved_out = input(out, packed, Last::kPresent);
   args.saved_lse = input(saved.lse, packed, Last::kNone);
   args.saved_mass = input(saved.mass, packed, Last::kPresent);
+  args.saved_lse_residual = input(saved.lse_residual, packed, Last::kNone);
   std::optional<Tensor> grad_out;
   if (saved.grad_out) grad_out = with_aligned_rows(*saved.grad_out);
   args.grad_out = input(grad_out, packed, Last::kPresent);

@@ -34,10 +34,11 @@ struct AttentionArgs {
 
 struct ForwardArgs : AttentionArgs {
   Output out, lse, mass;
+  Output lse_residual;  // what rounding took from lse: lse + lse_residual is the sum, see write_lse
 };
 
 struct BackwardArgs : AttentionArgs {
-  Input saved_out, saved_lse, saved_mass;
+  Input saved_out, saved_lse, saved_mass, saved_lse_residual;
   Input grad_out, grad_lse, grad_mass;                            // data null: zero
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
 };

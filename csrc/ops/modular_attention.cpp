@@ -87,9 +87,7 @@ AttentionShape check_attention(const AttentionInputs& in) {
   return shape;
 }
 
-void check_saved(const AttentionInputs& in, const AttentionShape& shape, const Tensor& out, const Tensor& lse,
-                 const Tensor& mass, const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-                 const std::optional<Tensor>& grad_mass) {
+void check_saved(const AttentionInputs& in, const AttentionShape& shape, const SavedAttention& saved) {
   const ScalarType storage = in.query.scalar_type(), compute = compute_dtype(storage);
   const std::vector<int64_t> rows = row_sizes(in, shape);
   const auto check_tensor = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,
@@ -98,16 +96,17 @@ void check_saved(const AttentionInputs& in, const AttentionShape& shape, const T
     check.dtype(name, tensor, dtype);
     check.device(name, tensor, in.query);
   };
-  check_tensor("out", out, with_last(rows, shape.head_dim), storage);
-  check_tensor("lse", lse, rows, compute);
-  check_tensor("mass", mass, with_last(rows, in.num_modalities), compute);
-  check.contiguous_last("out", out);
-  if (grad_out) {
-    check_tensor("grad_out", *grad_out, with_last(rows, shape.head_dim), storage);
-    check.contiguous_last("grad_out", *grad_out);
+  check_tensor("out", saved.out, with_last(rows, shape.head_dim), storage);
+  check_tensor("lse", saved.lse, rows, compute);
+  check_tensor("mass", saved.mass, with_last(rows, in.num_modalities), compute);
+  check_tensor("lse_residual", saved.lse_residual, rows, compute);
+  check.contiguous_last("out", saved.out);
+  if (saved.grad_out) {
+    check_tensor("grad_out", *saved.grad_out, with_last(rows, shape.head_dim), storage);
+    check.contiguous_last("grad_out", *saved.grad_out);
   }
-  if (grad_lse) check_tensor("grad_lse", *grad_lse, rows, compute);
-  if (grad_mass) check_tensor("grad_mass", *grad_mass, with_last(rows, in.num_modalities), compute);
+  if (saved.grad_lse) check_tensor("grad_lse", *saved.grad_lse, rows, compute);
+  if (saved.grad_mass) check_tensor("grad_mass", *saved.grad_mass, with_last(rows, in.num_modalities), compute);
 }
 
 AttentionOutputs empty_outputs(const AttentionInputs& in, const AttentionShape& shape) {
@@ -115,7 +114,8 @@ AttentionOutputs empty_outputs(const AttentionInputs& in, const AttentionShape& 
   const std::vector<int64_t> rows = row_sizes(in, shape);
   return {empty_in_layout_of(in.query, with_last(rows, shape.head_dim), in.packed()),
           torch::stable::new_empty(in.query, rows, compute),
-          torch::stable::new_empty(in.query, with_last(rows, in.num_modalities), compute)};
+          torch::stable::new_empty(in.query, with_last(rows, in.num_modalities), compute),
+          torch::stable::new_empty(in.query, rows, compute)};
 }
 
 }  // namespace moda_ext

@@ -33,14 +33,23 @@ struct AttentionShape {
 // Throws std::invalid_argument, naming operator and argument.
 AttentionShape check_attention(const AttentionInputs& inputs);
 
-// The same for what a backward receives beside the inputs.
-void check_saved(const AttentionInputs& inputs, const AttentionShape& shape, const Tensor& out, const Tensor& lse,
-                 const Tensor& mass, const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-                 const std::optional<Tensor>& grad_mass);
-
+// What a forward makes. lse is rounded; lse + lse_residual is what it was before. The backward needs both: beside a
+// bias of 1e9 a float has no room for the logarithm of a sum.
 struct AttentionOutputs {
-  Tensor out, lse, mass;
+  Tensor out, lse, mass, lse_residual;
 };
 AttentionOutputs empty_outputs(const AttentionInputs& inputs, const AttentionShape& shape);
+
+// What a backward receives beside the inputs; which gradients it is to make.
+struct SavedAttention {
+  std::optional<Tensor> grad_out, grad_lse, grad_mass;
+  Tensor out, lse, mass, lse_residual;
+};
+struct AttentionNeeds {
+  bool query, key, value, bias, sink;
+};
+
+// check_attention for what a backward receives beside the inputs.
+void check_saved(const AttentionInputs& inputs, const AttentionShape& shape, const SavedAttention& saved);
 
 }  // namespace moda_ext

@@ -45,6 +45,7 @@ struct Shape {
   double padding = 0.0;  // share of padded keys, at both ends of a sequence and, shuffled, in between
   double hidden = 0.0;   // share of (row block of 40, modality) pairs with bias -inf, and of single rows
   double scale = 0.25;
+  std::vector<float> numbers;  // not empty: what biases and sinks are drawn from
   uint32_t seed = 1;
 };
 
@@ -134,6 +135,9 @@ struct Problem {
     for (float& x : sink.data) x = uniform(random) < 0.1 ? -INFINITY : normal(random);
     for (float& x : grad_lse.data) x = normal(random);
     for (float& x : grad_mass.data) x = normal(random);
+    for (std::vector<float>* values : {&bias.data, &sink.data})
+      for (float& x : *values)
+        if (!s.numbers.empty() && !std::isinf(x)) x = s.numbers[random() % s.numbers.size()];
 
     modality.assign(s.packed ? static_cast<size_t>(total_keys) : s.keys.size() * static_cast<size_t>(total_keys), 0);
     const float nan = NAN;
@@ -205,7 +209,7 @@ struct Problem {
 // into it: what a rounding error is relative to.
 template <class Element>
 struct Oracle {
-  Array<double> out, out_size, lse, mass;
+  Array<double> out, out_size, lse, lse_residual, lse_size, mass;  // lse is rounded to float; size: beside the base
   Array<double> grad_query, grad_query_size, grad_key, grad_key_size, grad_value, grad_value_size;
   Array<double> grad_bias, grad_bias_size, grad_sink, grad_sink_size;
   double largest = 1;  // sum of magnitudes in a score: its float32 rounding error, relative to this, is one of p
@@ -213,7 +217,8 @@ struct Oracle {
   explicit Oracle(const Problem<Element>& p) {
     const Shape& s = p.shape;
     out = out_size = Array<double>(s, s.query_heads, p.total_queries, s.head_dim, 1, 0.0);
-    lse = grad_sink = grad_sink_size = Array<double>(s, s.query_heads, p.total_queries, 1, 1, 0.0);
+    lse = lse_residual = lse_size = grad_sink = grad_sink_size =
+        Array<double>(s, s.query_heads, p.total_queries, 1, 1, 0.0);
     mass = grad_bias = grad_bias_size = Array<double>(s, s.query_heads, p.total_queries, s.modalities, 1, 0.0);
     grad_query = grad_query_size = Array<double>(s, s.query_heads, p.total_queries, s.head_dim, p.num_views, 0.0);
     grad_key = grad_key_size = grad_value = grad_value_size =
@@ -228,15 +233,23 @@ struct Oracle {
     const Shape& s = p.shape;
     const int64_t b = p.batch(i), query = p.first_query(i) + row;
     const int kv = h / p.group, D = s.head_dim;
-    const double c = s.sink ? *p.sink.at(b, h, query) : -kInfinite;
+    const double sink = s.sink ? *p.sink.at(b, h, query) : -kInfinite;
     std::vector<int> seen;
-    std::vector<double> scores;
-    double highest = c;
+    double base = sink;  // the largest number that is added to a score, or the sink: what all are relative to
+    const auto prior_of = [&](int id) { return s.bias ? double{p.bias.at(b, h, query)[id]} : 0.0; };
     for (int j = 0; j < s.keys[i]; ++j) {
       const int id = p.modality[p.first_id(i) + j];
       if (id < 0 || id >= s.modalities || (s.causal && j > row + s.keys[i] - s.queries[i])) continue;
-      const double prior = s.bias ? p.bias.at(b, h, query)[id] : 0.0;
-      if (prior == -kInfinite) continue;
+      if (prior_of(id) == -kInfinite) continue;
+      seen.push_back(j);
+      base = std::max(base, prior_of(id));
+    }
+    if (base == -kInfinite) base = 0;
+    const double c = sink - base;
+    double highest = c;
+    std::vector<double> scores;
+    for (const int j : seen) {
+      const int id = p.modality[p.first_id(i) + j];
       const Element* q = p.query.at(b, h, query, p.num_views > 1 ? id : 0);
       const Element* k = p.key.at(b, kv, p.first_key(i) + j);
       double product = 0, magnitude = 0;
@@ -245,14 +258,16 @@ struct Oracle {
         magnitude += std::abs(double{to_float(q[d])} * to_float(k[d]));
       }
       largest = std::max(largest, std::abs(s.scale) * magnitude);
-      seen.push_back(j);
-      scores.push_back(s.scale * product + prior);
+      scores.push_back(s.scale * product + (prior_of(id) - base));
       highest = std::max(highest, scores.back());
     }
     double total = c == -kInfinite ? 0 : std::exp(c - highest);
     for (double score : scores) total += std::exp(score - highest);
     const double L = total == 0 ? -kInfinite : highest + std::log(total);
-    *lse.at(b, h, query) = L;
+    const double rounded = static_cast<float>(base + L);
+    *lse.at(b, h, query) = rounded;
+    *lse_residual.at(b, h, query) = total == 0 ? 0 : L - (rounded - base);
+    *lse_size.at(b, h, query) = total == 0 ? 0 : std::abs(L);
     double delta = -*p.grad_lse.at(b, h, query), delta_size = std::abs(delta);
     std::vector<double> probability(seen.size()), grad_probability(seen.size());
     for (size_t n = 0; n < seen.size(); ++n) {
@@ -362,6 +377,24 @@ void check_tiles_of_several_modalities() {
   check_under_every_schedule<Direction, BFloat16, 32>(shape);
   shape.modalities = 16;
   Direction::template check<float, 32>(shape);
+}
+// Numbers that a whole row has in common, and such of every size.
+template <class Direction>
+void check_large_numbers(Shape shape) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  for (const float number : {1e3f, -1e6f, 1e9f, -1e9f, -1e10f, 1e30f, -kLargest, kLargest}) {
+    SCOPED_TRACE(number);
+    const float next = std::nextafter(number, 0.0f), other = std::abs(next - number) < 1 ? number - 1 : next;
+    shape.numbers = {number, number, other};
+    Direction::template check<BFloat16, 64>(shape);
+    Direction::template check<float, 64>(shape);
+  }
+  shape.numbers = {0, 1, -1e3f, 1e3f, -1e9f, 1e9f, -1e10f, 1e30f, -kLargest, kLargest};
+  for (const Layout layout : {Layout::kRuns, Layout::kShuffled}) {
+    shape.layout = layout;
+    check_under_every_schedule<Direction, BFloat16, 64>(shape);
+    Direction::template check<float, 64>(shape);
+  }
 }
 template <class Direction>
 void check_padding() {

@@ -44,6 +44,7 @@ struct Backward {
     const Oracle<Element> oracle(problem);
     Array<Element> out = rounded<Element>(oracle.out);
     Array<float> lse = rounded<float>(oracle.lse), mass = rounded<float>(oracle.mass);
+    Array<float> lse_residual = rounded<float>(oracle.lse_residual);
     const auto poisoned = [](auto array) {
       std::fill(array.data.begin(), array.data.end(), from_float<std::decay_t<decltype(array.data[0])>>(NAN));
       return array;
@@ -57,6 +58,7 @@ struct Backward {
     args.saved_out = out.template operand<Input>(1);
     args.saved_lse = lse.operand<Input>(1);
     args.saved_mass = mass.operand<Input>(1);
+    args.saved_lse_residual = lse_residual.operand<Input>(1);
     if (incoming.out) args.grad_out = problem.grad_out.template operand<Input>(1);
     if (incoming.lse) args.grad_lse = problem.grad_lse.template operand<Input>(1);
     if (incoming.mass) args.grad_mass = problem.grad_mass.template operand<Input>(1);
@@ -167,6 +169,14 @@ TEST(CudaBackward, ScalesOfEitherSign) {
   Backward::check<BFloat16, 32>(shape);
   shape.scale = 0;
   Backward::check<BFloat16, 32>(shape);
+}
+TEST(CudaBackward, LargeBiasesAndSinks) {
+  Shape shape = dense({70}, {130}, 64);
+  shape.modalities = 3;
+  check_large_numbers<Backward>(shape);
+  shape.causal = shape.views = true;
+  shape.padding = 0.2;
+  check_large_numbers<Backward>(shape);
 }
 TEST(CudaBackward, NothingToDo) {
   Backward::check<BFloat16, 32>(dense({0}, {10}, 32));

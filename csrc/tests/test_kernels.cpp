@@ -381,9 +381,20 @@ struct Problem {
     sequence.num_keys = keys;
     sequence.order = plan.order.data();
     sequence.tiles = plan.tiles.data();
+    sequence.first_position = plan.first_position.data();
     sequence.num_tiles = static_cast<int32_t>(plan.tiles.size());
     sequence.num_panels = plan.num_panels;
     sequence.num_slots = static_cast<int32_t>(plan.order.size());
+  }
+
+  size_t row(int head, int query) const { return static_cast<size_t>(head) * queries + query; }
+  bool sees(int query, int key) const { return key <= query + keys - queries && modality[key] >= 0; }
+  // The largest of the row's sink and of what is added to its scores.
+  double base_of(int head, int query) const {
+    double base = sink[row(head, query)];
+    for (int j = 0; j < keys; ++j)
+      if (sees(query, j)) base = std::max(base, double{bias[row(head, query) * modalities + modality[j]]});
+    return base == -kInfinity ? 0 : base;
   }
 
   Input input(const std::vector<T>& data, int64_t width, int64_t rows) const {
@@ -416,7 +427,7 @@ struct Problem {
 
 template <class T>
 struct Result {
-  std::vector<T> out, lse, mass;
+  std::vector<T> out, lse, mass, lse_residual;
 };
 
 // Rows in one item for each head block; `pieces` > 1 splits each over its key tiles.
@@ -428,10 +439,11 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
   const size_t rows = static_cast<size_t>(problem.group) * problem.queries;
   const T poison = std::numeric_limits<T>::quiet_NaN();
   Result<T> result = {std::vector<T>(rows * problem.head_dim, poison), std::vector<T>(rows, poison),
-                      std::vector<T>(rows * problem.modalities, poison)};
+                      std::vector<T>(rows * problem.modalities, poison), std::vector<T>(rows, poison)};
   args.out = problem.output(result.out, problem.head_dim, problem.queries);
   args.lse = problem.output(result.lse, 1, problem.queries);
   args.mass = problem.output(result.mass, problem.modalities, problem.queries);
+  args.lse_residual = problem.output(result.lse_residual, 1, problem.queries);
   std::vector<char> storage = bytes(kernel.packed_bytes(args, problem.plan.num_panels)),
                     scratch = bytes(kernel.forward_scratch_bytes(args));
   for (int t = 0; packed && t < problem.sequence.num_tiles; ++t)
@@ -474,16 +486,17 @@ Result<T> plain_forward(const Problem<T>& p) {
     for (int i = 0; i < p.queries; ++i) {
       const size_t row = static_cast<size_t>(h) * p.queries + i;
       std::vector<double> scores(p.keys, -kInfinity), out(p.head_dim, 0), mass(p.modalities, 0);
-      double top = p.sink[row];
-      for (int j = 0; j < p.keys && j <= i + p.keys - p.queries; ++j) {
-        if (p.modality[j] < 0) continue;
+      const double base = p.base_of(h, i);
+      double top = p.sink[row] - base;
+      for (int j = 0; j < p.keys; ++j) {
+        if (!p.sees(i, j)) continue;
         double dot = 0;
         for (int d = 0; d < p.head_dim; ++d)
           dot += static_cast<double>(p.query[row * p.head_dim + d]) * p.key[j * p.head_dim + d];
-        scores[j] = dot / std::sqrt(p.head_dim) + p.bias[row * p.modalities + p.modality[j]];
+        scores[j] = dot / std::sqrt(p.head_dim) + (p.bias[row * p.modalities + p.modality[j]] - base);
         top = std::max(top, scores[j]);
       }
-      double total = top == -kInfinity ? 0 : std::exp(p.sink[row] - top);
+      double total = top == -kInfinity ? 0 : std::exp(p.sink[row] - base - top);
       for (int j = 0; j < p.keys && top != -kInfinity; ++j) total += std::exp(scores[j] - top);
       for (int j = 0; j < p.keys; ++j) {
         if (scores[j] == -kInfinity) continue;
@@ -493,7 +506,9 @@ Result<T> plain_forward(const Problem<T>& p) {
       }
       for (double value : out) result.out.push_back(static_cast<T>(value));
       for (double value : mass) result.mass.push_back(static_cast<T>(value));
-      result.lse.push_back(static_cast<T>(total == 0 ? -kInfinity : top + std::log(total)));
+      const double log_sum = top + std::log(total), lse = static_cast<T>(base + log_sum);
+      result.lse.push_back(static_cast<T>(total == 0 ? -kInfinity : lse));
+      result.lse_residual.push_back(static_cast<T>(total == 0 ? 0 : log_sum - (lse - base)));
     }
   }
   return result;
@@ -523,6 +538,9 @@ class Kernel : public testing::Test {
     expect_near(got.mass, expected.mass, kTolerance);
   }
   static int tile() { return kernels(Problem<T>::kStorage).forward_tile_keys; }
+  static int common_tile() {  // of both directions
+    return std::min(tile(), kernels(Problem<T>::kStorage).backward_tile_keys);
+  }
 };
 TYPED_TEST_SUITE(Kernel, Types);
 
@@ -546,66 +564,82 @@ TYPED_TEST(Kernel, ForwardWithTheLargestHead) {
   this->check_forward(Problem<TypeParam>(1, 30, 300, 256, 4, false, this->tile()), true, 1);
 }
 
+// The gradients of query, key, value, bias and sink that `items` items make of the upstream gradients of out, lse and
+// mass.
+template <class T>
+std::vector<std::vector<T>> run_backward(const Problem<T>& problem, const Result<T>& saved, const Result<T>& upstream,
+                                         int items, bool packs_transposed_keys) {
+  const AttentionKernels& kernel = problem.kernel;
+  const size_t rows = static_cast<size_t>(problem.group) * problem.queries;
+  BackwardArgs args;
+  problem.fill(args);
+  args.packs_transposed_keys = packs_transposed_keys;
+  args.saved_out = problem.input(saved.out, problem.head_dim, problem.queries);
+  args.saved_lse = problem.input(saved.lse, 1, problem.queries);
+  args.saved_mass = problem.input(saved.mass, problem.modalities, problem.queries);
+  args.saved_lse_residual = problem.input(saved.lse_residual, 1, problem.queries);
+  args.grad_out = problem.input(upstream.out, problem.head_dim, problem.queries);
+  args.grad_lse = problem.input(upstream.lse, 1, problem.queries);
+  args.grad_mass = problem.input(upstream.mass, problem.modalities, problem.queries);
+  std::vector<T> delta(rows), dq(problem.query.size()), dk(problem.key.size()), dv(problem.value.size()),
+      db(problem.bias.size()), dc(problem.sink.size()), sums(problem.bias.size());
+  args.delta = problem.output(delta, 1, problem.queries);
+  args.grad_query = problem.output(dq, problem.head_dim, problem.queries);
+  args.grad_key = problem.output(dk, problem.head_dim, problem.keys);
+  args.grad_value = problem.output(dv, problem.head_dim, problem.keys);
+  args.grad_bias = problem.output(db, problem.modalities, problem.queries);
+  args.probability_sums = problem.output(sums, problem.modalities, problem.queries);
+  args.grad_sink = problem.output(dc, 1, problem.queries);
+  const int64_t blocks =
+      problem.group * ((problem.queries + kernel.backward_block_rows - 1) / kernel.backward_block_rows);
+  std::vector<char> scratch = bytes(kernel.backward_scratch_bytes(args, blocks));
+  const int64_t packed_bytes = kernel.backward_packed_bytes(args, problem.plan.num_panels);
+  std::vector<char> packed = bytes(packed_bytes);
+  for (int t = 0; packed_bytes > 0 && t < problem.sequence.num_tiles; ++t)
+    kernel.pack_backward_tile(args, problem.sequence, 0, t, aligned(packed));
+  const bool partial = items > 1 || packed_bytes > 0;
+  std::vector<std::vector<char>> memory(items);
+  std::vector<void*> partials;
+  for (int p = 0; p < items; ++p) {
+    memory[p] = bytes(2 * int64_t{problem.sequence.num_slots} * problem.head_dim * static_cast<int64_t>(sizeof(T)));
+    partials.push_back(aligned(memory[p]));
+    kernel.backward(args,
+                    {&problem.sequence, 0, blocks * p / items, blocks * (p + 1) / items,
+                     partial ? partials[p] : nullptr, packed_bytes > 0 ? aligned(packed) : nullptr},
+                    aligned(scratch));
+  }
+  if (partial) kernel.reduce_partials(args, problem.sequence, 0, partials.data(), items, 0, problem.sequence.num_slots);
+  return {dq, dk, dv, db, dc};
+}
+
+template <class T>
+Result<T> random_upstream(const Problem<T>& problem) {
+  const size_t rows = static_cast<size_t>(problem.group) * problem.queries;
+  return {random_values<T>(rows * problem.head_dim),
+          random_values<T>(rows),
+          random_values<T>(rows * problem.modalities),
+          {}};
+}
+
 // The loss sum(out * a + lse * b + mass * c), so that the three upstream gradients are a, b and c.
 TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
   using T = TypeParam;
   Problem<T> problem(2, 110, 260, 16, 2, false, kernels(Problem<T>::kStorage).backward_tile_keys);
-  const size_t rows = static_cast<size_t>(problem.group) * problem.queries;
   for (T& sink : problem.sink) sink = std::max(sink, T(-5));  // finite lse everywhere
-  const std::vector<T> a = random_values<T>(rows * problem.head_dim), b = random_values<T>(rows),
-                       c = random_values<T>(rows * problem.modalities);
+  const Result<T> upstream = random_upstream(problem);
   const auto loss = [&] {
     const Result<T> r = plain_forward(problem);
     double sum = 0;
-    for (size_t i = 0; i < a.size(); ++i) sum += static_cast<double>(a[i]) * r.out[i];
-    for (size_t i = 0; i < b.size(); ++i) sum += static_cast<double>(b[i]) * r.lse[i];
-    for (size_t i = 0; i < c.size(); ++i) sum += static_cast<double>(c[i]) * r.mass[i];
+    for (size_t i = 0; i < r.out.size(); ++i) sum += static_cast<double>(upstream.out[i]) * r.out[i];
+    for (size_t i = 0; i < r.lse.size(); ++i) sum += static_cast<double>(upstream.lse[i]) * r.lse[i];
+    for (size_t i = 0; i < r.mass.size(); ++i) sum += static_cast<double>(upstream.mass[i]) * r.mass[i];
     return sum;
   };
   const Result<T> saved = plain_forward(problem);
-  const AttentionKernels& kernel = problem.kernel;
 
   std::vector<std::vector<T>> first;
   for (int items : {1, 2, 4}) {
-    BackwardArgs args;
-    problem.fill(args);
-    args.packs_transposed_keys = items < 4;
-    args.saved_out = problem.input(saved.out, problem.head_dim, problem.queries);
-    args.saved_lse = problem.input(saved.lse, 1, problem.queries);
-    args.saved_mass = problem.input(saved.mass, problem.modalities, problem.queries);
-    args.grad_out = problem.input(a, problem.head_dim, problem.queries);
-    args.grad_lse = problem.input(b, 1, problem.queries);
-    args.grad_mass = problem.input(c, problem.modalities, problem.queries);
-    std::vector<T> delta(rows), dq(problem.query.size()), dk(problem.key.size()), dv(problem.value.size()),
-        db(problem.bias.size()), dc(problem.sink.size()), sums(problem.bias.size());
-    args.delta = problem.output(delta, 1, problem.queries);
-    args.grad_query = problem.output(dq, problem.head_dim, problem.queries);
-    args.grad_key = problem.output(dk, problem.head_dim, problem.keys);
-    args.grad_value = problem.output(dv, problem.head_dim, problem.keys);
-    args.grad_bias = problem.output(db, problem.modalities, problem.queries);
-    args.probability_sums = problem.output(sums, problem.modalities, problem.queries);
-    args.grad_sink = problem.output(dc, 1, problem.queries);
-    const int64_t blocks =
-        problem.group * ((problem.queries + kernel.backward_block_rows - 1) / kernel.backward_block_rows);
-    std::vector<char> scratch = bytes(kernel.backward_scratch_bytes(args, blocks));
-    const int64_t packed_bytes = kernel.backward_packed_bytes(args, problem.plan.num_panels);
-    std::vector<char> packed = bytes(packed_bytes);
-    for (int t = 0; packed_bytes > 0 && t < problem.sequence.num_tiles; ++t)
-      kernel.pack_backward_tile(args, problem.sequence, 0, t, aligned(packed));
-    const bool partial = items > 1 || packed_bytes > 0;
-    std::vector<std::vector<char>> memory(items);
-    std::vector<void*> partials;
-    for (int p = 0; p < items; ++p) {
-      memory[p] = bytes(2 * int64_t{problem.sequence.num_slots} * problem.head_dim * static_cast<int64_t>(sizeof(T)));
-      partials.push_back(aligned(memory[p]));
-      kernel.backward(args,
-                      {&problem.sequence, 0, blocks * p / items, blocks * (p + 1) / items,
-                       partial ? partials[p] : nullptr, packed_bytes > 0 ? aligned(packed) : nullptr},
-                      aligned(scratch));
-    }
-    if (partial)
-      kernel.reduce_partials(args, problem.sequence, 0, partials.data(), items, 0, problem.sequence.num_slots);
-    const std::vector<std::vector<T>> gradients = {dq, dk, dv, db, dc};
+    const std::vector<std::vector<T>> gradients = run_backward(problem, saved, upstream, items, items < 4);
     if (first.empty()) {
       first = gradients;
     } else {
@@ -630,6 +664,69 @@ TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
       x = kept;
       EXPECT_NEAR(first[g][i], (above - below) / (2 * step), 1e-6) << "gradient " << g << " element " << i;
     }
+  }
+}
+
+// Biases and sinks of any size count relative to each other alone: the results are those of ordinary ones, in which
+// what a row does not meet is 0 and what has no weight beside the largest is -500.
+template <class T>
+void check_large_numbers(const Problem<T>& problem, double tolerance) {
+  Problem<T> ordinary = problem;
+  for (int h = 0; h < problem.group; ++h) {
+    for (int i = 0; i < problem.queries; ++i) {
+      const double base = problem.base_of(h, i);
+      const auto reduce = [&](T& x) {
+        if (!std::isinf(x)) x = static_cast<T>(std::max(-500.0, x - base));
+      };
+      reduce(ordinary.sink[ordinary.row(h, i)]);
+      for (int m = 0; m < problem.modalities; ++m) {
+        T& bias = ordinary.bias[ordinary.row(h, i) * problem.modalities + m];
+        reduce(bias);
+        bias = std::min(bias, T(0));
+      }
+    }
+  }
+  const Result<T> upstream = random_upstream(problem), exact = plain_forward(problem);
+  const Result<T> saved = run_forward(ordinary, true, 1);
+  const std::vector<std::vector<T>> expected = run_backward(ordinary, saved, upstream, 1, true);
+  for (int pieces : {1, 3}) {
+    const Result<T> got = run_forward(problem, pieces == 1, pieces);
+    expect_near(got.out, saved.out, tolerance);
+    expect_near(got.mass, saved.mass, tolerance);
+    for (size_t i = 0; i < got.lse.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(got.lse_residual[i])) << i;
+      if (got.lse[i] == exact.lse[i]) continue;
+      ASSERT_NEAR(got.lse[i] / exact.lse[i], 1, tolerance / 10) << i;  // not the same number, so not infinite
+    }
+    const std::vector<std::vector<T>> gradients = run_backward(problem, got, upstream, 1, true);
+    for (size_t g = 0; g < gradients.size(); ++g) expect_near(gradients[g], expected[g], tolerance * 10);
+  }
+}
+
+TYPED_TEST(Kernel, ANumberCommonToARowChangesNothing) {
+  using T = TypeParam;
+  constexpr T kLargest = std::numeric_limits<T>::max();
+  for (const T number : {T(1000), T(-1e6), T(1e9), T(-1e9), T(1e30), -kLargest, kLargest}) {
+    SCOPED_TRACE(number);
+    Problem<T> problem(2, 130, 400, 16, 3, false, this->common_tile());
+    // Towards zero from the number, in steps that it can be told apart by.
+    const T step = std::max(std::fabs(std::nextafter(number, T(0)) - number), T(0.25)) * (number < 0 ? 1 : -1);
+    for (std::vector<T>* values : {&problem.bias, &problem.sink})
+      for (T& x : *values)
+        if (!std::isinf(x)) x = number + step * static_cast<T>(generator() % 4);
+    ASSERT_NO_FATAL_FAILURE(check_large_numbers(problem, this->kTolerance));
+  }
+}
+TYPED_TEST(Kernel, LargeNumbersOfEverySizeInOneRow) {
+  using T = TypeParam;
+  constexpr T kLargest = std::numeric_limits<T>::max();
+  const T numbers[] = {0, 1, T(-1000), T(1000), T(-1e9), T(1e9), T(-1e10), T(1e30), -kLargest, kLargest};
+  for (const bool alternating : {false, true}) {
+    Problem<T> problem(2, 130, 700, 16, 4, alternating, this->common_tile());
+    for (std::vector<T>* values : {&problem.bias, &problem.sink})
+      for (T& x : *values)
+        if (!std::isinf(x)) x = numbers[generator() % std::size(numbers)];
+    ASSERT_NO_FATAL_FAILURE(check_large_numbers(problem, this->kTolerance));
   }
 }
 

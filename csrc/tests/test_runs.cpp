@@ -45,6 +45,10 @@ void check_invariants(const std::vector<int32_t>& modality, const KeyPlan& plan)
   EXPECT_EQ(static_cast<size_t>(slot), plan.order.size());
   EXPECT_EQ(panel, plan.num_panels);
   for (size_t j = 0; j < modality.size(); ++j) EXPECT_EQ(seen[j], modality[j] >= 0 ? 1 : 0) << "key " << j;
+  for (size_t m = 0; m < plan.first_position.size(); ++m) {
+    const auto first = std::find(modality.begin(), modality.end(), static_cast<int32_t>(m));
+    EXPECT_EQ(plan.first_position[m], first == modality.end() ? INT32_MAX : first - modality.begin()) << "id " << m;
+  }
 }
 
 TEST(PlanKeys, EmptySequenceHasNoTiles) {

@@ -94,10 +94,11 @@ def _attention(name: str, options):
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         given = dict(zip(arguments, inputs, strict=True))
+        ctx.mark_non_differentiable(output[3])  # lse_residual: what the backward pass needs beside the rounded lse
         ctx.save_for_backward(*(given[n] for n in saved), *output)
         ctx.options = [given[n] for n in plain]
 
-    def backward(ctx, grad_out, grad_lse, grad_mass):
+    def backward(ctx, grad_out, grad_lse, grad_mass, _):
         if grad_out is None and grad_lse is None and grad_mass is None:
             return (None,) * len(arguments)
         if grad_out is not None and grad_out.stride(-1) != 1:  # the gradient of a plain sum is expanded

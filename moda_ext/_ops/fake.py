@@ -20,13 +20,14 @@ def empty_in_layout_of(like: Tensor, shape) -> Tensor:
 
 def modular_attention(
     query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = query.shape[-4:]
     dtype = accumulation_dtype(query.dtype)
     return (
         empty_in_layout_of(query, shape),
         query.new_empty(shape[:3], dtype=dtype),
         query.new_empty((*shape[:3], num_modalities), dtype=dtype),
+        query.new_empty(shape[:3], dtype=dtype),
     )
 
 
@@ -43,6 +44,7 @@ def modular_attention_backward(
     out,
     lse,
     mass,
+    lse_residual,
     num_modalities,
     is_causal,
     scale,
@@ -75,13 +77,14 @@ def modular_attention_varlen(
     num_modalities,
     is_causal,
     scale,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = query.shape[-3:]
     dtype = accumulation_dtype(query.dtype)
     return (
         query.new_empty(shape),
         query.new_empty(shape[:2], dtype=dtype),
         query.new_empty((*shape[:2], num_modalities), dtype=dtype),
+        query.new_empty(shape[:2], dtype=dtype),
     )
 
 
@@ -100,6 +103,7 @@ def modular_attention_varlen_backward(
     out,
     lse,
     mass,
+    lse_residual,
     max_seqlen_q,
     max_seqlen_k,
     num_modalities,
@@ -227,9 +231,10 @@ def duplex_attention(
     eps,
     scale,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return modular_attention(
+    out, lse, mass, _ = modular_attention(
         query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal=True, scale=scale
     )
+    return out, lse, mass
 
 
 def duplex_aligned_keys(

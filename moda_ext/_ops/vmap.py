@@ -10,7 +10,8 @@ from torch import Tensor
 # Arguments before `num_modalities`, and where the mapped dimension goes: in front of the batch dimension, counted from
 # the end because a query with views has one dimension more in front.
 _FORWARD_BATCH = (-4, -4, -4, -2, -4, -3)  # query, key, value, key_modality, modality_bias, sink
-_BACKWARD_BATCH = (-4, -3, -4, *_FORWARD_BATCH, -4, -3, -4)  # grad_out, grad_lse, grad_mass, ..., out, lse, mass
+# grad_out, grad_lse, grad_mass, ..., out, lse, mass, lse_residual
+_BACKWARD_BATCH = (-4, -3, -4, *_FORWARD_BATCH, -4, -3, -4, -3)
 
 
 def _fold(tensor: Tensor | None, mapped: int | None, batch: int, size: int) -> Tensor | None:
@@ -41,7 +42,7 @@ def modular_attention(info, in_dims, *args):
     count = len(_FORWARD_BATCH)
     folded = _fold_all(args, in_dims, _FORWARD_BATCH, info.batch_size)
     results = torch.ops.moda_ext.modular_attention(*folded, *args[count:])
-    return tuple(_unfold(result, 0, info.batch_size) for result in results), (0, 0, 0)
+    return tuple(_unfold(result, 0, info.batch_size) for result in results), (0, 0, 0, 0)
 
 
 def modular_attention_backward(info, in_dims, *args):

@@ -18,6 +18,7 @@ struct Sequence {
   int64_t num_queries = 0, num_keys = 0;
   const int32_t* order = nullptr;  // KeyPlan of the sequence
   const KeyTile* tiles = nullptr;
+  const int32_t* first_position = nullptr;
   int32_t num_tiles = 0, num_panels = 0, num_slots = 0;
 };
 
@@ -33,10 +34,11 @@ struct AttentionArgs {
 
 struct ForwardArgs : AttentionArgs {
   Output out, lse, mass;
+  Output lse_residual;  // what rounding took from lse: lse + lse_residual is the sum, see finish_rows
 };
 
 struct BackwardArgs : AttentionArgs {
-  Input saved_out, saved_lse, saved_mass;
+  Input saved_out, saved_lse, saved_mass, saved_lse_residual;
   Input grad_out, grad_lse, grad_mass;                            // grad_lse.data, grad_mass.data null: zero
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
   Output delta;             // workspace, one number for each row: D_i of MATH.md section 3

@@ -57,6 +57,16 @@ struct BlockView {
   int tile_limit;
 };
 
+// number - L of a row, for its sink and its biases: of ordinary size wherever the number has a part in the row, however
+// large both are, since lse is taken off first and then what rounding took from lse.
+template <class T>
+MODA_EXT_INLINE double natural_exponent(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
+                                        T number) {
+  const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
+  const T residual = *row_of<T>(args.saved_lse_residual, sequence, head, sequence.first_query, row);
+  return (static_cast<double>(number) - static_cast<double>(lse)) - static_cast<double>(residual);
+}
+
 template <class T>
 void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row, const T* out,
                  const T* grad_out) {
@@ -84,9 +94,10 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
   }
   if (args.grad_sink.data != nullptr) {
     const T sink = *row_of<T>(args.sink, sequence, head, sequence.first_query, row);
-    const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
+    // Above 0 only where scores are so large that their rounding decides about the sink.
+    const double exponent = natural_exponent(args, sequence, head, row, sink);
     *row_of<T>(args.grad_sink, sequence, head, sequence.first_query, row) =
-        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(static_cast<double>(sink - lse))) * delta;
+        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(exponent > 0 ? 0 : exponent)) * delta;
   }
 }
 
@@ -140,16 +151,16 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
 }
 
 // What turns a score in log2 units into a probability: P = 2^(s + shift) factor. The query is scaled before the product
-// exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - lse)
+// exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - L)
 // log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
-// bias gradient), so the factor 2^error takes it back. Where the error is above 0.1, scores say nothing about P any
-// more; nonpositive_exponent() keeps it a probability.
+// bias gradient), so the factor 2^error takes it back. The error is above 0.1 only where scores themselves are so large
+// that their rounding decides about P; nonpositive_exponent() keeps it a probability.
 template <class T>
 struct RowExponent {
   T shift, factor;
 
-  RowExponent(T bias, T lse) {
-    const double exact = (static_cast<double>(bias) - static_cast<double>(lse)) * kLog2e;
+  explicit RowExponent(double natural) {
+    const double exact = natural * kLog2e;
     shift = static_cast<T>(exact);
     const double error = exact - static_cast<double>(shift);
     factor = static_cast<T>(error > -0.1 && error < 0.1 ? 1 + kLn2 * error : 1);
@@ -241,13 +252,12 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
       T bias = 0;
       if (args.bias.data != nullptr)
         bias = row_of<T>(args.bias, sequence, block.head, sequence.first_query, row)[args.bias.last * tile.modality];
-      const T lse = *row_of<T>(args.saved_lse, sequence, block.head, sequence.first_query, row);
       T delta = *row_of<T>(args.delta, sequence, block.head, sequence.first_query, row);
       if (args.grad_mass.data != nullptr)
         delta -= row_of<T>(args.grad_mass, sequence, block.head, sequence.first_query,
                            row)[args.grad_mass.last * tile.modality];
-      const RowSums<T> sums =
-          score_gradient_row(probability, grad_score, block.visible[i], RowExponent<T>(bias, lse), delta);
+      const RowExponent<T> exponent(natural_exponent(args, sequence, block.head, row, bias));
+      const RowSums<T> sums = score_gradient_row(probability, grad_score, block.visible[i], exponent, delta);
       if (args.grad_bias.data != nullptr) {
         row_of<T>(args.probability_sums, sequence, block.head, sequence.first_query, row)[tile.modality] +=
             sums.probability;

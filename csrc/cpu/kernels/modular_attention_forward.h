@@ -6,7 +6,8 @@
 // Tiling: a block of query rows (kBlockRows) meets key tiles of one modality each. Scores of a tile live in a scratch
 // block in L2; the running maximum, the masses and the unnormalised output are rescaled once a tile (online softmax),
 // in units of log2. The denominator needs no sum of its own: it is the sum of the masses plus the sink, whose logarithm
-// seeds the running maximum. Work above the diagonal is skipped in units of (register block rows) x (one vector of
+// seeds the running maximum. Biases and sinks are taken relative to a number of the row's own (row_base), so that large
+// ones cost no precision. Work above the diagonal is skipped in units of (register block rows) x (one vector of
 // keys), hidden (row, modality) pairs in units of register block rows. Memory traffic: packed keys and values are
 // streamed once for each row block, 8 D bytes for 4 D kBlockRows operations, which caches serve easily; nothing of size
 // N x N exists.
@@ -39,7 +40,8 @@ struct RowState {
   T output[kBlockRows * kScratchStride<T>];
   T maximum[kBlockRows];
   T mass[kMaxModalities][kBlockRows];
-  T sink[kBlockRows];  // in log2 units; kLowest without one
+  T base[kBlockRows];  // row_base; what follows and the maximum are relative to it, in log2 units
+  T sink[kBlockRows];  // -inf without one
 };
 
 // The state that passes between items split over keys: maximum, masses and output of each row, dense.
@@ -68,13 +70,40 @@ struct ItemRows {
   }
 };
 
+// A number common to a row changes nothing in a softmax, yet beside a large one its scores would be rounded away. So
+// biases and sink are taken relative to the largest of them that has a part in the row: of the sink, and of the biases
+// of modalities of which the row sees a key. (A larger one that the row does not meet would leave only differences as
+// large as it.) Differences of close numbers are exact; of distant ones, up to -inf where they overflow, the lower has
+// no weight. All items of a row agree on it, whichever tiles they have.
+template <class T>
+T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
+  const Sequence& sequence = *rows.item.sequence;
+  const int64_t last = args.causal ? rows.row[i] + sequence.num_keys - sequence.num_queries : sequence.num_keys - 1;
+  T base = sink;
+  for (int m = 0; m < args.num_modalities; ++m) {
+    if (sequence.first_position[m] > last) continue;
+    const T bias = args.bias.data == nullptr ? T(0) : rows.at<T>(args.bias, i)[args.bias.last * m];
+    base = bias > base ? bias : base;
+  }
+  return base == T(-INFINITY) ? T(0) : base;
+}
+
+// Bias of a modality relative to the row's base, in log2 units; -inf where its keys have no weight. Above the base is
+// only what the row does not meet, by any distance.
+template <class T>
+MODA_EXT_INLINE T relative_bias(const AttentionArgs& args, const ItemRows& rows, int i, int modality, T base) {
+  const T bias = args.bias.data == nullptr ? T(0) : rows.at<T>(args.bias, i)[args.bias.last * modality];
+  const T relative = (bias - base) * T(kLog2e);
+  return relative > T(0) ? T(-INFINITY) : relative;
+}
+
 template <class T>
 void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
-    T sink = -INFINITY;
-    if (args.sink.data != nullptr) sink = *rows.at<T>(args.sink, i) * T(kLog2e);
-    state.sink[i] = sink == T(-INFINITY) ? kLowest<T> : sink;
-    state.maximum[i] = state.sink[i];
+    const T sink = args.sink.data == nullptr ? T(-INFINITY) : *rows.at<T>(args.sink, i);
+    state.base[i] = row_base(args, rows, i, sink);
+    state.sink[i] = (sink - state.base[i]) * T(kLog2e);
+    state.maximum[i] = state.sink[i] > kLowest<T> ? state.sink[i] : kLowest<T>;
   }
   memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
 }
@@ -85,15 +114,18 @@ void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& sta
     T* output = state.output + i * kScratchStride<T>;
     T seen = 0;
     for (int m = 0; m < args.num_modalities; ++m) seen += state.mass[m][i];
-    const bool has_sink = state.sink[i] != kLowest<T>;
-    const T total = has_sink ? seen + exp2_nonpositive(state.sink[i] - state.maximum[i]) : seen;
+    const T total = seen + exp2_nonpositive(state.sink[i] - state.maximum[i]);
     const T inverse = total == T(0) ? T(0) : T(1) / total;
-    // In double, rounded once: the backward's probabilities inherit the error of lse as a common factor of their row.
-    T lse = static_cast<T>((static_cast<double>(state.maximum[i]) + log2(static_cast<double>(total))) * kLn2);
-    if (seen == T(0))  // nothing visible: exactly the sink
-      lse = has_sink ? *rows.at<T>(args.sink, i) : T(-INFINITY);
+    // lse = base + log of the sum, in double. The backward's probabilities inherit its error as a common factor of
+    // their row, which beside a large base may be anything: what rounding takes (Knuth's two-sum) goes along.
+    const double base = state.base[i];
+    const double log_sum = (static_cast<double>(state.maximum[i]) + log2(static_cast<double>(total))) * kLn2;
+    const T lse = total == T(0) ? T(-INFINITY) : static_cast<T>(base + log_sum);
+    const double rest = static_cast<double>(lse) - base;
+    const T residual = static_cast<T>((base - (static_cast<double>(lse) - rest)) + (log_sum - rest));
     store_row(output, inverse, rows.at<Storage>(args.out, i), args.head_dim);
     *rows.at<T>(args.lse, i) = lse;
+    *rows.at<T>(args.lse_residual, i) = __builtin_isfinite(lse) ? residual : T(0);
     T* out_mass = rows.at<T>(args.mass, i);
     for (int m = 0; m < args.num_modalities; ++m) out_mass[m] = state.mass[m][i] * inverse;
   }
@@ -159,7 +191,7 @@ class VectorEngine {
   struct Scratch {
     RowState<T> state;
     T scores[kBlockRows * kScratchStride<T>];
-    T bias[kBlockRows];       // of the tile's modality, in log2 units
+    T bias[kBlockRows];       // relative_bias of the tile's modality
     T best[kBlockRows];       // maximum of the tile's scores, without bias
     T shift[kBlockRows];      // bias - running maximum
     T reference[kBlockRows];  // what is taken off the scores first
@@ -239,8 +271,7 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   for (int block = 0; block * kRows < count; ++block) {
     limit[block] = 0;
     for (int i = block * kRows; i < count && i < (block + 1) * kRows; ++i) {
-      bias[i] = 0;
-      if (args.bias.data != nullptr) bias[i] = rows.at<T>(args.bias, i)[args.bias.last * tile.modality] * T(kLog2e);
+      bias[i] = relative_bias(args, rows, i, tile.modality, state.base[i]);
       const int64_t last = args.causal ? rows.row[i] + last_offset : last_offset;
       visible[i] = bias[i] == T(-INFINITY) ? 0 : visible_keys(sequence.order, tile, last);
       limit[block] = limit[block] > visible[i] ? limit[block] : visible[i];

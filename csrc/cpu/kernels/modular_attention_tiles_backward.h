@@ -234,10 +234,10 @@ class TileBackward {
   void load_modality(int modality) {
     for (int i = 0; i < kBlockRows; ++i) {
       float bias = -INFINITY, delta = 0;
-      RowExponent<float> exponent(0, 0);
+      RowExponent<float> exponent(0);
       if (i < count_) {
         bias = args_.bias.data != nullptr ? at<float>(args_.bias, i)[args_.bias.last * modality] : 0;
-        exponent = RowExponent<float>(bias, *at<float>(args_.saved_lse, i));
+        exponent = RowExponent<float>(natural_exponent(args_, sequence_, head_, first_row_ + i, bias));
         delta = *at<float>(args_.delta, i);
         if (args_.grad_mass.data != nullptr) delta -= at<float>(args_.grad_mass, i)[args_.grad_mass.last * modality];
       }

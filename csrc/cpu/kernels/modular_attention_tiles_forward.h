@@ -97,7 +97,7 @@ class TileEngine {
     Word probability[kTileKeys / kTileDepth * 2 * kInner * kTileWords];  // [query tile][step of keys][part]
     float product[kStrip * kStrip];
     float rows[kTileDepth * kScratchColumns];
-    alignas(64) float bias[kBlockRows];  // of the tile's modality, in log2 units
+    alignas(64) float bias[kBlockRows];  // relative_bias of the tile's modality
     // followed by: queries [view][query tile][step of columns][part], then room for one packed tile
   };
 
@@ -157,10 +157,8 @@ class TileEngine {
     for (int first = 0; first < rows.count; first += kStrip) {
       const int count = rows.count - first;
       for (int i = 0; i < kStrip; ++i) {
-        scratch_.bias[first + i] = 0;
-        if (i < count && args_.bias.data != nullptr)
-          scratch_.bias[first + i] =
-              rows.at<float>(args_.bias, first + i)[args_.bias.last * tile.modality] * static_cast<float>(kLog2e);
+        scratch_.bias[first + i] =
+            i < count ? relative_bias(args_, rows, first + i, tile.modality, state().base[first + i]) : 0.0f;
       }
       const StripView strip = view_strip(sequence.order, tile, count, [&](int i) {
         if (scratch_.bias[first + i] == -INFINITY) return int64_t{-1};

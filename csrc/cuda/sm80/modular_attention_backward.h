@@ -9,7 +9,8 @@
 //
 //   RowKernel    for each row and modality the two numbers that make the others plain attention backward:
 //                p = 2^(s tau log2(e) - exponent), dS = p (dP - shift), with
-//                exponent = (L - b) log2(e), infinite where the row sees nothing, and shift = D - g; also dc
+//                exponent = (L - b) log2(e), infinite where the row sees nothing, and shift = D - g; also dc.
+//                L is lse and what rounding took from it: beside a large b and lse, all there is to know
 //   KeyKernel    dk and dv: a block owns keys, and rows stream by
 //   QueryKernel  dq and db: a block owns rows, and keys stream by
 //
@@ -113,21 +114,24 @@ struct RowKernel {
     if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, sequence, head, token);
 
     const float lse = *row_of<float>(args.saved_lse, sequence, head, token);
+    const float residual = *row_of<float>(args.saved_lse_residual, sequence, head, token);
     const int64_t at = row_index(args, sequence, head, row);
     bool sees = false;
     if (m < args.num_modalities) {
       const float bias =
           args.bias.data == nullptr ? 0.0f : row_of<float>(args.bias, sequence, head, token)[m * args.bias.last];
       sees = bias != -infinity() && lse != -infinity();
-      p.exponent[m * p.rows + at] = sees ? (lse - bias) * kLog2e : infinity();
+      p.exponent[m * p.rows + at] = sees ? ((lse - bias) + residual) * kLog2e : infinity();
       p.shift[m * p.rows + at] = sum - grad_mass;
     }
     if (lane_index() == 0) {
       p.delta[at] = sum;
       if (args.grad_sink.data != nullptr) {
         const float sink = *row_of<float>(args.sink, sequence, head, token);
+        // Above 0 only where scores are so large that their rounding decides about the sink.
+        const float exponent = ((sink - lse) - residual) * kLog2e;
         *row_of<float>(args.grad_sink, sequence, head, token) =
-            sink == -infinity() ? 0.0f : -exp2_fast((sink - lse) * kLog2e) * sum;
+            sink == -infinity() ? 0.0f : -exp2_fast(exponent > 0.0f ? 0.0f : exponent) * sum;
       }
     }
     return warp_or(sees ? 1u << m : 0u);

@@ -15,6 +15,11 @@
 // The mass costs nothing in the inner loop: the sum of p that a softmax needs anyway is folded into the masses when the
 // modality changes, and the denominator is the sum of the masses and the sink, whose logarithm seeds the maximum.
 //
+// A number common to a row changes nothing in a softmax, yet beside a large one its scores would be rounded away. So
+// biases and sink are taken relative to the row's *base*, the largest of them that has a part in the row: of the sink,
+// and of the biases of modalities of which the row sees a key. (A larger one that the row does not meet would leave
+// only differences as large as it.) Blocks that share a row agree on it, whichever tiles they have.
+//
 // Memory traffic for each block: its queries and outputs once, the keys and values it sees once.
 #pragma once
 
@@ -64,7 +69,23 @@ struct ForwardParams {
   float* partial_out;      // (splits, rows, head_dim)
   float* partial_maximum;  // (splits, rows)
   float* partial_mass;     // (splits, rows, modalities)
+  float* base;             // (rows), with splits
 };
+
+// Bound of the largest exponent of a tile, which is 0 or below but for rounding.
+constexpr float kSlack = 8;
+MODA_EXT_DEVICE float at_most(float limit, float x) { return x > limit ? limit : x; }  // keeps NaN
+
+// Writes lse = base + log_sum, and what rounding takes from it (Knuth's two-sum): beside a large base, all there is to
+// know of the sum.
+MODA_EXT_DEVICE void write_lse(const ForwardArgs& args, const Sequence& sequence, int head, int64_t token, float base,
+                               float log_sum) {
+  const float lse = base + log_sum, rest = lse - base;
+  const float residual = (base - (lse - rest)) + (log_sum - rest);
+  const bool finite = lse - lse == 0.0f;
+  *row_of<float>(args.lse, sequence, head, token) = lse;
+  *row_of<float>(args.lse_residual, sequence, head, token) = finite ? residual : 0.0f;
+}
 
 template <class Element, int kHeadDim>
 class ForwardKernel {
@@ -83,7 +104,7 @@ class ForwardKernel {
     return static_cast<int64_t>(p.args.num_sequences) * (p.args.query_heads / p.packed_heads) * p.row_blocks * p.splits;
   }
   static size_t shared_bytes(const Params& p) {
-    return static_cast<size_t>(kRows + 2 * kKeys) * kStride + sizeof(float) * kRows * 3 * p.args.num_modalities +
+    return static_cast<size_t>(kRows + 2 * kKeys) * kStride + sizeof(float) * kRows * (3 * p.args.num_modalities + 1) +
            sizeof(uint32_t) * Tile::kWarps;
   }
 
@@ -104,7 +125,8 @@ class ForwardKernel {
     bias_table = tables + warp_index() * M * kWarpRows;
     mass_table = tables + M * kRows + warp_index() * M * kWarpRows;
     reference_table = tables + 2 * M * kRows + warp_index() * M * kWarpRows;
-    warp_words = reinterpret_cast<uint32_t*>(tables + 3 * M * kRows);
+    base_table = tables + 3 * M * kRows + warp_index() * kWarpRows;
+    warp_words = reinterpret_cast<uint32_t*>(tables + (3 * M + 1) * kRows);
   }
 
   // The block's place in the grid. Called again wherever it is needed after the main loop, whose registers are full.
@@ -151,21 +173,54 @@ class ForwardKernel {
         [&](int row) { return whole || modality_of(args, sequence, tile * kKeys + row) >= 0; });
   }
 
-  // Fills the bias table, in log2 units, and returns the modalities that some row of the block can see.
+  // Modalities of which the lane's row (the last one, for those beyond the end) sees a key. Collective over the warp.
+  MODA_EXT_DEVICE uint32_t modalities_met() const {
+    const auto last_visible = [&](int row) {
+      return sequence.last_visible(args, query_of(minimum(row, num_rows - 1)));
+    };
+    const int last = last_visible(first_row + lane_index()), end = last_visible(first_row + kWarpRows - 1) + 1;
+    const int whole_tiles = maximum(0, last_visible(first_row) + 1) / kKeys;  // seen by every row of the warp
+    uint32_t met = 0;
+    for (int tile = lane_index(); tile < whole_tiles; tile += 32) met |= tiles[tile];
+    met = warp_or(met) & kAllModalities;
+    for (int key = whole_tiles * kKeys; key < end; key += 32) {
+      const int id = modality_of(args, sequence, key + lane_index());
+      for (uint32_t present = warp_or(modality_bit(id)) & kAllModalities; present != 0; present &= present - 1) {
+        const int modality = lowest_bit(present);
+        const int first = lowest_bit(warp_or(id == modality ? 1u << lane_index() : 0u));
+        if (key + first <= last) met |= 1u << modality;
+      }
+    }
+    return met;
+  }
+
+  // Fills the tables of bases and biases, relative to the base in log2 units; returns the modalities that have weight
+  // in some row of the block.
   MODA_EXT_DEVICE uint32_t prepare_rows() {
-    uint32_t seen = 0;
+    uint32_t seen = 0, met = 0;
+    if (args.bias.data != nullptr || args.sink.data != nullptr) met = modalities_met();
     const int row = first_row + lane_index();
     if (lane_index() < kWarpRows) {
+      const bool real = row < num_rows;
+      const int64_t token = sequence.first_query + query_of(row);
+      float base = -infinity();
+      if (real && args.sink.data != nullptr) base = *row_of<float>(args.sink, sequence, head_of(row), token);
       for (int m = 0; m < args.num_modalities; ++m) {
         float bias = 0.0f;
-        if (args.bias.data != nullptr && row < num_rows)
-          bias = row_of<float>(args.bias, sequence, head_of(row),
-                               sequence.first_query + query_of(row))[m * args.bias.last] *
-                 kLog2e;
+        if (real && args.bias.data != nullptr)
+          bias = row_of<float>(args.bias, sequence, head_of(row), token)[m * args.bias.last];
+        if (met >> m & 1) base = maximum(base, bias);
         bias_table[m * kWarpRows + lane_index()] = bias;
         mass_table[m * kWarpRows + lane_index()] = 0.0f;
         reference_table[m * kWarpRows + lane_index()] = kLowest;
-        if (row < num_rows && bias != -infinity()) seen |= 1u << m;
+      }
+      if (base == -infinity()) base = 0.0f;
+      base_table[lane_index()] = base;
+      for (int m = 0; m < args.num_modalities; ++m) {
+        float& bias = bias_table[m * kWarpRows + lane_index()];
+        bias = (bias - base) * kLog2e;
+        if (bias > 0.0f) bias = -infinity();  // above the base is only what the row does not meet, by any distance
+        if (real && bias != -infinity()) seen |= 1u << m;
       }
     }
     seen = warp_or(seen);
@@ -178,16 +233,18 @@ class ForwardKernel {
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int own = minimum(first_row + r * 16 + h * 8 + g, num_rows - 1);
         run_sum[r][h] = 0.0f;
-        reference[r][h] = maximum(kLowest, sink_of(own));
+        reference[r][h] = maximum(kLowest, sink_of(r * 16 + h * 8 + g));
       }
     }
     return seen;
   }
-  MODA_EXT_DEVICE float sink_of(int row) const {  // log2 units; the merge adds it when keys are split
-    if (args.sink.data == nullptr || p.splits > 1) return -infinity();
-    return *row_of<float>(args.sink, sequence, head_of(row), sequence.first_query + query_of(row)) * kLog2e;
+  // Of a row of the warp, relative to its base in log2 units; the merge adds it when keys are split.
+  MODA_EXT_DEVICE float sink_of(int own) const {
+    const int row = first_row + own;
+    if (args.sink.data == nullptr || p.splits > 1 || row >= num_rows) return -infinity();
+    const float sink = *row_of<float>(args.sink, sequence, head_of(row), sequence.first_query + query_of(row));
+    return (sink - base_table[own]) * kLog2e;
   }
 
   MODA_EXT_DEVICE int next_tile(int tile, int end, uint32_t seen) const {
@@ -251,9 +308,12 @@ class ForwardKernel {
         for (int n = 0; n < kKeyTiles; ++n)
           highest = maximum(highest, maximum(scores[r][n][2 * h], scores[r][n][2 * h + 1]));
         const float before = reference[r][h];
-        reference[r][h] = maximum(before, quad_maximum(highest) * scale + bias);
+        highest = quad_maximum(highest) * scale;
+        reference[r][h] = maximum(before, highest + bias);
         const float rescale = exp2_fast(before - reference[r][h]);
-        const float shift = bias - reference[r][h];
+        // A bias so far below the row's base that its rounding counts has no weight in the end; till then it may not
+        // overflow.
+        const float shift = at_most(kSlack - highest, bias - reference[r][h]);
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
@@ -401,6 +461,7 @@ class ForwardKernel {
         }
         if (t != 0) continue;
         p.partial_maximum[at] = reference[r][h];
+        if (split == 0) p.base[at] = base_table[own];
         for (int m = 0; m < args.num_modalities; ++m) {
           const int entry = m * kWarpRows + own;
           p.partial_mass[at * args.num_modalities + m] =
@@ -424,7 +485,7 @@ class ForwardKernel {
             mass_table[entry] *= exp2_fast(reference_table[entry] - reference[r][h]);
             total += mass_table[entry];
           }
-          if (row < num_rows) total += exp2_fast(sink_of(row) - reference[r][h]);
+          total += exp2_fast(sink_of(own) - reference[r][h]);
         }
         total = shuffle(total, lane_index() & ~3);
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
@@ -434,8 +495,7 @@ class ForwardKernel {
           Products::store_pair(target, n * 8 + 2 * t, out[r][n][2 * h] * inverse, out[r][n][2 * h + 1] * inverse);
         if (t != 0 || row >= num_rows) continue;
         const int64_t token = sequence.first_query + query_of(row);
-        *row_of<float>(args.lse, sequence, head_of(row), token) =
-            total == 0.0f ? -infinity() : (reference[r][h] + log2f(total)) * kLn2;
+        write_lse(args, sequence, head_of(row), token, base_table[own], (reference[r][h] + log2f(total)) * kLn2);
         float* mass = row_of<float>(args.mass, sequence, head_of(row), token);
         for (int m = 0; m < args.num_modalities; ++m)
           mass[m * args.mass.last] = mass_table[m * kWarpRows + own] * inverse;
@@ -457,6 +517,7 @@ class ForwardKernel {
   const uint32_t* tiles;
   char *queries, *keys, *values;
   float *bias_table, *mass_table, *reference_table;  // [modality][row of the warp]
+  float* base_table;                                 // [row of the warp]
   uint32_t* warp_words;
 
   float out[kRowTiles][kHeadTiles][4];
@@ -484,8 +545,9 @@ struct MergeKernel {
     Sequence sequence{};
     sequence.batch = index / args.rows_per_batch / args.query_heads;
 
+    const float base = p.base[index];
     const float sink =
-        args.sink.data == nullptr ? -infinity() : *row_of<float>(args.sink, sequence, head, token) * kLog2e;
+        args.sink.data == nullptr ? -infinity() : (*row_of<float>(args.sink, sequence, head, token) - base) * kLog2e;
     float highest = maximum(kLowest, sink);
     for (int s = 0; s < p.splits; ++s) highest = maximum(highest, p.partial_maximum[s * rows + index]);
     const auto mass_of = [&](int m) {
@@ -509,8 +571,7 @@ struct MergeKernel {
     }
     float* mass = row_of<float>(args.mass, sequence, head, token);
     if (lane_index() < args.num_modalities) mass[lane_index() * args.mass.last] = own_mass * inverse;
-    if (lane_index() == 0)
-      *row_of<float>(args.lse, sequence, head, token) = total == 0.0f ? -infinity() : (highest + log2f(total)) * kLn2;
+    if (lane_index() == 0) write_lse(args, sequence, head, token, base, (highest + log2f(total)) * kLn2);
   }
 };
 
@@ -518,7 +579,7 @@ struct MergeKernel {
 struct ForwardPlan {
   int packed_heads, row_blocks, splits;
   int tiles_per_sequence;
-  int64_t tiles_at, out_at, maximum_at, mass_at, bytes;  // workspace
+  int64_t tiles_at, out_at, maximum_at, mass_at, base_at, bytes;  // workspace
 };
 
 // Heads of a group are packed into blocks where that makes fewer of them, and few blocks are split over the keys until
@@ -545,7 +606,8 @@ inline ForwardPlan plan_forward(const ForwardArgs& args, int block_rows, int til
   plan.out_at = round_up(4 * static_cast<int64_t>(args.num_sequences) * plan.tiles_per_sequence);
   plan.maximum_at = plan.out_at + round_up(4 * rows * args.head_dim);
   plan.mass_at = plan.maximum_at + round_up(4 * rows);
-  plan.bytes = plan.mass_at + round_up(4 * rows * args.num_modalities);
+  plan.base_at = plan.mass_at + round_up(4 * rows * args.num_modalities);
+  plan.bytes = plan.base_at + round_up(plan.splits > 1 ? 4 * args.num_rows() : 0);
   return plan;
 }
 
@@ -578,6 +640,7 @@ void forward(const ForwardArgs& args, int multiprocessors, void* workspace, void
   params.partial_out = reinterpret_cast<float*>(memory + plan.out_at);
   params.partial_maximum = reinterpret_cast<float*>(memory + plan.maximum_at);
   params.partial_mass = reinterpret_cast<float*>(memory + plan.mass_at);
+  params.base = reinterpret_cast<float*>(memory + plan.base_at);
   launch<Kernel>(params, stream);
   if (plan.splits > 1) launch<MergeKernel<Element>>(params, stream);
 }
