@@ -60,7 +60,8 @@ def modular_attention(
             sees.
         num_modalities: M, 1 to 16.
         modality_bias: broadcastable to (B, Hq, Nq, M), in the dtype of ``query`` or of ``lse``. -inf hides a modality
-            from a row.
+            from a row; a finite number never does by itself. However large, only differences within a row count: a
+            number that all its biases and its sink have in common changes ``lse`` and nothing else.
         sink: broadcastable to (B, Hq, Nq), natural logarithm, dtype as ``modality_bias``. -inf is no sink.
         is_causal: causal mask, aligned at the bottom right: the last query sees all keys, also when Nq != Nk.
         scale: factor of the scores, by default D ** -0.5.
@@ -162,7 +163,8 @@ def modular_attention_varlen(
         max_seqlen_q: length of the longest query sequence, or an upper bound of it.
         max_seqlen_k: the same for the keys.
         num_modalities: M, 1 to 16.
-        modality_bias: broadcastable to (Tq, Hq, M), in the dtype of ``query`` or of ``lse``. -inf hides.
+        modality_bias: broadcastable to (Tq, Hq, M), in the dtype of ``query`` or of ``lse``. -inf hides; a finite
+            number of any size counts relative to the row's others, as in :func:`modular_attention`.
         sink: broadcastable to (Tq, Hq), natural logarithm, dtype as ``modality_bias``.
         is_causal: causal mask within each sequence, aligned at its bottom right.
         scale: factor of the scores, by default D ** -0.5.

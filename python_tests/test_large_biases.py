@@ -45,9 +45,9 @@ SHAPES = {
 }
 
 
-def build(shape, numbers, dtype=torch.float32, seed=0):
+def build(shape, numbers, dtype=torch.float32, seed=0, device="cpu"):
     """A problem whose finite biases and sinks are `numbers`: one that a row has in common, or several to draw from."""
-    problem = make_problem(head_size=32, dtype=dtype, seed=seed, **{"runs": "mixed runs", **shape})
+    problem = make_problem(head_size=32, dtype=dtype, seed=seed, device=device, **{"runs": "mixed runs", **shape})
     generator = torch.Generator().manual_seed(seed)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("modality_bias", "sink"):
@@ -61,7 +61,7 @@ def build(shape, numbers, dtype=torch.float32, seed=0):
             number = torch.tensor(numbers, dtype=sums)
             step = (number.nextafter(torch.zeros_like(number)) - number).abs().clamp(min=0.25)
             changed = number - number.sign() * step * (drawn % 4)
-        changed = torch.where(given.isinf(), given.to(sums), changed)
+        changed = torch.where(given.isinf(), given.to(sums), changed.to(device))
         setattr(problem, name, changed.detach().requires_grad_())
     return problem
 
@@ -70,12 +70,14 @@ def without_common_numbers(problem):
     """The ordinary problem in float64 (it always has biases), and what was taken off each row."""
     batch, heads, rows = problem.query.shape[-4:-1]
     keys = problem.key.shape[2]
-    zeros = torch.zeros(batch, heads, rows, problem.num_modalities, dtype=torch.float64)
+    device = problem.query.device
+    zeros = torch.zeros(batch, heads, rows, problem.num_modalities, dtype=torch.float64, device=device)
     bias = zeros if problem.modality_bias is None else problem.modality_bias.detach().double()
     sink = zeros[..., 0] - torch.inf if problem.sink is None else problem.sink.detach().double()
-    last = torch.arange(rows)[:, None] + (keys - rows if problem.is_causal else keys)
-    members = problem.key_modality[..., None] == torch.arange(problem.num_modalities)  # (B, Nk, M)
-    met = ((torch.arange(keys) <= last)[..., None] & members[:, None]).any(2)[:, None]  # (B, 1, Nq, M)
+    last = torch.arange(rows, device=device)[:, None] + (keys - rows if problem.is_causal else keys)
+    visible = torch.arange(keys, device=device) <= last
+    members = problem.key_modality[..., None] == torch.arange(problem.num_modalities, device=device)  # (B, Nk, M)
+    met = (visible[..., None] & members[:, None]).any(2)[:, None]  # (B, 1, Nq, M)
     base = torch.maximum(bias.masked_fill(~met, -torch.inf).amax(-1), sink)
     base = base.masked_fill(base == -torch.inf, 0.0)
 
@@ -121,21 +123,21 @@ def assert_lse(lse, relative, base, magnitude):
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_number_common_to_a_row_changes_nothing(shape, number):
-    check(build(shape, number))
+def test_a_number_common_to_a_row_changes_nothing(device, shape, number):
+    check(build(shape, number, device=device))
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_numbers_of_every_size_in_one_row(shape, seed):
-    check(build(shape, MIXED, seed=seed))
+def test_numbers_of_every_size_in_one_row(device, shape, seed):
+    check(build(shape, MIXED, seed=seed, device=device))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 @pytest.mark.parametrize("numbers", (-1e9, LARGEST, MIXED), ids=("-1e9", "largest", "mixed"))
-def test_every_dtype(dtype, numbers):
+def test_every_dtype(device, dtype, numbers):
     for shape in ("causal", "padding", "views", "decode"):
-        check(build(SHAPES[shape], numbers, dtype))
+        check(build(SHAPES[shape], numbers, dtype, device=device))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +151,8 @@ def test_float64_has_room_for_more(numbers):
 
 
 @pytest.mark.parametrize("which", ("out", "lse", "mass"))
-def test_gradients_of_one_result_alone(which):
-    check(build(SHAPES["causal"], -1e9), which=(which,))
+def test_gradients_of_one_result_alone(device, which):
+    check(build(SHAPES["causal"], -1e9, device=device), which=(which,))
 
 
 @pytest.mark.parametrize("number", (-1e9, -1e10, LOWEST, 3e38))

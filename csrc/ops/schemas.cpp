@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moda_ext, m) {
+  // lse_residual is what rounding took from lse; only the backward pass wants it.
   m.def(
       "modular_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? "
       "sink, "

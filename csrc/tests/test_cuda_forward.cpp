@@ -150,7 +150,7 @@ TEST(CudaForward, LargeScores) {
   Forward::check<float, 32>(shape);
 }
 TEST(CudaForward, LargeBiasesAndSinks) {
-  Shape shape = dense({70}, {200}, 64);
+  Shape shape = dense({40}, {150}, 32);
   shape.modalities = 3;
   check_large_numbers<Forward>(shape);
   shape.causal = true;

@@ -79,10 +79,11 @@ template <class T>
 T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
   const Sequence& sequence = *rows.item.sequence;
   const int64_t last = args.causal ? rows.row[i] + sequence.num_keys - sequence.num_queries : sequence.num_keys - 1;
+  const T* biases = args.bias.data == nullptr ? nullptr : rows.at<T>(args.bias, i);
   T base = sink;
   for (int m = 0; m < args.num_modalities; ++m) {
     if (sequence.first_position[m] > last) continue;
-    const T bias = args.bias.data == nullptr ? T(0) : rows.at<T>(args.bias, i)[args.bias.last * m];
+    const T bias = biases == nullptr ? T(0) : biases[args.bias.last * m];
     base = bias > base ? bias : base;
   }
   return base == T(-INFINITY) ? T(0) : base;
