@@ -153,9 +153,8 @@ class Diagnosis:
         """
         layers = measures.split_in_thirds(len(self.layers))
         sums = self._sums(rows, first_token, null, per_head=False)
-        return self._measure(
-            measure, rows, *(torch.stack([values[third].sum(dim=0) for third in layers]) for values in sums)
-        )
+        pooled = (torch.stack([values[third].sum(dim=0) for third in layers]) for values in sums)
+        return self._measure(measure, rows, *pooled)
 
     @staticmethod
     def _measure(measure: str, rows: str, flow: Tensor, pairs: Tensor, count: Tensor) -> Tensor:
@@ -223,21 +222,19 @@ class Diagnosis:
                 said.append(f"No {name} row sees every modality of its sequence: on such rows nothing is defined.")
         if any(layer.flow[0, 1].isnan().any() for layer in self.layers):
             said.append(
-                "The weight of the first token alone cannot be told (a split softmax, or scores and biases that are too "
-                "large): figures without the first token are not defined."
+                "The weight of the first token alone cannot be told (a split softmax, or scores or biases that are too "
+                "large): some figures without the first token are not defined."
             )
         said += self.unclear
         if self.generated_tokens == 0:
             said.append(
-                "No generated token was measured (the last one that is generated has no row): MDI and AEI as published, "
-                "rows='generated', need generated tokens after the prompt, or labels on the answer."
+                "No generated token was measured (the last one has no row). MDI and AEI as published, "
+                "rows='generated', need tokens generated after the prompt, or labels on the answer."
             )
         elif generated[0, 0] == 0 or (generated[0] > 0).sum() < 2:
-            said.append(
-                "No prompt of a generated token has text and another modality: its MDI and AEI are not defined."
-            )
+            said.append("No prompt of a generated token has text and another modality: MDI and AEI are not defined.")
         elif len(self.layers) < 3:
-            said.append(f"{len(self.layers)} layers do not make three thirds.")
+            said.append(f"There are no thirds of {len(self.layers)} layers: those that are empty are not defined.")
         return said
 
     def to_dict(self) -> dict:
