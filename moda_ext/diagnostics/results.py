@@ -102,7 +102,7 @@ class Diagnosis:
     @property
     def generated_tokens(self) -> int:
         """Number of measured rows of generated tokens."""
-        return int(self.layers[0].rows[ROWS.index("generated"), 0].sum())
+        return max(int(layer.rows[ROWS.index("generated"), 0].sum()) for layer in self.layers)
 
     def figure(
         self,
@@ -207,7 +207,8 @@ class Diagnosis:
     def undefined(self) -> list[str]:
         """What cannot be said about this data, in sentences; their figures are NaN."""
         said = []
-        every, both, generated = self.layers[0].pairs[:, 0]
+        every, both, _ = self.layers[0].pairs[:, 0]
+        generated = torch.stack([layer.pairs[ROWS.index("generated"), 0] for layer in self.layers]).amax(dim=0)
         for a, name in enumerate(self.modalities):
             if self.layers[0].rows[0, 0, a] == 0:
                 said.append(f"No {name} token was measured.")
