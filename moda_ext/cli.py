@@ -208,14 +208,20 @@ def print_summary(diagnoses) -> None:
                 value, null = (scale * diagnosis.summary(null=null)[measure][name] for null in (False, True))
                 cells.append("not defined" if value != value else f"{value:.2f}{unit} ({null:.2f}{unit})")
             table.add_row(f"{label} {name}", *cells)
-    if any(diagnosis.generated_tokens for diagnosis in diagnoses):
-        for m, name in enumerate(diagnoses[0].modalities[1:], start=1):
-            for third, label in enumerate(("early", "middle", "late")):
-                cells = []
-                for diagnosis in diagnoses:
-                    value, null = (diagnosis.thirds("mdi", null=null)[third, m].item() for null in (False, True))
-                    cells.append("not defined" if value != value else f"{value:.2f} ({null:.2f})")
-                table.add_row(f"MDI, text over {name}, of generated tokens, {label} layers", *cells)
+    rich.print(table)
+    if not any(diagnosis.generated_tokens for diagnosis in diagnoses):
+        return
+    table = Table(title="MDI as generated tokens see their prompts; in parentheses: uniform attention")
+    table.add_column("")
+    for diagnosis in diagnoses:
+        table.add_column(diagnosis.name, justify="right")
+    for m, name in enumerate(diagnoses[0].modalities[1:], start=1):
+        for third, label in enumerate(("early", "middle", "late")):
+            cells = []
+            for diagnosis in diagnoses:
+                value, null = (diagnosis.thirds("mdi", null=null)[third, m].item() for null in (False, True))
+                cells.append("not defined" if value != value else f"{value:.2f} ({null:.2f})")
+            table.add_row(f"{label} layers, text over {name}", *cells)
     rich.print(table)
 
 

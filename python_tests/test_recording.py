@@ -120,14 +120,18 @@ class TestWeights:
         assert_exact(found, expected)
         assert record.weights(3, 3).shape == (2, 4, 0, 8)
 
-    def test_of_some_keys(self):
-        """In any order. Without column 4 the first sequence has all keys of modalities 0 and 1, the second of 0."""
-        record, expected = make_record([-1e9, 0.0, 0.5])
-        keys = torch.tensor([7, 1, 2, 3, 0, 5, 6])
-        found, expected = record.weights(1, 4, keys), expected[:, :, 1:4, keys]
-        assert_exact(found[0], expected[0])
-        whole = KEY_MODALITY[1, keys] == 0
-        assert_exact(found[1, ..., whole], expected[1, ..., whole])
+    @pytest.mark.parametrize("views", [False, True])
+    def test_mass_on_some_keys_is_their_sum(self, views):
+        """In any order of the columns, also with columns that are of another modality in one of the sequences."""
+        record, expected = make_record([-1e9, 0.0, 0.5], views=views)
+        generator = torch.Generator().manual_seed(4)
+        for m in range(NUM_MODALITIES):
+            members = torch.eq(KEY_MODALITY, m)
+            keys = members.any(dim=0).nonzero()[:, 0].flip(0)
+            chosen = torch.rand(2, 3, len(keys), generator=generator) > 0.5
+            of_m = members[:, None, None, keys] & chosen[:, None]
+            total = (expected[:, :, 1:4, keys] * of_m).sum(dim=-1)
+            assert_exact(record.mass_on(chosen, m, 1, keys), total)
 
     def test_padding_may_hold_anything(self):
         record, expected = make_record([0.3, -0.7, 1.1])

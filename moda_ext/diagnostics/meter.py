@@ -16,7 +16,7 @@ from moda_ext.integrations.recording import AttentionRecord
 
 __all__ = ["AttentionMeter"]
 
-BLOCK_ELEMENTS = 1 << 22  # of the weights made at once for token scores: 16 MB in float32
+BLOCK_ELEMENTS = 1 << 20  # of the weights made at once: 4 MB in float32, a few times
 GENERATED = ROWS.index("generated")
 
 
@@ -536,16 +536,15 @@ class _GeneratedRows:
         self.members = call.key_modality[..., None] == modalities  # (B, Nk, M)
         self.counts = self._count()
 
-        # A modality without keys after a prompt has all its mass there. Of the others weights are needed, and their
-        # columns hold all their keys; that they hold some keys of other modalities in other sequences does no harm.
+        # A modality without keys after a prompt has all its mass there. For the others the keys must be looked at.
         least = self.borders.masked_fill(self.borders == 0, present.shape[1]).amin(dim=1, keepdim=True)
         later = self.members & (present & (self.place >= least))[..., None]
-        self.continued = later.any(dim=1).any(dim=0)  # (M,)
-        self.keys = (self.members & self.continued).any(dim=-1).any(dim=0).nonzero()[:, 0]
+        continued = later.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
+        self.keys = {m: self.members[..., m].any(dim=0).nonzero()[:, 0] for m in continued}
 
     @classmethod
     def of(cls, call: _Call, borders: Tensor) -> _GeneratedRows | None:
-        """None if no row is generated. Waits for the device, once in a pass."""
+        """None if no row is generated. Waits for the device, once for each kind of layer in a pass."""
         places = (borders > 0).any(dim=0).nonzero()[:, 0].tolist()
         return cls(call, borders, slice(places[0], places[-1] + 1)) if places else None
 
@@ -557,16 +556,14 @@ class _GeneratedRows:
 
     def flow(self, record: AttentionRecord, of_first: Tensor) -> Tensor:
         """(1, 2, H, M, M)."""
-        parts, start = [], self.rows.start
         batch, heads = record.mass.shape[:2]
-        block = max(1, BLOCK_ELEMENTS // (batch * heads * max(1, len(self.keys))))
-        members = self.members[:, None, self.keys].to(record.mass.dtype)
-        for first in range(start, self.rows.stop, block):
-            weights = record.weights(first, min(first + block, self.rows.stop), self.keys)
-            borders = self.borders[:, first - start : first - start + block, None]
-            in_prompt = self.place[:, None, self.keys] < borders
-            parts.append((weights * in_prompt[:, None]) @ members)
-        mass = torch.where(self.continued, torch.cat(parts, dim=2), record.mass[:, :, self.rows])
+        mass = record.mass[:, :, self.rows].clone()
+        for m, keys in self.keys.items():
+            block = max(1, BLOCK_ELEMENTS // (batch * heads * len(keys)))
+            for start in range(0, self.borders.shape[1], block):
+                rows = slice(start, start + block)
+                in_prompt = self.place[:, None, keys] < self.borders[:, rows, None]
+                mass[:, :, rows, m] = record.mass_on(in_prompt, m, self.rows.start + start, keys)
         both = torch.stack([mass, (mass - of_first[:, :, self.rows]).clamp(min=0)], dim=1)
         return self._sum(measures.prompt_shares(both))
 

@@ -92,7 +92,7 @@ class AttentionRecord:
         """(B, Nq, M), int64: how many keys of each modality a row sees, itself included. O(Nk) memory if causal."""
         return key_counts(self.query_modality, self.key_modality, self.num_modalities, visible=self.visible)
 
-    def weights(self, start: int = 0, stop: int | None = None, keys: Tensor | None = None) -> Tensor:
+    def weights(self, start: int = 0, stop: int | None = None) -> Tensor:
         r"""The attention weights :math:`p_{ij}` of the rows start to stop.
 
         Within one modality the softmax does not feel the bias, and the sink and the other modalities only scale it:
@@ -103,30 +103,32 @@ class AttentionRecord:
         neither a large bias nor a split softmax costs accuracy. Block by block this gives what each key receives
         without an N x N matrix.
 
+        Returns:
+            (B, Hq, stop - start, Nk), in the dtype of ``mass``; 0 where row i does not see key j, as rows of padding.
+        """
+        rows, weights = slice(*slice(start, stop).indices(self.query_modality.shape[1])), 0.0
+        for m in range(self.num_modalities):
+            exponentials = self._exponentials(m, rows, None)
+            sums = exponentials.sum(dim=-1, keepdim=True)
+            weights = weights + exponentials * torch.where(sums > 0, self.mass[:, :, rows, m, None] / sums, 0.0)
+        return weights
+
+    def mass_on(self, chosen: Tensor, modality: int, start: int, keys: Tensor) -> Tensor:
+        r"""The mass on some keys of one modality: the sum of their :meth:`weights`, at the cost of these columns.
+
         Args:
-            start, stop: as in a slice.
-            keys: (K,), integer: the columns of these keys only, for less work. For each modality that it has a key of,
-                it must have all keys that the rows see.
+            chosen: (B, rows, K), bool: which of ``keys`` count for the rows start to start + rows.
+            modality: m.
+            keys: (K,), integer: columns, among them all of modality m. What they hold besides is not looked at.
 
         Returns:
-            (B, Hq, stop - start, Nk or K), in the dtype of ``mass``; 0 where row i does not see key j, and in rows of
-            padding.
+            (B, Hq, rows), in the dtype of ``mass``.
         """
-        rows = slice(*slice(start, stop).indices(self.query_modality.shape[1]))
-        visible, modality, key = self._visible(rows, keys), self.key_modality, self.key
-        if keys is not None:
-            modality, key = modality.index_select(1, keys), key.index_select(2, keys)
-        query, columns = self.query[..., rows, :], modality[:, None, None]  # (..., rows, D) and (B, 1, 1, K)
-        scores = self._scores(query if query.dim() == 4 else query[0], key)
-        if query.dim() == 5:
-            for m in range(1, self.num_modalities):
-                scores = torch.where(columns == m, self._scores(query[m], key), scores)
-        weights = torch.zeros_like(scores)
-        for m in range(self.num_modalities):
-            members = visible & (columns == m)
-            of_m = scores.masked_fill(~members, -torch.inf).softmax(dim=-1) * self.mass[:, :, rows, m, None]
-            weights = torch.where(members, of_m, weights)
-        return weights
+        rows = slice(start, start + chosen.shape[1])
+        exponentials = self._exponentials(modality, rows, keys)
+        sums = exponentials.sum(dim=-1)
+        of_chosen = torch.einsum("bhik,bik->bhi", exponentials, chosen.to(exponentials.dtype))
+        return torch.where(sums > 0, self.mass[:, :, rows, modality] * (of_chosen / sums), 0.0)
 
     def weight_of(self, index: Tensor) -> Tensor:
         r"""The weight :math:`p_{ij} = e^{S_{ij} - L_i}` of one key j of each sequence, without the other keys' scores.
@@ -163,22 +165,34 @@ class AttentionRecord:
         of_rows = self.visible[:, 0].expand(len(index), rows, -1)
         return present & of_rows.gather(2, index.long()[:, None, None].expand(-1, rows, 1))[..., 0]
 
+    def _exponentials(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
+        """(B, Hq, rows, K): exp(s - the row's largest s) of the visible keys of a modality, 0 for all others."""
+        key = self.key if keys is None else self.key.index_select(2, keys)
+        query = (self.query if self.query.dim() == 4 else self.query[modality])[:, :, rows]
+        scores = self._scores(query, key).masked_fill_(~self._visible(modality, rows, keys), -torch.inf)
+        if scores.shape[-1] == 0:
+            return scores
+        largest = scores.detach().amax(dim=-1, keepdim=True)
+        return scores.sub_(
+            largest.masked_fill_(largest == -torch.inf, 0.0)
+        ).exp_()  # in place: pages cost more than exp
+
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores without bias, (B, Hq, rows, keys)."""
-        query, key = query.to(self.mass.dtype), key.to(self.mass.dtype)
+        query, key = query.to(self.mass.dtype) * self.scale, key.to(self.mass.dtype)
         group, rows = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
-        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2) * self.scale
+        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
 
-    def _visible(self, rows: slice, keys: Tensor | None) -> Tensor:
-        """(B, 1, rows, Nk or K), bool: which rows see which of the keys; rows of padding see none."""
-        modality, queries = self.key_modality, self.query_modality.shape[1]
-        columns = torch.arange(modality.shape[1], device=modality.device) if keys is None else keys
-        shown = (modality.index_select(1, columns) >= 0)[:, None, None]
+    def _visible(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
+        """(B, 1, rows, Nk or K), bool: which rows see which keys of a modality; rows of padding see none."""
+        queries, number = self.query_modality.shape[1], self.key_modality.shape[1]
+        columns = torch.arange(number, device=self.key.device) if keys is None else keys
+        shown = (self.key_modality.index_select(1, columns) == modality)[:, None, None]
         shown = shown & (self.query_modality[:, None, rows, None] >= 0)
         if self.visible is not None:
             return shown & self.visible.expand(-1, -1, queries, -1)[:, :, rows].index_select(3, columns)
-        last = torch.arange(rows.start, rows.stop, device=modality.device) + modality.shape[1] - queries
+        last = torch.arange(rows.start, rows.stop, device=columns.device) + number - queries
         return shown & (columns <= last[:, None])
 
 
