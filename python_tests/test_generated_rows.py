@@ -256,11 +256,12 @@ def measured_after(model, x, tokens, length):
     return meter.result()
 
 
-def decode(layer, meter, pieces, tokens=TOKENS[:1], state=None):
+def decode(layer, pieces, state=None):
+    """The first sequence, from column to column."""
     state = AttentionState() if state is None else state
-    with torch.no_grad(), meter:
+    with torch.no_grad():
         for start, stop in pieces:
-            layer(X[: len(tokens), start:stop], tokens[:, start:stop], state=state)
+            layer(X[:1, start:stop], TOKENS[:1, start:stop], state=state)
     return state
 
 
@@ -287,33 +288,42 @@ class TestUnclearBorders:
         assert "MDI and AEI as published" in sentence
 
     def test_a_prompt_in_chunks(self, layer):
-        meter = AttentionMeter(layer)
-        decode(layer, meter, [(0, 3), (3, 7), (7, 8)])
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(0, 3), (3, 7), (7, 8)])
         assert_unclear(meter.result(), "several tokens came at once after the first pass")
 
     def test_a_prompt_whose_chunks_hold_one_token_of_an_image(self, layer):
-        meter = AttentionMeter(layer)
-        decode(layer, meter, [(0, 2), (2, 3)])
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(0, 2), (2, 3)])
         assert_unclear(meter.result(), "a token that is not text came after the first pass")
 
     def test_tokens_that_are_taken_back(self, layer):
-        meter = AttentionMeter(layer)
-        state = decode(layer, meter, [(0, 7), (7, 8), (8, 9)])
-        decode(layer, meter, [(8, 9)], state=state.crop(8))
+        with AttentionMeter(layer) as meter:
+            state = decode(layer, [(0, 7), (7, 8), (8, 9)])
+            decode(layer, [(8, 9)], state=state.crop(8))
         assert_unclear(meter.result(), "tokens were taken back while decoding")
         assert any("once more over the finished sequences" in sentence for sentence in meter.result().undefined())
 
     def test_generations_that_take_turns(self, layer):
-        meter = AttentionMeter(layer)
-        first = decode(layer, meter, [(0, 7)])
-        decode(layer, meter, [(0, 6)])
-        decode(layer, meter, [(7, 8)], state=first)
+        with AttentionMeter(layer) as meter:
+            first = decode(layer, [(0, 7)])
+            decode(layer, [(0, 6)])
+            decode(layer, [(7, 8)], state=first)
         assert_unclear(meter.result(), "several generations took turns")
 
+    def test_a_meter_that_is_left_and_entered_while_decoding(self, layer):
+        """Another sequence may have gone on in between, unseen."""
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(0, 6), (6, 7)])
+        other = decode(layer, [(0, 7)])
+        with meter:
+            decode(layer, [(7, 8)], state=other)
+        assert_unclear(meter.result(), "a sequence began before the meter was entered")
+
     def test_a_cache_from_before_the_meter(self, layer):
-        state = decode(layer, contextlib.nullcontext(), [(0, 7)])
-        meter = AttentionMeter(layer)
-        decode(layer, meter, [(7, 8)], state=state)
+        state = decode(layer, [(0, 7)])
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(7, 8)], state=state)
         assert_unclear(meter.result(), "a sequence began before the meter was entered")
 
     def test_labels_on_the_prompt_too(self):
@@ -330,10 +340,11 @@ class TestUnclearBorders:
         assert any("No prompt of a generated token has text and another" in s for s in diagnosis.undefined())
 
     def test_a_reset_forgets_what_was_unclear(self, layer):
-        meter = AttentionMeter(layer)
-        decode(layer, meter, [(0, 3), (3, 7)])
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(0, 3), (3, 7)])
         meter.reset()
-        decode(layer, meter, [(0, 7), (7, 8)])
+        with meter:
+            decode(layer, [(0, 7), (7, 8)])
         assert meter.result().unclear == []
         assert found(meter.result()).isfinite().all()
 
@@ -377,8 +388,8 @@ class TestResults:
 
     def test_reasons_survive_json(self):
         layer = make_stack(layers=1).layers[0]
-        meter = AttentionMeter(layer)
-        decode(layer, meter, [(0, 3), (3, 7)])
+        with AttentionMeter(layer) as meter:
+            decode(layer, [(0, 3), (3, 7)])
         again = Diagnosis.from_json(meter.result().to_json())
         assert again.undefined() == meter.result().undefined()
         assert_unclear(again, "several tokens came at once")
@@ -491,6 +502,35 @@ class TestTransformers:
             with torch.no_grad(), AttentionMeter(model) as meter, block or meter.generated_after(length):
                 model(**whole, **extra)
             torch.testing.assert_close(found(meter.result()), indices(published(layers)[0]), rtol=2e-4, atol=1e-5)
+
+    def test_labels_reach_the_meter_through_peft(self):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model, inputs = self.make()
+        inputs["labels"] = inputs["input_ids"].masked_fill(torch.arange(inputs["input_ids"].shape[1]) < 8, -100)
+        results = []
+        for wrap in (lambda m: m, lambda m: peft.get_peft_model(m, peft.LoraConfig(target_modules=["q_proj"]))):
+            wrapped = wrap(model)
+            with torch.no_grad(), AttentionMeter(wrapped) as meter:
+                wrapped(**inputs)
+            results.append(meter.result())
+            assert results[-1].generated_tokens == (inputs["labels"] >= 0).sum()
+        torch.testing.assert_close(found(results[0]), found(results[1]))
+
+    def test_a_trainer_measures_its_answers(self, tmp_path):
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+        from transformers import Trainer, TrainingArguments
+
+        model, rows = self.make(padding=None)
+        rows["labels"] = rows["input_ids"].masked_fill(torch.arange(rows["input_ids"].shape[1]) < 8, -100)
+        data = [{name: tensor[i] for name, tensor in rows.items()} for i in range(2)]
+        watch = AttentionMeter(model).callback()
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=data, callbacks=[watch]).train()
+        ((_, diagnosis),) = watch.history
+        assert diagnosis.unclear == [] and diagnosis.generated_tokens == (rows["labels"] >= 0).sum()
+        assert found(diagnosis).isfinite().all()
 
     def test_a_static_cache(self):
         model, inputs = self.make(padding=None)

@@ -9,6 +9,9 @@ is made of three sums over rows, for each layer:
   visible keys of modality m (:func:`key_counts`);
 - **rows** (..., M): the number of rows of each modality.
 
+For MDI and AEI as published the rows are those of generated tokens, the keys those of their prompts, and the flow is
+made of :func:`prompt_shares`.
+
 A figure that has no pair to speak of (the vision rows of an image-first causal layout see no text) is NaN, never 0.
 All functions accept any floating-point dtype and device, are differentiable, and raise nothing that torch does not
 raise. Source: MODA (arXiv 2507.04635), section 3.2, Fig. 2; the paper prints no formula, these are this project's

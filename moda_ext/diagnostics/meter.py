@@ -46,7 +46,8 @@ class AttentionMeter:
       ``model.generation_config.eos_token_id`` a sequence of a batch is over, the rows that fill it up do not count. The
       rows of every hypothesis of a beam search count, also of those that are dropped;
     - with labels (a keyword argument of the model's ``forward``, (B, N)): a run of tokens that have one (not negative)
-      is an answer, and all before it its prompt. So a data set is measured in one pass over prompt and answer;
+      is an answer, and all before it its prompt. So a data set is measured in one pass over prompt and answer, which
+      also costs less than decoding;
     - where it is said: :meth:`generated_after`. It goes before the two others.
 
     Everything else, such as several tokens at once after the first pass (a prompt in chunks, the next turn of a
@@ -121,6 +122,7 @@ class AttentionMeter:
             stack.callback(model.register_forward_pre_hook(self._prompts.look_at, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(self._prompts.look_away, always_call=True).remove)
             self._context = stack.pop_all()
+        self._prompts.begin_anew()
         return self
 
     def __exit__(self, *error) -> None:
@@ -287,7 +289,7 @@ class AttentionMeter:
 class _Prompts:
     """Where the prompt of each token ends, found out pass by pass. Tokens are counted without padding.
 
-    Nothing here waits for the device but :meth:`unclear_borders` and :meth:`short_layers`: doubts are flags on it.
+    Doubts are flags on the device, so that a pass need not wait for it.
     """
 
     SEVERAL = (
@@ -317,11 +319,21 @@ class _Prompts:
         """Forgets everything about the data, but not what the user says."""
         self.flags: dict[str, Tensor] = {}
         self.short: dict[int, Tensor] = {}
-        self._begin_anew()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets the sequences that were going on."""
+        self._length: Tensor | None = None  # (B,), tokens of each sequence's first pass, -1 if it was not seen
+        self._seen: Tensor | None = None  # (B,), tokens after the last pass
+        self._most: Tensor | None = None  # (B,), tokens that a layer of this pass held, the most
+        self._new: Tensor | None = None  # (B,), tokens of this pass
+        self._ended: Tensor | None = None  # (B,), bool: the end of the sequence came
+        self._ending: Tensor | None = None  # the same after this pass
+        self._held: dict[int, Tensor] = {}  # by layer
 
     def say(self, prompt_length: int | Tensor | None) -> None:
         self.stated = prompt_length
-        self._begin_anew()
+        self.begin_anew()
 
     def look_at(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the model: token ids and labels of this pass."""
@@ -341,12 +353,12 @@ class _Prompts:
         before = seen - new
         place = before[:, None] + valid.cumsum(dim=1) - 1  # of each row, in its sequence
         if self._length is None or self._length.shape != new.shape:
-            self._begin_anew()
-            self._length = torch.full_like(new, -1)
-        starts, known = before == 0, self._length >= 0
-        self._length = torch.where(starts, new, self._length)
-        self._new, self._most = new, seen if self._most is None else torch.maximum(self._most, seen)
-        self._ended = torch.zeros_like(starts) if self._ended is None else self._ended & ~starts
+            self.begin_anew()
+            self._length, self._ended = torch.full_like(new, -1), torch.zeros_like(new, dtype=torch.bool)
+        starts, length = before == 0, self._length.to(new.device)  # layers may be on several devices
+        self._length = torch.where(starts, new, length)
+        self._new, self._most = new, seen if self._most is None else torch.maximum(self._most.to(seen.device), seen)
+        self._ended = self._ended.to(new.device) & ~starts
 
         if self.stated is not None:
             borders = self._stated_borders(valid, place)
@@ -358,7 +370,7 @@ class _Prompts:
             generated = valid & (place >= self._length[:, None]) & ~starts[:, None]
             borders = torch.where(generated, self._length[:, None], 0)
             self._flag(self.SEVERAL, ~starts & (new > 1))
-            self._flag(self.UNSEEN, ~starts & ~known)
+            self._flag(self.UNSEEN, ~starts & (length < 0))
             self._flag(self.NOT_TEXT, generated & (modality > 0))
         if self.eos is not None and _is_over(self.token_ids, modality):
             ends = torch.isin(self.token_ids.to(modality.device), self.eos.to(modality.device)) & (borders > 0)
@@ -377,10 +389,10 @@ class _Prompts:
         if self._most is None:
             return
         for layer, held in self._held.items():
-            self.short[layer] = self.short.get(layer, False) | (held < self._most).any()
-        before = self._most - self._new
+            self.short[layer] = self.short.get(layer, False) | (held < self._most.to(held.device)).any()
+        before = self._most - self._new.to(self._most.device)
         if self._seen is not None:
-            self._flag(self.TAKEN_BACK, (before > 0) & (before != self._seen))
+            self._flag(self.TAKEN_BACK, (before > 0) & (before != self._seen.to(before.device)))
         self._seen, self._most, self._held = self._most, None, {}
         self._ended, self._ending = self._ended if self._ending is None else self._ending, None
 
@@ -394,15 +406,6 @@ class _Prompts:
 
     def short_layers(self) -> list[int]:
         return sorted(layer for layer, flag in self.short.items() if flag)
-
-    def _begin_anew(self) -> None:
-        self._length: Tensor | None = None  # (B,), tokens of each sequence's first pass, -1 if it was not seen
-        self._seen: Tensor | None = None  # (B,), tokens after the last pass
-        self._most: Tensor | None = None  # (B,), tokens that a layer of this pass held, the most
-        self._new: Tensor | None = None  # (B,), tokens of this pass
-        self._ended: Tensor | None = None  # (B,), bool: the end of the sequence came
-        self._ending: Tensor | None = None  # the same after this pass
-        self._held: dict[int, Tensor] = {}  # by layer
 
     def _stated_borders(self, valid: Tensor, place: Tensor) -> Tensor:
         length = torch.as_tensor(self.stated, device=place.device)
@@ -429,7 +432,7 @@ class _Prompts:
         return torch.where(answer, torch.where(begins, place, 0).cummax(dim=1).values, 0)
 
     def _flag(self, reason: str, where: Tensor) -> None:
-        self.flags[reason] = self.flags.get(reason, False) | where.any()
+        self.flags[reason] = where.any() | self.flags.get(reason, where.new_zeros(())).to(where.device)
 
 
 class _Call:

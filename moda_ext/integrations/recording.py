@@ -141,15 +141,18 @@ class AttentionRecord:
             if the softmax is split, and where :math:`|L_i|` is so large (beyond about 800 in float32, for instance by a
             bias common to all keys) that :math:`S - L` would be off by more than 1e-4.
         """
-        batch = torch.arange(index.shape[0], device=index.device)
-        modality = self.key_modality[batch, index].long()  # (B,)
-        place = modality.clamp(min=0)[:, None, None, None].expand(*self.mass.shape[:3], 1)
+        index = index.long()
+        modality = self.key_modality.gather(1, index[:, None]).clamp(min=0).long()  # (B, 1)
+        place = modality[..., None, None].expand(*self.mass.shape[:3], 1)
         mass = self.mass.gather(-1, place).squeeze(-1)
         visible = self.sees(index)[:, None] & (mass > 0)
         if self.lse is None:
             return torch.where(visible, torch.nan, 0.0).to(mass.dtype)
-        query = self.query if self.query.dim() == 4 else self.query[modality.clamp(min=0), batch]
-        score = self._scores(query, self.key[batch, :, index].unsqueeze(2)).squeeze(-1)
+        query, (batch, heads, _, size) = self.query, self.key.shape
+        if query.dim() == 5:
+            query = query[modality[:, 0], torch.arange(batch, device=query.device)]
+        key = self.key.gather(2, index[:, None, None, None].expand(batch, heads, 1, size))
+        score = self._scores(query, key).squeeze(-1)
         if self.bias is not None:
             score = score + self.bias.to(mass.dtype).expand_as(self.mass).gather(-1, place).squeeze(-1)
         told = self.lse.abs() * torch.finfo(mass.dtype).eps <= 1e-4
