@@ -43,8 +43,9 @@ class AttentionMeter:
 
     - while decoding: the first forward pass over a sequence is its prompt, what comes after it, token by token, is
       generated. The last token that ``generate`` makes has no row: it is not fed back. After a token in
-      ``model.generation_config.eos_token_id`` a sequence of a batch is over, the rows that fill it up do not count. The
-      rows of every hypothesis of a beam search count, also of those that are dropped;
+      ``model.generation_config.eos_token_id`` a sequence of a batch is over, and the rows that fill it up do not count
+      (an end that only ``generate`` is told, by its arguments, is not seen). The rows of every hypothesis of a beam
+      search count, also of those that are dropped;
     - with labels (a keyword argument of the model's ``forward``, (B, N)): a run of tokens that have one (not negative)
       is an answer, and all before it its prompt. So a data set is measured in one pass over prompt and answer, which
       also costs less than decoding;
