@@ -115,7 +115,9 @@ def diagnose(
     prompts: Annotated[list[str], typer.Option(help="Questions, each asked about each image; or .txt files of them.")],
     out: Annotated[Path, typer.Option(help="The report; the numbers go beside it, as .json.")] = Path("report.html"),
     compare: Annotated[str | None, typer.Option(help="A second checkpoint, such as one with MODA.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each question, measured too.")] = 0,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate for each question, measured too; MDI as published needs 2 or more.")
+    ] = 0,
     pictures: Annotated[int, typer.Option(help="For how many questions to draw where the text looks.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the accelerator if any.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -194,7 +196,7 @@ def read_prompts(prompts: list[str]) -> list[str]:
 
 
 def print_summary(diagnoses) -> None:
-    """AvgDiff and MDI beside uniform attention."""
+    """AvgDiff and MDI beside uniform attention, and MDI as published where there are generated tokens."""
     table = Table(title="on rows that see every modality; in parentheses: uniform attention")
     table.add_column("")
     for diagnosis in diagnoses:
@@ -206,6 +208,20 @@ def print_summary(diagnoses) -> None:
                 value, null = (scale * diagnosis.summary(null=null)[measure][name] for null in (False, True))
                 cells.append("not defined" if value != value else f"{value:.2f}{unit} ({null:.2f}{unit})")
             table.add_row(f"{label} {name}", *cells)
+    rich.print(table)
+    if not any(diagnosis.generated_tokens for diagnosis in diagnoses):
+        return
+    table = Table(title="MDI as generated tokens see their prompts; in parentheses: uniform attention")
+    table.add_column("")
+    for diagnosis in diagnoses:
+        table.add_column(diagnosis.name, justify="right")
+    for m, name in enumerate(diagnoses[0].modalities[1:], start=1):
+        for third, label in enumerate(("early", "middle", "late")):
+            cells = []
+            for diagnosis in diagnoses:
+                value, null = (diagnosis.thirds("mdi", null=null)[third, m].item() for null in (False, True))
+                cells.append("not defined" if value != value else f"{value:.2f} ({null:.2f})")
+            table.add_row(f"{label} layers, text over {name}", *cells)
     rich.print(table)
 
 

@@ -203,6 +203,27 @@ class TestDiagnose:
         assert diagnosis.sequences == 2  # the directory holds two
         assert len(diagnosis.token_scores) == 2
 
+    def test_new_tokens_show_what_generated_tokens_look_at(self, photographs, tmp_path):
+        out = tmp_path / "r.html"
+        options = {"--images": photographs / "hopper.jpg", "--prompts": "Hello", "--new-tokens": 4, "--out": out}
+        code, output = call("diagnose", "--model", "random", *(x for pair in options.items() for x in pair))
+        assert code == 0, output
+        data = json.loads(out.with_suffix(".json").read_text())
+        assert data["generated_tokens"] == 3
+        thirds = data["thirds"]["generated rows, with first token"]
+        page = Page(out.read_text())
+        for third, (_, mdi) in zip(("early", "middle", "late"), thirds["mdi"], strict=True):
+            assert f"{mdi:.4g}" in out.read_text() and f"{mdi:.2f}" in output
+            assert f"{third} layers, text over vision" in words(output)
+        assert all(f"{aei:.4g}" in out.read_text() for values in thirds["aei"] for aei in values)
+        (chart,) = [image for image in page.images if image["alt"].startswith("MDI of each layer")]
+        assert base64.b64decode(chart["src"].partition(",")[2]).count(b"<path") > 10
+
+    def test_without_new_tokens_the_report_says_what_is_missing(self, report):
+        missing = "No generated token was measured"
+        assert missing in report[0].read_text() and missing in words(report[1])
+        assert "What the generated tokens look at" not in report[0].read_text()
+
     @pytest.mark.parametrize(
         ("changed", "message"),
         [

@@ -141,6 +141,43 @@ class TestFormulas:
     def test_dominance_index(self):
         close(measures.dominance_index(*sums()), [1.0, 0.5 / 0.25])
 
+    def test_attention_efficiency(self):
+        # text rows: weight 1.5 of 2 in 3 of 5 pairs on text, 0.5 of 2 in 2 of 5 on image; MDI is the ratio
+        close(measures.attention_efficiency(*sums()), [(1.5 / 2) / (3 / 5), (0.5 / 2) / (2 / 5)])
+        aei = measures.attention_efficiency(*sums())
+        torch.testing.assert_close(aei[0] / aei, measures.dominance_index(*sums()))
+
+    def test_attention_efficiency_without_pairs_or_attention(self):
+        flow, pairs = torch.tensor([[1.5, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [2.0, 3.0]])
+        close(measures.attention_efficiency(flow, pairs), [1.0, math.nan])
+        close(measures.attention_efficiency(torch.zeros(2, 2), pairs), [math.nan, math.nan])
+
+    def test_mdi_and_aei_as_published_by_hand(self):
+        """[text][image][image] is the prompt, the last row the one generated token; its own key does not count.
+
+        0.1 + 0.2 + 0.3 goes to the prompt: 1/6 to one text token, 5/6 to two image tokens.
+        """
+        prompt = (WEIGHTS[3, :3] @ ONE_HOT[:3]).reshape(1, 1, 1, 2)
+        flow = measures.sum_rows(measures.prompt_shares(prompt), torch.tensor([[[True, False]]]))[0]
+        pairs = torch.tensor([[1, 2], [0, 0]])
+        close(flow, [[1 / 6, 5 / 6], [0, 0]])
+        close(measures.dominance_index(flow, pairs), [1.0, (1 / 6) / (5 / 12)])
+        close(measures.attention_efficiency(flow, pairs), [(1 / 6) / (1 / 3), (5 / 6) / (2 / 3)])
+
+    def test_shares_of_the_prompt_are_of_the_mean_over_heads(self):
+        """The heads give the prompt 0.8 and 0.2, 0.5 in the mean; the second row nothing."""
+        mass = torch.tensor([[[0.6, 0.2], [0.0, 0.0]], [[0.1, 0.1], [0.0, 0.0]]])
+        close(measures.prompt_shares(mass), [[[1.2, 0.4], [0, 0]], [[0.2, 0.2], [0, 0]]])
+
+    def test_thirds_of_layers(self):
+        borders = [[(third.start, third.stop) for third in measures.split_in_thirds(n)] for n in (32, 6, 4, 2)]
+        assert borders == [
+            [(0, 11), (11, 21), (21, 32)],
+            [(0, 2), (2, 4), (4, 6)],
+            [(0, 1), (1, 3), (3, 4)],
+            [(0, 1), (1, 1), (1, 2)],
+        ]
+
     def test_decay_slope(self):
         c = torch.tensor([[1.0, 0.1], [math.exp(-2), 0.1], [math.exp(-1), 0.1]])
         close(measures.decay_slope(c), [-0.5, 0.0])  # (-1) * 0 + 1 * (-1), over (-1)^2 + 1^2
@@ -342,8 +379,13 @@ class TestMeterOnOwnLayers:
         diagnosis = measured(make_stack(mask={"softmax": "split"}), self.X, TOKENS)
         assert diagnosis.figure("self").isfinite().all()
         assert diagnosis.figure("self", first_token=False).isnan().all()
-        with pytest.raises(NotImplementedError, match="split"):
-            measured(make_stack(mask={"softmax": "split"}), self.X, TOKENS, token_scores=1)
+        assert any("first token alone cannot be told" in sentence for sentence in diagnosis.undefined())
+
+    def test_a_split_softmax_has_token_scores(self):
+        stack = make_stack(mask={"softmax": "split"})
+        (scores,) = measured(stack, self.X, TOKENS, token_scores=1).token_scores
+        for layer, dense in enumerate(dense_weights(stack, self.X, TOKENS)):
+            torch.testing.assert_close(scores.scores[layer], dense[0, :, 7:].mean(dim=(0, 1)))
 
     def test_batches_add_up(self):
         stack = make_stack()
@@ -453,8 +495,9 @@ class TestMeterOnOwnLayers:
         assert diagnosis.figure("cross", rows="all")[:, 1].isnan().all()
         assert math.isnan(diagnosis.summary()["avg_diff"]["vision"])
         assert diagnosis.to_dict()["summary"]["both rows, with first token"]["avg_diff"]["vision"] is None
-        (sentence,) = diagnosis.undefined()
+        sentence, generated = diagnosis.undefined()
         assert sentence.startswith("No vision row sees a key of another modality")
+        assert generated.startswith("No generated token was measured")
 
     def test_errors(self):
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
@@ -523,7 +566,7 @@ class TestResults:
     def test_errors(self, diagnosis):
         with pytest.raises(ValueError, match="measure must be one of self, cross, .*, got 'avg'"):
             diagnosis.figure("avg")
-        with pytest.raises(ValueError, match="rows must be one of all, both, got 'text'"):
+        with pytest.raises(ValueError, match="rows must be one of all, both, generated, got 'text'"):
             diagnosis.figure("self", rows="text")
         two = dataclasses.replace(diagnosis.layers[0], flow=diagnosis.layers[0].flow[:, :, :2])
         uneven = dataclasses.replace(diagnosis, layers=[diagnosis.layers[0], two])
@@ -835,7 +878,8 @@ class TestCost:
         ids[:, 10:74] = 60
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 64, 64), "use_cache": False, "logits_to_keep": 1}
 
-    def test_measuring_costs_at_most_5_percent_of_a_forward(self):
+    @pytest.mark.parametrize("prompt_length", [768, 640], ids=["no generated rows", "128 generated rows"])
+    def test_measuring_costs_at_most_5_percent_of_a_forward(self, prompt_length):
         """The meter's own time beside a forward pass with sdpa; mass and lse cost the kernel nothing.
 
         In a text stack 1024 wide: the share falls with the width. On one thread, in processor time and the least of
@@ -855,19 +899,25 @@ class TestCost:
                 meter, of_layers = AttentionMeter(model), []
                 with torch.no_grad():
                     forward.append(processor_time(model, **inputs))
-                    with recorded(model, lambda record, m=meter, t=of_layers: t.append(processor_time(m, record))):
+                    with (
+                        meter.generated_after(prompt_length),
+                        recorded(model, lambda record, m=meter, t=of_layers: t.append(processor_time(m, record))),
+                    ):
                         model(**inputs)
                 measuring.append(sum(of_layers))
         finally:
             torch.set_num_threads(threads)
         assert meter.result().tokens == {"text": 704, "vision": 64}
+        assert meter.result().generated_tokens == 768 - prompt_length
         assert min(measuring) <= 0.05 * min(forward), (min(measuring), min(forward))
 
-    def test_4096_tokens_need_no_matrix_of_all_pairs(self):
+    @pytest.mark.parametrize("prompt_length", [4096, 100], ids=["no generated rows", "3996 generated rows"])
+    def test_4096_tokens_need_no_matrix_of_all_pairs(self, prompt_length):
         """The largest allocation of a measured forward pass: a boolean matrix of all pairs would take N * N bytes."""
         model = self.make_model(512, 512)
         length, meter = 4096, AttentionMeter(model, similarity=True)
-        with torch.no_grad(), meter, torch.profiler.profile(profile_memory=True) as profile:
+        stated, profiled = meter.generated_after(prompt_length), torch.profiler.profile(profile_memory=True)
+        with torch.no_grad(), meter, stated, profiled as profile:
             model(**self.inputs(length))
         sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         assert max(sizes) >= length * 512 * 4  # the hidden states are seen
@@ -890,6 +940,9 @@ class TestCost:
         peak(AttentionMeter(model))  # the allocator keeps some memory
         plain = peak(recorded(model, lambda record: None))
         assert peak(AttentionMeter(model)) - plain < 32
+        meter = AttentionMeter(model)
+        with meter.generated_after(100):
+            assert peak(meter) - plain < 64
 
 
 def test_the_readme_example(tmp_path, monkeypatch, capsys):

@@ -11,9 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moda_ext.diagnostics.measures import split_in_thirds
 from moda_ext.diagnostics.results import Diagnosis
 
-__all__ = ["attention_by_layer", "disparity_by_layer", "heads", "image_attention", "similarity", "token_scores"]
+__all__ = [
+    "attention_by_layer",
+    "disparity_by_layer",
+    "dominance_by_layer",
+    "heads",
+    "image_attention",
+    "similarity",
+    "token_scores",
+]
 
 # Okabe and Ito: safe for colour-blind eyes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -124,6 +133,50 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
         else:
             axis.text(0.5, 0.5, "not defined in this layout", ha="center", transform=axis.transAxes)
     axes[0].set_ylabel("disparity |s - c| / max(s, c)")
+    return figure
+
+
+def dominance_by_layer(
+    diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "generated", first_token: bool = True
+):
+    """MDI by depth, a panel for each modality but text, logarithmic, with the early, middle and late layers as steps.
+
+    Args:
+        diagnoses: one or several, over the same modalities.
+        rows, first_token: as in :meth:`moda_ext.diagnostics.Diagnosis.figure`; by default as MDI was published.
+
+    Raises:
+        ValueError: no diagnosis, modalities that differ, or an unknown option.
+    """
+    diagnoses = _sequence(diagnoses)
+    names = diagnoses[0].modalities
+    options = {"rows": rows, "first_token": first_token}
+    figure, axes = _figure(len(names) - 1, width=5.2 * (len(names) - 1))
+    for m, (axis, name) in enumerate(zip(axes, names[1:], strict=True), start=1):
+        for k, diagnosis in enumerate(diagnoses):
+            values, thirds = diagnosis.figure("mdi", **options)[:, m], diagnosis.thirds("mdi", **options)[:, m]
+            if values.isfinite().any():
+                style = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
+                axis.plot(
+                    diagnosis.layer_ids, values.tolist(), marker="o", markersize=3.5, label=diagnosis.name, **style
+                )
+                for third, value in zip(split_in_thirds(len(values)), thirds.tolist(), strict=True):
+                    layers = diagnosis.layer_ids[third]
+                    if layers:
+                        ends = [layers[0] - 0.4, layers[-1] + 0.4]
+                        axis.plot(ends, [value, value], color=style["color"], alpha=0.35, linewidth=5)
+        null = diagnoses[0].figure("mdi", **options, null=True)[:, m]
+        if axis.lines:
+            label = "uniform attention"
+            axis.plot(diagnoses[0].layer_ids, null.tolist(), color="0.5", linestyle=":", label=label)
+            axis.set_yscale("log")
+            _legend_below(axis)
+        else:
+            axis.text(0.5, 0.5, "not defined in this layout", ha="center", transform=axis.transAxes)
+        axis.set_title(f"attention of a text token over a {name} token")
+        axis.set_xlabel("layer")
+        _integer_ticks(axis)
+    axes[0].set_ylabel("MDI")
     return figure
 
 

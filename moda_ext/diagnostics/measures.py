@@ -9,6 +9,9 @@ is made of three sums over rows, for each layer:
   visible keys of modality m (:func:`key_counts`);
 - **rows** (..., M): the number of rows of each modality.
 
+For MDI and AEI as published the rows are those of generated tokens, the keys those of their prompts, and the flow is
+made of :func:`prompt_shares`.
+
 A figure that has no pair to speak of (the vision rows of an image-first causal layout see no text) is NaN, never 0.
 All functions accept any floating-point dtype and device, are differentiable, and raise nothing that torch does not
 raise. Source: MODA (arXiv 2507.04635), section 3.2, Fig. 2; the paper prints no formula, these are this project's
@@ -17,6 +20,8 @@ reading of it.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +29,7 @@ from torch import Tensor
 from moda_ext.integrations.recording import key_counts
 
 __all__ = [
+    "attention_efficiency",
     "average_difference",
     "choose_rows",
     "cross_weight",
@@ -34,8 +40,10 @@ __all__ = [
     "mean_mass",
     "pair_weight",
     "per_token_score",
+    "prompt_shares",
     "rows_that_see_all",
     "self_weight",
+    "split_in_thirds",
     "sum_rows",
     "token_similarity",
     "uniform_mass",
@@ -174,14 +182,57 @@ def dominance_index(flow: Tensor, pairs: Tensor) -> Tensor:
     .. math:: \text{MDI}_m = w_{0 0} / w_{0 m}
 
     with w the mean weight of a pair (:func:`pair_weight`) and modality 0 the text. Above 1, a text token gets more
-    attention than a token of modality m. Wu et al. (arXiv 2508.10552) take the generated tokens as rows; here the rows
-    are the text rows that the sums were made of.
+    attention than a token of modality m. Of rows that see n_0 text tokens and n_m of modality m, with attention A in
+    all, this is :math:`(A_0 / n_0) / (A_m / n_m)`, the formula of Wu et al. (arXiv 2508.10552). They take the generated
+    tokens as rows and the prompt's tokens as keys (:func:`prompt_shares`); here the rows are those of the sums.
 
     Returns:
         (..., M); 1 for the text itself.
     """
     weight = pair_weight(flow, pairs)[..., 0, :]
     return weight[..., :1] / weight
+
+
+def attention_efficiency(flow: Tensor, pairs: Tensor) -> Tensor:
+    r"""AEI, the attention efficiency index: the share of attention over the share of tokens, seen from text.
+
+    .. math:: \text{AEI}_m = \frac{A_{0 m} / \sum_{m'} A_{0 m'}}{n_{0 m} / \sum_{m'} n_{0 m'}}
+
+    with A the ``flow`` and n the ``pairs``. Above 1, modality m gets more attention than its tokens are many. Source
+    and rows are those of :func:`dominance_index`, and :math:`\text{MDI}_m = \text{AEI}_0 / \text{AEI}_m`.
+
+    Returns:
+        (..., M); NaN for a modality without pairs.
+    """
+    flow, pairs = flow[..., 0, :], pairs[..., 0, :]
+    return pair_weight(flow, pairs) / pair_weight(flow.sum(dim=-1, keepdim=True), pairs.sum(dim=-1, keepdim=True))
+
+
+def prompt_shares(mass: Tensor) -> Tensor:
+    r"""Attention to the prompt, with rows normalised over the prompt's keys.
+
+    .. math:: \hat A_{him} = A_{him} \Big/ \tfrac{1}{H} \textstyle\sum_{h'} \sum_{m'} A_{h'im'}
+
+    The mean over heads of a row sums to 1: it is the row of the mean attention matrix of all heads, normalised, as
+    published with MDI (arXiv 2508.10552).
+
+    Args:
+        mass: (..., H, N, M): what row i gives to the prompt's keys of modality m.
+
+    Returns:
+        Of the same shape; 0 in a row that gives the prompt nothing.
+    """
+    total = mass.sum(dim=-1, keepdim=True).mean(dim=-3, keepdim=True)
+    return torch.where(total == 0, 0.0, mass / total)
+
+
+def split_in_thirds(layers: int) -> list[slice]:
+    """Early, middle and late layers: the borders are a third and two thirds of the layers, rounded.
+
+    Of 32 layers 11, 10 and 11; with fewer than three layers some third is empty.
+    """
+    borders = [round(third * layers / 3) for third in range(4)]
+    return [slice(*pair) for pair in itertools.pairwise(borders)]
 
 
 def decay_slope(cross_weight: Tensor) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from moda_ext.diagnostics import measures
 from moda_ext.diagnostics.attach import in_backward, recorded
-from moda_ext.diagnostics.results import Diagnosis, LayerSums, TokenScores
+from moda_ext.diagnostics.results import ROWS, Diagnosis, LayerSums, TokenScores
 from moda_ext.integrations.recording import AttentionRecord
 
 __all__ = ["AttentionMeter"]
 
-BLOCK_ELEMENTS = 1 << 22  # of the weights made at once for token scores: 16 MB in float32
+BLOCK_ELEMENTS = 1 << 20  # of the weights made at once: 4 MB in float32, a few times
+GENERATED = ROWS.index("generated")
 
 
 class AttentionMeter:
@@ -35,6 +37,24 @@ class AttentionMeter:
     Entering again adds to what was measured; :meth:`reset` starts anew.
 
     Everything the model computes while the meter is entered counts: rows of prompts, and of decoding steps.
+
+    **Generated tokens.** The figures of ``rows="generated"`` (:meth:`moda_ext.diagnostics.Diagnosis.figure`) are about
+    rows of generated tokens and keys of their prompt. Where the prompt ends is known
+
+    - while decoding: the first forward pass over a sequence is its prompt, what comes after it, token by token, is
+      generated. The last token that ``generate`` makes has no row: it is not fed back. After a token in
+      ``model.generation_config.eos_token_id`` a sequence of a batch is over, and the rows that fill it up do not count
+      (an end that only ``generate`` is told, by its arguments, is not seen). The rows of every hypothesis of a beam
+      search count, also of those that are dropped;
+    - with labels (a keyword argument of the model's ``forward``, (B, N)): a run of tokens that have one (not negative)
+      is an answer, and all before it its prompt. So a data set is measured in one pass over prompt and answer, which
+      also costs less than decoding;
+    - where it is said: :meth:`generated_after`. It goes before the two others.
+
+    Everything else, such as several tokens at once after the first pass (a prompt in chunks, the next turn of a
+    conversation, drafts of assisted decoding) or labels on the prompt too, has no border that can be told: then all
+    figures of ``rows="generated"`` are NaN, and ``undefined()`` of the result says why. A prompt in chunks of which the
+    second and last has one token cannot be told from a generated token: say where it ends.
 
     Args:
         model: the model, on any device.
@@ -72,6 +92,7 @@ class AttentionMeter:
         self._names: dict[str, int] | None = modalities
         self.token_scores, self.similarity = token_scores, similarity
         self._context: contextlib.ExitStack | None = None
+        self._prompts = _Prompts()
         self.reset()
 
     def reset(self) -> None:
@@ -81,9 +102,11 @@ class AttentionMeter:
         self._scores: dict[int, list[Tensor]] = {}  # for each layer, of each kept sequence
         self._scored: list[tuple[Tensor, Tensor]] = []  # modality and uniform scores of each kept sequence
         self._sequences: int | Tensor = 0
+        self._prompts.reset()
         self._end_pass()
 
     def _end_pass(self) -> None:
+        self._prompts.end_pass()
         self._call: _Call | None = None
         self._layer: int | None = None  # the last one that was recorded
         self._scoring: list[int] = []  # the sequences of this forward pass whose token scores are kept
@@ -96,7 +119,11 @@ class AttentionMeter:
             if self.similarity:
                 for index, block in blocks.items():
                     stack.callback(block.register_forward_hook(self._hidden_hook(index)).remove)
+            model = _transformers_model(self.model)
+            stack.callback(model.register_forward_pre_hook(self._prompts.look_at, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(self._prompts.look_away, always_call=True).remove)
             self._context = stack.pop_all()
+        self._prompts.begin_anew()
         return self
 
     def __exit__(self, *error) -> None:
@@ -111,10 +138,13 @@ class AttentionMeter:
             return
         with torch.autocast(record.mass.device.type, enabled=False):
             begins = self._layer is None or record.layer <= self._layer
+            if begins:
+                self._prompts.end_pass()
             if begins or not self._call.is_over_the_tokens_of(record):
-                self._call = _Call(record)
+                self._call = _Call(record, self._prompts.borders(record))
             if begins:
                 self._begin(self._call)
+            self._prompts.check_window(record)
             call, self._layer = self._call, record.layer
             if record.layer not in self._sums:
                 self._sums[record.layer] = LayerSums(0, 0, 0, 0)
@@ -126,6 +156,34 @@ class AttentionMeter:
             if self._scoring:
                 received = call.text_looks_at(record)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
+
+    @contextlib.contextmanager
+    def generated_after(self, prompt_length: int | Tensor):
+        """Says where the prompts end of what the model computes in this block: later tokens count as generated.
+
+        .. code-block:: python
+
+            with meter, meter.generated_after(inputs["attention_mask"].sum(dim=1)):
+                model.generate(**inputs, prefill_chunk_size=256)
+
+        Args:
+            prompt_length: how many tokens each prompt has **without padding**, placeholders of images included: (B,),
+                integer, or a number for all of a batch that has no padding. The sequences that ``generate`` makes of
+                one prompt (beams, ``num_return_sequences``) share its number.
+
+        Raises:
+            ValueError: a number that is not positive; in the block, a batch of another size, or padding with one number
+                for all.
+        """
+        if bool((torch.as_tensor(prompt_length) < 1).any()):
+            raise ValueError(f"AttentionMeter.generated_after: prompt_length must be at least 1, got {prompt_length}")
+        before = self._prompts.stated
+        self._prompts.say(prompt_length)
+        try:
+            yield
+        finally:
+            self._prompts.end_pass()
+            self._prompts.say(before)
 
     def callback(self, every: int = 100):
         """A ``transformers.TrainerCallback`` that measures one training step of every ``every``, the first included.
@@ -184,6 +242,16 @@ class AttentionMeter:
             LayerSums(*(getattr(self._sums[i], field.name).cpu().clone() for field in dataclasses.fields(LayerSums)))
             for i in layers
         ]
+        self._prompts.end_pass()
+        unclear, short = self._prompts.unclear_borders(), self._prompts.short_layers()
+        for index, layer in zip(layers, sums, strict=True):
+            if unclear or index in short:
+                layer.flow[GENERATED], layer.null[GENERATED] = torch.nan, torch.nan
+        if short:
+            unclear.append(
+                f"Layers {', '.join(map(str, short))} have a sliding window and no longer hold the keys of the whole "
+                "prompt: their figures of generated rows are not defined."
+            )
         names = _modality_names(self._names, sums[0].rows.shape[-1])
         similarity = None
         if self.similarity:
@@ -193,7 +261,7 @@ class AttentionMeter:
             TokenScores(modality.cpu(), torch.stack([self._scores[i][k].float().cpu() for i in layers]), uniform.cpu())
             for k, (modality, uniform) in enumerate(self._scored)
         ]
-        return Diagnosis(self.name, names, tuple(layers), sums, int(self._sequences), similarity, scores)
+        return Diagnosis(self.name, names, tuple(layers), sums, int(self._sequences), similarity, scores, unclear)
 
     def _hidden_hook(self, index: int):
         """A forward hook of the block around layer ``index``, whose output is (B, N, E) or a tuple that begins so."""
@@ -219,10 +287,159 @@ class AttentionMeter:
             self._scored += [(call.key_modality[b].clone(), uniform[b]) for b in self._scoring]
 
 
+class _Prompts:
+    """Where the prompt of each token ends, found out pass by pass. Tokens are counted without padding.
+
+    Doubts are flags on the device, so that a pass need not wait for it.
+    """
+
+    SEVERAL = (
+        "several tokens came at once after the first pass over a sequence (a prompt in chunks, the next turn of a "
+        "conversation, assisted decoding)"
+    )
+    UNSEEN = "a sequence began before the meter was entered, in a cache of its own"
+    NOT_TEXT = "a token that is not text came after the first pass over a sequence"
+    TAKEN_BACK = (
+        "tokens were taken back while decoding (drafts of assisted decoding), several generations took turns, or a "
+        "sliding window dropped keys"
+    )
+    NO_PROMPT = "labels began with the first token of a sequence: they do not tell the answer from the prompt"
+    CONTINUED = "labels came with a cache that held tokens before them"
+    REMEDIES = {
+        TAKEN_BACK: "run the model once more over the finished sequences, in one pass, inside of "
+        "meter.generated_after(prompt_length)"
+    }
+
+    def __init__(self):
+        self.stated: int | Tensor | None = None
+        self.eos: Tensor | None = None
+        self.look_away()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything about the data, but not what the user says."""
+        self.flags: dict[str, Tensor] = {}
+        self.short: dict[int, Tensor] = {}
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets the sequences that were going on."""
+        self._length: Tensor | None = None  # (B,), tokens of each sequence's first pass, -1 if it was not seen
+        self._seen: Tensor | None = None  # (B,), tokens after the last pass
+        self._most: Tensor | None = None  # (B,), tokens that a layer of this pass held, the most
+        self._new: Tensor | None = None  # (B,), tokens of this pass
+        self._ended: Tensor | None = None  # (B,), bool: the end of the sequence came
+        self._ending: Tensor | None = None  # the same after this pass
+        self._held: dict[int, Tensor] = {}  # by layer
+
+    def say(self, prompt_length: int | Tensor | None) -> None:
+        self.stated = prompt_length
+        self.begin_anew()
+
+    def look_at(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of the model: token ids and labels of this pass."""
+        self.token_ids, self.labels = args[0] if args else kwargs.get("input_ids"), kwargs.get("labels")
+        eos = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+        self.eos = None if eos is None else torch.as_tensor(eos)
+
+    def look_away(self, *ignored) -> None:
+        """The forward hook after it."""
+        self.token_ids = self.labels = None
+
+    def borders(self, record: AttentionRecord) -> Tensor | None:
+        """(B, Nq): the length of the prompt of each generated token, 0 for all other rows; None: there are none."""
+        modality = record.query_modality
+        valid = modality >= 0
+        new, seen = valid.sum(dim=1), (record.key_modality >= 0).sum(dim=1)
+        before = seen - new
+        place = before[:, None] + valid.cumsum(dim=1) - 1  # of each row, in its sequence
+        if self._length is None or self._length.shape != new.shape:
+            self.begin_anew()
+            self._length, self._ended = torch.full_like(new, -1), torch.zeros_like(new, dtype=torch.bool)
+        starts, length = before == 0, self._length.to(new.device)  # layers may be on several devices
+        self._length = torch.where(starts, new, length)
+        self._new, self._most = new, seen if self._most is None else torch.maximum(self._most.to(seen.device), seen)
+        self._ended = self._ended.to(new.device) & ~starts
+
+        if self.stated is not None:
+            borders = self._stated_borders(valid, place)
+        elif _is_over(self.labels, modality):
+            return self._borders_of_labels(valid, place, starts)
+        elif modality.shape[1] == record.key_modality.shape[1]:
+            return None  # the first pass
+        else:
+            generated = valid & (place >= self._length[:, None]) & ~starts[:, None]
+            borders = torch.where(generated, self._length[:, None], 0)
+            self._flag(self.SEVERAL, ~starts & (new > 1))
+            self._flag(self.UNSEEN, ~starts & (length < 0))
+            self._flag(self.NOT_TEXT, generated & (modality > 0))
+        if self.eos is not None and _is_over(self.token_ids, modality):
+            ends = torch.isin(self.token_ids.to(modality.device), self.eos.to(modality.device)) & (borders > 0)
+            ended = self._ended[:, None] | (ends.cumsum(dim=1) > ends.long())
+            self._ending = self._ended | ends.any(dim=1)
+            borders = borders.masked_fill(ended, 0)
+        return borders
+
+    def check_window(self, record: AttentionRecord) -> None:
+        """Notes a layer that may hold fewer keys than others."""
+        if record.visible is not None and record.query_modality.shape[1] != record.key_modality.shape[1]:
+            self._held[record.layer] = (record.key_modality >= 0).sum(dim=1)
+
+    def end_pass(self) -> None:
+        """Compares what the layers of the pass held with one another and with the passes before."""
+        if self._most is None:
+            return
+        for layer, held in self._held.items():
+            self.short[layer] = self.short.get(layer, False) | (held < self._most.to(held.device)).any()
+        before = self._most - self._new.to(self._most.device)
+        if self._seen is not None:
+            self._flag(self.TAKEN_BACK, (before > 0) & (before != self._seen.to(before.device)))
+        self._seen, self._most, self._held = self._most, None, {}
+        self._ended, self._ending = self._ended if self._ending is None else self._ending, None
+
+    def unclear_borders(self) -> list[str]:
+        return [
+            f"Where the prompts end is unclear: {reason}. No figure of generated rows is defined; "
+            f"{self.REMEDIES.get(reason, 'say it with meter.generated_after(prompt_length)')}."
+            for reason, flag in self.flags.items()
+            if flag
+        ]
+
+    def short_layers(self) -> list[int]:
+        return sorted(layer for layer, flag in self.short.items() if flag)
+
+    def _stated_borders(self, valid: Tensor, place: Tensor) -> Tensor:
+        length = torch.as_tensor(self.stated, device=place.device)
+        if length.dim() == 0 and not bool(valid.all()):
+            raise ValueError(
+                "AttentionMeter.generated_after: prompt_length must be a tensor (B,) of lengths without padding for a "
+                f"batch with padding, got {self.stated}"
+            )
+        if length.dim() == 1 and len(valid) % max(len(length), 1) == 0 and len(length):
+            length = length.repeat_interleave(len(valid) // len(length))
+        if length.shape not in ((), (len(valid),)):
+            raise ValueError(
+                f"AttentionMeter.generated_after: prompt_length must have one number for each of the {len(valid)} "
+                f"sequences, got shape {tuple(length.shape)}"
+            )
+        length = length.reshape(-1, 1).long()
+        return torch.where(valid & (place >= length), length, 0)
+
+    def _borders_of_labels(self, valid: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+        answer = (self.labels.to(place.device) >= 0) & valid
+        begins = answer & ~torch.nn.functional.pad(answer, (1, 0))[:, :-1]
+        self._flag(self.NO_PROMPT, answer & (place == 0))
+        self._flag(self.CONTINUED, answer & ~starts[:, None])
+        return torch.where(answer, torch.where(begins, place, 0).cummax(dim=1).values, 0)
+
+    def _flag(self, reason: str, where: Tensor) -> None:
+        self.flags[reason] = where.any() | self.flags.get(reason, where.new_zeros(())).to(where.device)
+
+
 class _Call:
     """What the layers have in common in one forward pass: which row sees what."""
 
-    def __init__(self, record: AttentionRecord):
+    def __init__(self, record: AttentionRecord, borders: Tensor | None):
         self.query_modality, self.key_modality, self.visible = (
             record.query_modality,
             record.key_modality,
@@ -236,15 +453,21 @@ class _Call:
         self.chosen = torch.cat(choices, dim=-1).to(record.mass.dtype)  # (B, N, 2 M)
 
         self.first = (self.key_modality >= 0).int().argmax(dim=1)  # the first token of each sequence
-        self.first_modality = self.key_modality.gather(1, self.first[:, None].long())  # (B, 1)
-        self.sees_first = self._sees_first()
+        first_modality = self.key_modality.gather(1, self.first[:, None].long())  # (B, 1)
+        self.sees_first = record.sees(self.first)
         modalities = torch.arange(self.num_modalities, device=self.first.device)
-        self.is_of_first = self.first_modality[..., None] == modalities  # (B, 1, M)
-        others = self.counts - (self.is_of_first & self.sees_first[..., None]).long()
-        counts = torch.stack([self.counts, others], dim=1).double()  # (B, 2, N, M), with and without the first token
+        self.is_of_first = first_modality[..., None] == modalities  # (B, 1, M)
+        counts = self._with_and_without_first(self.counts, slice(None))
         self.pairs = self._sum(counts)
         self.null = self._sum(measures.uniform_mass(counts))
         self.rows = self._sum((counts.sum(dim=-1, keepdim=True) > 0).double())[..., 0]
+        self.generated = None
+        if borders is not None:
+            self.generated = _GeneratedRows.of(self, borders)
+        none = torch.zeros_like(self.pairs[:1]), torch.zeros_like(self.rows[:1])
+        pairs, null, rows = (none[0], none[0], none[1]) if self.generated is None else self.generated.sums()
+        self.pairs, self.null = torch.cat([self.pairs, pairs]), torch.cat([self.null, null])
+        self.rows = torch.cat([self.rows, rows])
 
     def is_over_the_tokens_of(self, record: AttentionRecord) -> bool:
         """Compares memory, not contents, which would cost a synchronisation. Good within one forward pass only.
@@ -257,21 +480,12 @@ class _Call:
         )
 
     def flow(self, record: AttentionRecord) -> Tensor:
-        """(2, 2, H, M, M), float64."""
-        if record.lse is None:
-            of_first = torch.full_like(record.mass, torch.nan)
-        else:
-            # The weight of one key: the record of a call with no other keys, and the softmax of the whole call.
-            index = self.first.long()[:, None, None, None]
-            only_first = dataclasses.replace(
-                record,
-                key=record.key.gather(2, index.expand(-1, record.key.shape[1], 1, record.key.shape[3])),
-                key_modality=self.first_modality,
-                visible=self.sees_first[:, None, :, None],
-            )
-            of_first = only_first.weights() * self.is_of_first[:, None]
+        """(3, 2, H, M, M), float64."""
+        of_first = torch.where(self.is_of_first[:, None], record.weight_of(self.first)[..., None], 0.0)
         both = torch.stack([record.mass, record.mass - of_first], dim=1)  # (B, 2, H, N, M)
-        return self._sum(both).double()
+        flow = self._sum(both)
+        generated = torch.zeros_like(flow[:1]) if self.generated is None else self.generated.flow(record, of_first)
+        return torch.cat([flow, generated]).double()
 
     def text_looks_at(self, record: AttentionRecord) -> Tensor:
         """(B, Nk): the weight that each key gets from a text row, mean over heads and chosen text rows."""
@@ -302,16 +516,78 @@ class _Call:
         sums = measures.sum_rows(values, self.chosen)  # (2, ..., 2 M, K)
         return sums.unflatten(-2, (2, self.num_modalities)).movedim(-3, 0)
 
-    def _sees_first(self) -> Tensor:
-        """(B, N), bool."""
-        rows, keys = self.query_modality.shape[1], self.key_modality.shape[1]
-        if self.visible is None:
-            last = torch.arange(rows, device=self.first.device) + keys - rows
-            seen = last >= self.first[:, None]
-        else:
-            index = self.first.long()[:, None, None].expand(-1, rows, 1)
-            seen = self.visible[:, 0].expand(len(index), rows, -1).gather(2, index)[..., 0]
-        return seen & (self.first_modality >= 0)
+    def _with_and_without_first(self, counts: Tensor, rows: slice) -> Tensor:
+        """(B, 2, rows, M), float64: counts of keys (B, rows, M), and those of the keys but the first token."""
+        others = counts - (self.is_of_first & self.sees_first[:, rows, None]).long()
+        return torch.stack([counts, others], dim=1).double()
+
+
+class _GeneratedRows:
+    """The rows of generated tokens in a pass, and the keys of their prompts.
+
+    Args:
+        call: the pass.
+        borders: (B, Nq), see :meth:`_Prompts.borders`.
+        rows: those that any sequence has a generated token in, and all between.
+    """
+
+    def __init__(self, call: _Call, borders: Tensor, rows: slice):
+        self.call, self.rows = call, rows
+        self.borders = borders[:, rows]
+        present = call.key_modality >= 0
+        self.place = present.cumsum(dim=1) - 1  # of each key, in its sequence
+        modalities = torch.arange(call.num_modalities, device=present.device)
+        self.members = call.key_modality[..., None] == modalities  # (B, Nk, M)
+        self.counts = self._count()
+
+        # A modality without keys after a prompt has all its mass there. For the others the keys must be looked at.
+        least = self.borders.masked_fill(self.borders == 0, present.shape[1]).amin(dim=1, keepdim=True)
+        later = self.members & (present & (self.place >= least))[..., None]
+        continued = later.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
+        self.keys = {m: self.members[..., m].any(dim=0).nonzero()[:, 0] for m in continued}
+
+    @classmethod
+    def of(cls, call: _Call, borders: Tensor) -> _GeneratedRows | None:
+        """None if no row is generated. Waits for the device, once for each kind of layer in a pass."""
+        places = (borders > 0).any(dim=0).nonzero()[:, 0].tolist()
+        return cls(call, borders, slice(places[0], places[-1] + 1)) if places else None
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """pairs and null (1, 2, M, M), rows (1, 2, M)."""
+        counts = self.call._with_and_without_first(self.counts, self.rows).clamp(min=0)
+        rows = (counts.sum(dim=-1, keepdim=True) > 0).double()
+        return self._sum(counts), self._sum(measures.uniform_mass(counts)), self._sum(rows)[..., 0]
+
+    def flow(self, record: AttentionRecord, of_first: Tensor) -> Tensor:
+        """(1, 2, H, M, M)."""
+        batch, heads = record.mass.shape[:2]
+        mass = record.mass[:, :, self.rows].clone()
+        for m, keys in self.keys.items():
+            block = max(1, BLOCK_ELEMENTS // (batch * heads * len(keys)))
+            for start in range(0, self.borders.shape[1], block):
+                rows = slice(start, start + block)
+                in_prompt = self.place[:, None, keys] < self.borders[:, rows, None]
+                mass[:, :, rows, m] = record.mass_on(in_prompt, m, self.rows.start + start, keys)
+        both = torch.stack([mass, (mass - of_first[:, :, self.rows]).clamp(min=0)], dim=1)
+        return self._sum(measures.prompt_shares(both))
+
+    def _count(self) -> Tensor:
+        """(B, rows, M), int64: the keys of each prompt that a row sees."""
+        call = self.call
+        if call.visible is None:  # a row sees its prompt: the first keys, up to the column where that ends
+            stop = torch.searchsorted(self.place + 1, self.borders.contiguous()) + 1
+            counts = torch.nn.functional.pad(self.members.long().cumsum(dim=1), (0, 0, 1, 0))
+            stop = torch.where(self.borders > 0, stop, 0)
+            return counts.gather(1, stop[..., None].expand(-1, -1, call.num_modalities))
+        visible = call.visible[:, 0].expand(-1, call.query_modality.shape[1], -1)[:, self.rows]
+        visible = visible & (self.place[:, None] < self.borders[..., None])
+        return (visible.float() @ self.members.float()).round().long()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """(B, 2, ..., rows, K) -> (1, 2, ..., M, K): over the generated rows of each modality."""
+        modality = self.call.query_modality[:, self.rows]
+        chosen = measures.choose_rows(modality, self.call.num_modalities, self.borders > 0)
+        return measures.sum_rows(values, chosen)[None]
 
 
 def _modality_names(numbers: dict[str, int] | None, count: int) -> tuple[str, ...]:
@@ -322,6 +598,17 @@ def _modality_names(numbers: dict[str, int] | None, count: int) -> tuple[str, ..
     if max(numbers.values()) >= count or not all(kinds):
         raise ValueError(f"AttentionMeter: modalities must number the model's {count} modalities from 0, got {numbers}")
     return tuple("vision" if kind == ["image", "video"] else "/".join(kind) for kind in kinds)
+
+
+def _transformers_model(model: nn.Module) -> nn.Module:
+    """The Transformers model inside of what wraps it, which gets the labels; any other model itself."""
+    known = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    return next((module for module in model.modules() if isinstance(module, known)), model)
+
+
+def _is_over(values, modality: Tensor) -> bool:
+    """Are these numbers for the tokens of the pass?"""
+    return isinstance(values, Tensor) and not values.is_floating_point() and values.shape == modality.shape
 
 
 def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:

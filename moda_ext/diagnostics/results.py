@@ -15,24 +15,27 @@ from moda_ext.diagnostics import measures
 
 __all__ = ["Comparison", "Diagnosis", "LayerSums", "TokenScores"]
 
-ROWS = ("all", "both")
-VARIANTS = (("both", True), ("both", False), ("all", True), ("all", False))  # rows, first_token
-MEASURES = ("self", "cross", "disparity", "disparity_sum", "disparity_self", "score", "mdi", "sink")
-SUMMARY = ("avg_diff", "avg_diff_sum", "avg_diff_self", "decay", "self", "cross", "score", "mdi", "sink")
+ROWS = ("all", "both", "generated")
+VARIANTS = tuple(itertools.product(("both", "all", "generated"), (True, False)))  # rows, first_token
+MEASURES = ("self", "cross", "disparity", "disparity_sum", "disparity_self", "score", "mdi", "aei", "sink")
+SUMMARY = ("avg_diff", "avg_diff_sum", "avg_diff_self", "decay", "self", "cross", "score", "mdi", "aei", "sink")
 
 
 @dataclasses.dataclass
 class LayerSums:
     """The sums of :mod:`moda_ext.diagnostics.measures` for one layer, in float64.
 
-    The first two dimensions of each are variants: rows (0 all of them, 1 those that see every modality) and pairs (0
-    all of them, 1 without those whose key is the first token).
+    The first two dimensions of each are variants: rows (0 all of them, 1 those that see every modality, 2 generated
+    tokens) and pairs (0 all of them, 1 without those whose key is the first token). The pairs of generated tokens are
+    those with a key of their prompt, and their flow is made of :func:`moda_ext.diagnostics.measures.prompt_shares`.
 
     Attributes:
-        flow: (2, 2, H, M, M). NaN without the first token, where a layer's softmax is split.
-        null: (2, 2, M, M), the flow of uniform attention over the same pairs.
-        pairs: (2, 2, M, M).
-        rows: (2, 2, M), rows with at least one pair.
+        flow: (3, 2, H, M, M). NaN without the first token where its weight cannot be told
+            (:meth:`moda_ext.integrations.recording.AttentionRecord.weight_of`), and for generated tokens where the
+            border of a prompt is unclear.
+        null: (3, 2, M, M), the flow of uniform attention over the same pairs.
+        pairs: (3, 2, M, M).
+        rows: (3, 2, M), rows with at least one pair.
     """
 
     flow: Tensor
@@ -72,12 +75,14 @@ class Diagnosis:
         sequences: number of sequences.
         similarity: (L,), mean cosine similarity of two tokens at the output of each layer, or None if not asked for.
         token_scores: those of the first sequences, as many as asked for.
+        unclear: sentences that say why figures of generated rows are not defined.
 
     Example:
         >>> diagnosis = meter.result()
         >>> diagnosis.figure("disparity").shape  # (L, M), on rows that see every modality
         torch.Size([32, 2])
         >>> diagnosis.figure("disparity", null=True)  # what uniform attention would give
+        >>> diagnosis.thirds("mdi")  # (3, M), as published: generated rows, in early, middle and late layers
     """
 
     name: str
@@ -87,11 +92,17 @@ class Diagnosis:
     sequences: int = 0
     similarity: Tensor | None = None
     token_scores: list[TokenScores] = dataclasses.field(default_factory=list)
+    unclear: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def tokens(self) -> dict[str, int]:
         """Number of measured rows of each modality."""
         return dict(zip(self.modalities, self.layers[0].rows[0, 0].long().tolist(), strict=True))
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of measured rows of generated tokens."""
+        return max(int(layer.rows[ROWS.index("generated"), 0].sum()) for layer in self.layers)
 
     def figure(
         self,
@@ -106,10 +117,13 @@ class Diagnosis:
 
         Args:
             measure: ``"self"`` s_m, ``"cross"`` c_m, ``"disparity"`` (normaliser max), ``"disparity_sum"``,
-                ``"disparity_self"``, ``"score"`` r_m, ``"mdi"``, or ``"sink"``: the share of the attention of rows of m
-                that goes to no key (with ``first_token=False``: to no other key). Formulas:
-                :mod:`moda_ext.diagnostics.measures`.
-            rows: ``"both"``: rows that see every modality of their sequence, the default for conclusions; or ``"all"``.
+                ``"disparity_self"``, ``"score"`` r_m, ``"mdi"`` and ``"aei"`` (seen from text rows), or ``"sink"``: the
+                share of the attention of rows of m that goes to no key (with ``first_token=False``: to no other key;
+                not defined for generated rows, which are normalised). Formulas: :mod:`moda_ext.diagnostics.measures`.
+            rows: ``"both"``: rows that see every modality of their sequence, the default for conclusions; ``"all"``; or
+                ``"generated"``: rows of generated tokens and keys of their prompt, with rows normalised over those
+                keys, as in MDI and AEI as published (arXiv 2508.10552). Which these are:
+                :class:`moda_ext.diagnostics.AttentionMeter`.
             first_token: False leaves out the pairs whose key is the first token of its sequence, the usual sink.
             null: for uniform attention over the same pairs, instead of for the model.
             per_head: one figure for each head.
@@ -120,15 +134,42 @@ class Diagnosis:
         Raises:
             ValueError: an unknown option, or ``per_head`` with layers of different numbers of heads.
         """
+        return self._measure(measure, rows, *self._sums(rows, first_token, null, per_head))
+
+    def thirds(self, measure: str, *, rows: str = "generated", first_token: bool = True, null: bool = False) -> Tensor:
+        """A figure of the early, the middle and the late layers, by default as MDI and AEI were published.
+
+        Attention is pooled over the layers of a third (:func:`moda_ext.diagnostics.measures.split_in_thirds`) before
+        the figure is made of it: a layer without attention to a modality does not outweigh all others.
+
+        Args:
+            measure, rows, first_token, null: as in :meth:`figure`.
+
+        Returns:
+            (3, M), float64, NaN where there is no pair.
+
+        Raises:
+            ValueError: an unknown option.
+        """
+        layers = measures.split_in_thirds(len(self.layers))
+        sums = self._sums(rows, first_token, null, per_head=False)
+        pooled = (torch.stack([values[third].sum(dim=0) for third in layers]) for values in sums)
+        return self._measure(measure, rows, *pooled)
+
+    @staticmethod
+    def _measure(measure: str, rows: str, flow: Tensor, pairs: Tensor, count: Tensor) -> Tensor:
+        """The figure that these sums make."""
         if measure not in MEASURES:
             raise ValueError(f"Diagnosis: measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-        flow, pairs, count = self._sums(rows, first_token, null, per_head)
         if measure == "score":
             return measures.per_token_score(flow, pairs)
         if measure == "mdi":
             return measures.dominance_index(flow, pairs)
+        if measure == "aei":
+            return measures.attention_efficiency(flow, pairs)
         if measure == "sink":
-            return 1 - measures.mean_mass(flow, count).sum(dim=-1)
+            share = 1 - measures.mean_mass(flow, count).sum(dim=-1)
+            return torch.full_like(share, torch.nan) if rows == "generated" else share
         s, c = measures.self_weight(flow, pairs), measures.cross_weight(flow, pairs)
         if measure in ("self", "cross"):
             return s if measure == "self" else c
@@ -166,7 +207,8 @@ class Diagnosis:
     def undefined(self) -> list[str]:
         """What cannot be said about this data, in sentences; their figures are NaN."""
         said = []
-        every, both = (self.layers[0].pairs[i, 0] for i in (0, 1))
+        every, both, _ = self.layers[0].pairs[:, 0]
+        generated = torch.stack([layer.pairs[ROWS.index("generated"), 0] for layer in self.layers]).amax(dim=0)
         for a, name in enumerate(self.modalities):
             if self.layers[0].rows[0, 0, a] == 0:
                 said.append(f"No {name} token was measured.")
@@ -179,16 +221,32 @@ class Diagnosis:
                 )
             elif both[a].sum() == 0:
                 said.append(f"No {name} row sees every modality of its sequence: on such rows nothing is defined.")
+        if any(layer.flow[0, 1].isnan().any() for layer in self.layers):
+            said.append(
+                "The weight of the first token alone cannot be told (a split softmax, or scores or biases that are too "
+                "large): some figures without the first token are not defined."
+            )
+        said += self.unclear
+        if self.generated_tokens == 0:
+            said.append(
+                "No generated token was measured (the last one has no row). MDI and AEI as published, "
+                "rows='generated', need tokens generated after the prompt, or labels on the answer."
+            )
+        elif generated[0, 0] == 0 or (generated[0] > 0).sum() < 2:
+            said.append("No prompt of a generated token has text and another modality: MDI and AEI are not defined.")
+        elif len(self.layers) < 3:
+            said.append(f"There are no thirds of {len(self.layers)} layers: those that are empty are not defined.")
         return said
 
     def to_dict(self) -> dict:
         """Plain numbers, lists and strings; None where a figure is not defined. :meth:`from_dict` reads it."""
-        figures, summary = {}, {}
+        figures, summary, thirds = {}, {}, {}
         for (rows, first_token), null in itertools.product(VARIANTS, (False, True)):
             key = _variant_name(rows, first_token, null)
             options = {"rows": rows, "first_token": first_token, "null": null}
             figures[key] = {measure: _plain(self.figure(measure, **options)) for measure in MEASURES}
             figures[key]["mass"] = _plain(self.mass(**options))
+            thirds[key] = {measure: _plain(self.thirds(measure, **options)) for measure in MEASURES}
             summary[key] = {
                 measure: {name: _plain(value) for name, value in values.items()}
                 for measure, values in self.summary(**options).items()
@@ -199,9 +257,12 @@ class Diagnosis:
             "layers": list(self.layer_ids),
             "sequences": self.sequences,
             "tokens": self.tokens,
+            "generated_tokens": self.generated_tokens,
             "undefined": self.undefined(),
+            "unclear": self.unclear,
             "summary": summary,
             "figures": figures,
+            "thirds": thirds,
             "similarity": None if self.similarity is None else _plain(self.similarity),
             "token_scores": [
                 {field.name: _plain(getattr(scores, field.name)) for field in dataclasses.fields(TokenScores)}
@@ -227,11 +288,15 @@ class Diagnosis:
         def tensor(values, dtype):
             return torch.tensor(_with_nan(values), dtype=dtype)
 
+        def sums(values):  # up to version 0.1 there were no generated rows
+            values = tensor(values, torch.float64)
+            return values if len(values) == len(ROWS) else torch.cat([values, torch.zeros_like(values[:1])])
+
         return cls(
             name=data["name"],
             modalities=tuple(data["modalities"]),
             layer_ids=tuple(data["layers"]),
-            layers=[LayerSums(**{k: tensor(v, torch.float64) for k, v in sums.items()}) for sums in data["sums"]],
+            layers=[LayerSums(**{name: sums(values) for name, values in layer.items()}) for layer in data["sums"]],
             sequences=data["sequences"],
             similarity=None if data["similarity"] is None else tensor(data["similarity"], torch.float64),
             token_scores=[
@@ -242,6 +307,7 @@ class Diagnosis:
                 )
                 for s in data["token_scores"]
             ],
+            unclear=data.get("unclear", []),
         )
 
     @classmethod

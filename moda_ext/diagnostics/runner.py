@@ -127,7 +127,8 @@ def diagnose(
         prompts: without image placeholder; the processor's chat template adds it.
         name: of the model, in the results.
         modalities: see :class:`AttentionMeter`.
-        new_tokens: how many tokens to generate (greedily) for each; their rows are measured too.
+        new_tokens: how many tokens to generate (greedily) for each. Their rows are measured too, but for the last
+            token's, and are those of ``rows="generated"``.
         num_pictures: for how many pairs to keep where text looks in the image.
         progress: wraps the list of pairs, for a progress bar.
 

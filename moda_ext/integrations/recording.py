@@ -93,46 +93,110 @@ class AttentionRecord:
         return key_counts(self.query_modality, self.key_modality, self.num_modalities, visible=self.visible)
 
     def weights(self, start: int = 0, stop: int | None = None) -> Tensor:
-        r"""The attention weights :math:`p_{ij} = e^{S_{ij} - L_i}` of the rows start to stop.
+        r"""The attention weights :math:`p_{ij}` of the rows start to stop.
 
-        Block by block they give what each key receives without an N x N matrix.
+        Within one modality the softmax does not feel the bias, and the sink and the other modalities only scale it:
+
+        .. math:: p_{ij} = \text{mass}_{i,a_j} \, e^{s_{ij}} \big/ \textstyle\sum_{j': a_{j'} = a_j} e^{s_{ij'}}
+
+        over the visible keys, with :math:`s_{ij} = \text{scale}\ q_i^{(a_j)} \cdot k_j`, the scores without bias. So
+        neither a large bias nor a split softmax costs accuracy. Block by block this gives what each key receives
+        without an N x N matrix.
 
         Returns:
-            (B, Hq, stop - start, Nk), in the dtype of ``mass``; 0 where row i does not see key j.
-
-        Raises:
-            NotImplementedError: the layer's softmax is split.
+            (B, Hq, stop - start, Nk), in the dtype of ``mass``; 0 where row i does not see key j, as rows of padding.
         """
-        if self.lse is None:
-            raise NotImplementedError("AttentionRecord: a layer with softmax='split' has no single matrix of weights")
-        rows = self.query_modality.shape[1]
-        rows = slice(*slice(start, stop).indices(rows))
-        visible = self._visible(rows)
-        dtype, group = self.mass.dtype, self.query.shape[-3] // self.key.shape[1]
-        query, key = self.query[..., rows, :].to(dtype), self.key.to(dtype).repeat_interleave(group, dim=1)
-        columns = self.key_modality[:, None, None]  # (B, 1, 1, Nk)
-        if query.dim() == 4:
-            scores = query @ key.mT
-        else:
-            scores = query[0] @ key.mT
-            for m in range(1, self.num_modalities):
-                scores = torch.where(columns == m, query[m] @ key.mT, scores)
-        scores = scores * self.scale
-        if self.bias is not None:
-            bias = self.bias.to(dtype).expand(self.mass.shape)[:, :, rows]
-            index = columns.clamp(min=0).long().expand(*bias.shape[:3], -1)
-            scores = scores + bias.gather(-1, index)
-        weights = (scores - self.lse[:, :, rows, None]).exp()
-        return torch.where(visible, weights, 0.0)
+        rows, weights = slice(*slice(start, stop).indices(self.query_modality.shape[1])), 0.0
+        for m in range(self.num_modalities):
+            exponentials = self._exponentials(m, rows, None)
+            sums = exponentials.sum(dim=-1, keepdim=True)
+            weights = weights + exponentials * torch.where(sums > 0, self.mass[:, :, rows, m, None] / sums, 0.0)
+        return weights
 
-    def _visible(self, rows: slice) -> Tensor:
-        """(B, 1, rows, Nk)."""
-        keys = self.key_modality.shape[1]
-        visible = (self.key_modality >= 0)[:, None, None]
+    def mass_on(self, chosen: Tensor, modality: int, start: int, keys: Tensor) -> Tensor:
+        r"""The mass on some keys of one modality: the sum of their :meth:`weights`, at the cost of these columns.
+
+        Args:
+            chosen: (B, rows, K), bool: which of ``keys`` count for the rows start to start + rows.
+            modality: m.
+            keys: (K,), integer: columns, among them all of modality m. What they hold besides is not looked at.
+
+        Returns:
+            (B, Hq, rows), in the dtype of ``mass``.
+        """
+        rows = slice(start, start + chosen.shape[1])
+        exponentials = self._exponentials(modality, rows, keys)
+        sums = exponentials.sum(dim=-1)
+        of_chosen = torch.einsum("bhik,bik->bhi", exponentials, chosen.to(exponentials.dtype))
+        return torch.where(sums > 0, self.mass[:, :, rows, modality] * (of_chosen / sums), 0.0)
+
+    def weight_of(self, index: Tensor) -> Tensor:
+        r"""The weight :math:`p_{ij} = e^{S_{ij} - L_i}` of one key j of each sequence, without the other keys' scores.
+
+        Args:
+            index: (B,), integer: the column of the key.
+
+        Returns:
+            (B, Hq, Nq), in the dtype of ``mass``; 0 where row i does not see key j. **NaN** where that cannot be told:
+            if the softmax is split, and where :math:`|L_i|` is so large (beyond about 800 in float32, for instance by a
+            bias common to all keys) that :math:`S - L` would be off by more than 1e-4.
+        """
+        index = index.long()
+        modality = self.key_modality.gather(1, index[:, None]).clamp(min=0).long()  # (B, 1)
+        place = modality[..., None, None].expand(*self.mass.shape[:3], 1)
+        mass = self.mass.gather(-1, place).squeeze(-1)
+        visible = self.sees(index)[:, None] & (mass > 0)
+        if self.lse is None:
+            return torch.where(visible, torch.nan, 0.0).to(mass.dtype)
+        query, (batch, heads, _, size) = self.query, self.key.shape
+        if query.dim() == 5:
+            query = query[modality[:, 0], torch.arange(batch, device=query.device)]
+        key = self.key.gather(2, index[:, None, None, None].expand(batch, heads, 1, size))
+        score = self._scores(query, key).squeeze(-1)
+        if self.bias is not None:
+            score = score + self.bias.to(mass.dtype).expand_as(self.mass).gather(-1, place).squeeze(-1)
+        told = self.lse.abs() * torch.finfo(mass.dtype).eps <= 1e-4
+        return torch.where(visible, torch.where(told, (score - self.lse).exp(), torch.nan), 0.0)
+
+    def sees(self, index: Tensor) -> Tensor:
+        """Which rows see one key of their sequence, in column ``index`` (B,): (B, Nq), bool."""
+        rows, keys = self.query_modality.shape[1], self.key_modality.shape[1]
+        present = self.key_modality.gather(1, index[:, None].long()) >= 0
+        if self.visible is None:
+            last = torch.arange(rows, device=index.device) + keys - rows
+            return present & (last >= index[:, None])
+        of_rows = self.visible[:, 0].expand(len(index), rows, -1)
+        return present & of_rows.gather(2, index.long()[:, None, None].expand(-1, rows, 1))[..., 0]
+
+    def _exponentials(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
+        """(B, Hq, rows, K): exp(s - the row's largest s) of the visible keys of a modality, 0 for all others."""
+        key = self.key if keys is None else self.key.index_select(2, keys)
+        query = (self.query if self.query.dim() == 4 else self.query[modality])[:, :, rows]
+        scores = self._scores(query, key).masked_fill_(~self._visible(modality, rows, keys), -torch.inf)
+        if scores.shape[-1] == 0:
+            return scores
+        largest = scores.detach().amax(dim=-1, keepdim=True)
+        return scores.sub_(
+            largest.masked_fill_(largest == -torch.inf, 0.0)
+        ).exp_()  # in place: pages cost more than exp
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scores without bias, (B, Hq, rows, keys)."""
+        query, key = query.to(self.mass.dtype) * self.scale, key.to(self.mass.dtype)
+        group, rows = query.shape[1] // key.shape[1], query.shape[2]
+        of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
+        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
+
+    def _visible(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
+        """(B, 1, rows, Nk or K), bool: which rows see which keys of a modality; rows of padding see none."""
+        queries, number = self.query_modality.shape[1], self.key_modality.shape[1]
+        columns = torch.arange(number, device=self.key.device) if keys is None else keys
+        shown = (self.key_modality.index_select(1, columns) == modality)[:, None, None]
+        shown = shown & (self.query_modality[:, None, rows, None] >= 0)
         if self.visible is not None:
-            return visible & self.visible.expand(-1, -1, self.query_modality.shape[1], -1)[:, :, rows]
-        i = torch.arange(rows.start, rows.stop, device=visible.device)[:, None] + keys - self.query_modality.shape[1]
-        return visible & (torch.arange(keys, device=visible.device) <= i)
+            return shown & self.visible.expand(-1, -1, queries, -1)[:, :, rows].index_select(3, columns)
+        last = torch.arange(rows.start, rows.stop, device=columns.device) + number - queries
+        return shown & (columns <= last[:, None])
 
 
 Recorder = Callable[[AttentionRecord], None]
