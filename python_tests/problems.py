@@ -96,8 +96,8 @@ def evaluate(run, problem: Problem, cotangents) -> dict[str, Tensor]:
 def gradients_by_formula(problem: Problem, cotangents) -> dict[str, Tensor]:
     """The same results as ``evaluate(dense, ...)``, with the gradients as the kernels make them.
 
-    That is from D_i = dO_i . o_i + sum_m g_im mass_im - dL_i, where autograd's softmax sums p_ij dp_ij. The two differ in
-    rounding, most where a row sees few keys: the one's errors cancel there, the other's do not.
+    That is from D_i = dO_i . o_i + sum_m g_im mass_im - dL_i, where autograd's softmax sums p_ij dp_ij. The two differ
+    in rounding, most where a row sees few keys: the errors of the one cancel there, those of the other do not.
     """
     leaves, num_modalities = problem.leaves(), problem.num_modalities
     with torch.no_grad():
@@ -142,7 +142,7 @@ def gradients_by_formula(problem: Problem, cotangents) -> dict[str, Tensor]:
 
 
 def yardsticks(problem: Problem, cotangents) -> dict[str, list[Tensor]]:
-    """What dense PyTorch makes of a problem in its precision, in four ways: two derivations, two orders of every sum."""
+    """What dense PyTorch makes of a problem in its precision, in four ways: two derivations, two orders of all sums."""
     grad_out, *rest = cotangents
     flipped = replace(
         problem, **{n: getattr(problem, n).detach().flip(-1).requires_grad_() for n in ("query", "key", "value")}

@@ -11,10 +11,10 @@ def allowed_error(oracle: Tensor, dense: Tensor | list[Tensor], dtype: torch.dty
 
     ``dense`` is the same mathematics done densely by PyTorch in the low precision, and the second term is the rounding
     unit. Several ways to do it densely (a list) count by the least accurate: one way's largest error is a matter of
-    luck, and of the machine's matrix products. The rule presumes tensors large enough for their maxima to be typical: with a handful of numbers the dense way
-    hits the oracle by luck. Fuzzed tests, which have such tensors, pass the ``magnitude`` of the numbers that go in and
-    are granted 16 float32 roundings of it, and one rounding of the largest result. In float64 oracle and dense are the
-    same computation; there the bound is 1e-11 of the largest number.
+    luck, and of the machine's matrix products. The rule presumes tensors large enough for their maxima to be typical:
+    with a handful of numbers the dense way hits the oracle by luck. Fuzzed tests, which have such tensors, pass the
+    ``magnitude`` of the numbers that go in and are granted 16 float32 roundings of it, and one rounding of the largest
+    result. In float64 oracle and dense are the same computation; there the bound is 1e-11 of the largest number.
     """
     largest = finite_max(oracle)
     if dtype == torch.float64:
