@@ -340,6 +340,8 @@ class DuplexAligner(nn.Module):
         if self.scope == "causal":
             raise ValueError("DuplexAligner: align_keys has no causal form (a key would differ from query to query)")
         self.check(key, key, None, include, False)
+        options = self.key_norm, self.normalize, 1e-6
+        checks.gram("DuplexAligner.align_keys", key, modality, self.num_modalities, include, *options)
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         if self._aligns_in_one_step(key):
             return self._align_in_one_step(key, modality, include)
@@ -361,8 +363,7 @@ class DuplexAligner(nn.Module):
 
     def _align_in_one_step(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         weights, eps = (self.a1, self.b1, self.a2, self.b2), 1e-6
-        checks.gram("modality_gram", key, modality, self.num_modalities, include, self.key_norm, self.normalize, eps)
-        checks.fuser("duplex_query_views", key, self.num_modalities, *weights)
+        checks.fuser("DuplexAligner.align_keys", key, self.num_modalities, *weights)
         return autograd.duplex_aligned_keys(
             _last_contiguous(key),
             modality.to(torch.int32),

@@ -303,6 +303,7 @@ def duplex_attention(
     """
     weights = (a1, b1, a2, b2)
     checks.duplex("duplex_attention", key, new_key, new_modality, condition)
+    new_names = ("key", "key_modality") if new_key is None else ("new_key", "new_modality")
     if new_key is None:
         new_key, new_modality = key, key_modality
     alignment = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
@@ -318,25 +319,25 @@ def duplex_attention(
         condition,
         sink,
     )
-    if not autograd.runs_fused(*tensors):
+    op, fused = "duplex_attention", autograd.runs_fused(*tensors)
+    query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
+    (new_key,) = autocast.cast_tokens(new_key)
+    checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, True, scale, op)
+    modalities = query_modality, new_modality, num_modalities
+    checks.causal(op, query, new_key, *modalities, key_norm, normalize, eps, state, *new_names)
+    checks.fuser(op, query, num_modalities, *weights)
+    checks.conditioned_bias(op, query, modality_bias, condition, num_modalities)
+    if not fused:
         tokens = (query, new_key, query_modality, new_modality)
         if condition is None:
             views = duplex_query_views(*tokens, *weights, num_modalities, **alignment)
         else:
             views, indicator = duplex_query_views(*tokens, *weights, num_modalities, **alignment, return_indicator=True)
-            checks.conditioned_bias("duplex_attention", query, modality_bias, condition, num_modalities)
             conditioned = condition.to(indicator.dtype) * indicator
             modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
         attention = {"modality_bias": modality_bias, "sink": sink, "is_causal": True, "scale": scale}
         return modular_attention(views, key, value, key_modality, num_modalities=num_modalities, **attention, **results)
 
-    query, key, value, modality_bias, sink = autocast.cast_inputs(query, key, value, modality_bias, sink)
-    (new_key,) = autocast.cast_tokens(new_key)
-    checks.dense(query, key, value, key_modality, modality_bias, sink, num_modalities, True, scale)
-    op, modalities = "duplex_query_views", (query_modality, new_modality, num_modalities)
-    checks.causal(op, query, new_key, *modalities, key_norm, normalize, eps, state)
-    checks.fuser(op, query, num_modalities, *weights)
-    checks.conditioned_bias("duplex_attention", query, modality_bias, condition, num_modalities)
     rows = query.shape[:-1]
     row_scale, _ = _row_scale(query, new_key, query_modality, new_modality, num_modalities, **alignment)
     out, lse, mass = autograd.duplex_attention(

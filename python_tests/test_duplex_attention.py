@@ -210,8 +210,8 @@ def test_the_operator_checks_what_memory_safety_depends_on():
     for position, change, name in (
         (1, lambda key: key[:, :1], "key"),
         (4, lambda key: key[:, :1], "row_scale"),
-        (5, lambda modality: modality[:, 1:], "modality"),
-        (5, lambda modality: modality + 3, "key_modality"),
+        (5, lambda modality: modality[:, 1:], "new_modality"),
+        (5, lambda modality: modality + 3, "new_modality"),
         (6, lambda scale: scale[:, :, 1:], "row_scale"),
         (12, lambda bias: bias[:, :, 1:], "modality_bias"),
         (13, lambda condition: condition[..., 1:], "condition"),

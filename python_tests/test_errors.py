@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moda_ext import attention
+from moda_ext.alignment import DuplexAligner
 
 
 def dense_arguments():
@@ -228,6 +229,8 @@ SINK = [
     ({"base": torch.ones(2, dtype=torch.bool)}, TypeError, "base must have one of the dtypes .*got torch.bool"),
     ({"dtype": torch.int32}, TypeError, "dtype must be one of .*got torch.int32"),
     ({"decay": torch.ones(2, 2)}, ValueError, r"decay must be a scalar or have shape \(H,\), got shape \(2, 2\)"),
+    ({"base": float("nan")}, ValueError, "base must be a number below infinity, got nan"),
+    ({"base": float("inf")}, ValueError, "base must be a number below infinity, got inf"),
     ({"base": torch.ones(3)}, ValueError, "base must have as many heads as decay: expected 2, got 3"),
     ({"decay": -0.5}, ValueError, "decay must be at least 0, got -0.5"),
     ({"decay": float("nan")}, ValueError, "decay must be at least 0, got nan"),
@@ -299,3 +302,101 @@ def test_empty_inputs_are_valid(device, batch, queries, keys):
     grads = torch.autograd.grad(out.sum() + lse.sum() + mass.sum(), (q, k, v, sink))
     assert not any(g.any() for g in grads[:3])
     assert torch.equal(grads[3], torch.full((4, 1), float(batch * queries), device=device))
+
+
+# Names: an error says what was called, and what it was called with
+
+
+def operator_calls():
+    """{operator: (arguments that are valid but for one, the name of that one)} for direct callers of torch.ops."""
+    q, k, ids, wrong = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8), *torch.tensor([[[0] * 4], [[7] * 4]]).int()
+    out, lse, mass = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, 2)
+    packed_q, packed_k, offsets = torch.zeros(4, 2, 8), torch.zeros(4, 1, 8), torch.tensor([0, 4]).int()
+    scale, a, b = torch.ones(1, 1, 4, 2), torch.zeros(2, 8, 4), torch.zeros(2, 4, 8)
+    views, gram, weights = torch.zeros(2, 1, 2, 4, 8), torch.zeros(1, 1, 2, 8, 8), (a, b, a, b)
+    per_row = torch.zeros(4, 2)
+    needs, decay = (True,) * 5, torch.ones(1)
+    return {
+        "modular_attention": ((q, k, k, wrong, None, None, 2, False, 1.0), "key_modality"),
+        "modular_attention_backward": (
+            (out, None, None, q, k, k, ids, None, None, out, lse[:, 1:], mass, lse, 2, False, 1.0, *needs),
+            "lse",
+        ),
+        "modular_attention_varlen": (
+            (packed_q, packed_k, packed_k, wrong[0], offsets, offsets, None, None, 4, 4, 2, False, 1.0),
+            "key_modality",
+        ),
+        "modular_attention_varlen_backward": (
+            (None, None, None, packed_q, packed_k, packed_k, ids[0], offsets, offsets, None, None)
+            + (packed_q, per_row, per_row, per_row, 4, 4, 2, False, 1.0, *needs),
+            "mass",
+        ),
+        "modality_gram": ((k, wrong, 2, True, 1e-6), "modality"),
+        "modality_gram_backward": ((gram, k, wrong, 2, True, 1e-6), "modality"),
+        "causal_gram_projection": ((q, k, wrong, scale, None, 2, True, 1e-6), "key_modality"),
+        "causal_gram_projection_backward": (
+            (views, None, q, k, wrong, scale, None, 2, True, 1e-6),
+            "key_modality",
+        ),
+        "duplex_query_views": ((q, k, wrong, scale, *weights, None, 2, True, 1e-6, False, False), "key_modality"),
+        "duplex_query_views_backward": (
+            (views, None, None, q, k, wrong, scale, *weights, None, mass, 2, True, 1e-6),
+            "key_modality",
+        ),
+        "duplex_attention": (
+            (q, k, k, ids, k, wrong, scale, *weights, None, None, None, None, 2, True, 1e-6, 1.0),
+            "new_modality",
+        ),
+        "duplex_aligned_keys": ((k, wrong, None, *weights, 2, True, 1e-6, 0), "modality"),
+        "pseudo_score_sink": ((decay, torch.ones(2), 4, None, 0), "base"),
+        "pseudo_score_sink_backward": ((torch.ones(1, 4), decay, torch.ones(2), 4, None, 0), "base"),
+    }
+
+
+def test_every_operator_names_itself_and_the_argument(native):
+    calls = operator_calls()
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.removeprefix("moda_ext::") for name in names if name.startswith("moda_ext::")}
+    assert calls.keys() == registered
+    for name, (arguments, argument) in calls.items():
+        with pytest.raises((ValueError, RuntimeError)) as caught:  # torch 2.15 makes one of the other
+            getattr(torch.ops.moda_ext, name)(*arguments)
+        assert re.match(rf"{name}: {argument}\b", str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("scale", (float("nan"), float("inf"), -float("inf")))
+def test_a_scale_that_is_no_number_is_refused(scale, native):
+    dense, varlen = dense_arguments(), varlen_arguments()
+    for function, arguments in ((attention.modular_attention, dense), (attention.modular_attention_varlen, varlen)):
+        with pytest.raises(ValueError, match=f"^{function.__name__}: scale must be finite, got {scale}"):
+            function(**{**arguments, "scale": scale})
+    with pytest.raises((ValueError, RuntimeError), match="^modular_attention: scale: expected a finite number"):
+        arguments, _ = operator_calls()["modular_attention"]
+        torch.ops.moda_ext.modular_attention(*arguments[:-1], scale)
+
+
+def test_duplex_attention_names_its_own_arguments():
+    q, k, ids = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8), torch.zeros(1, 4, dtype=torch.int32)
+    a, b = torch.zeros(2, 8, 4), torch.zeros(2, 4, 8)
+    for grad in (False, True):  # one operator, or two
+        good = [q.clone().requires_grad_(grad), k, k, ids, ids, a, b, a, b]
+        cases = [
+            ({"new_key": k[..., :4], "new_modality": ids}, NotImplementedError, "new_key has head size 4"),
+            ({"new_key": k, "new_modality": ids[:, 1:]}, ValueError, "new_modality must have the shape"),
+            ({"new_key": k[:, :, 1:], "new_modality": ids[:, 1:]}, ValueError, "query must have .* tokens as new_key"),
+            ({"eps": float("inf")}, ValueError, "eps must be finite, got inf"),
+            ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ]
+        for options, error, message in cases:
+            with pytest.raises(error, match=f"^duplex_attention: {message}"):
+                attention.duplex_attention(*good, **options)
+    with pytest.raises(ValueError, match="^duplex_attention: key_modality holds 9 at key 0"):
+        attention.duplex_attention(q, k, k, ids, ids + 9, a, b, a, b)
+    with pytest.raises(ValueError, match="^duplex_attention: new_modality holds 7 at key 0"):
+        attention.duplex_attention(q, k, k, ids, ids, a, b, a, b, new_key=k, new_modality=ids + 7)
+
+
+def test_aligned_keys_name_the_aligner():
+    aligner, key = DuplexAligner(8, scope="full"), torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"^DuplexAligner.align_keys: modality must have the shape \(B, N\)"):
+        aligner.align_keys(key, torch.zeros(1, 3, dtype=torch.int32))

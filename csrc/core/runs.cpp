@@ -16,7 +16,7 @@ int64_t panels_of(int64_t keys, int panel_keys) { return (keys + panel_keys - 1)
 }  // namespace
 
 KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys, int num_modalities, int tile_keys,
-                  int panel_keys) {
+                  int panel_keys, const char* op) {
   KeyPlan plan;
   plan.first_position.assign(num_modalities, INT32_MAX);
   std::vector<Run> runs;
@@ -24,7 +24,7 @@ KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys,
   for (int64_t j = 0; j < num_keys; ++j) {
     const int32_t modality = key_modality[j * stride];
     if (modality < -1 || modality >= num_modalities) {
-      throw std::invalid_argument("modular_attention: key_modality holds " + std::to_string(modality) + " at key " +
+      throw std::invalid_argument(std::string(op) + ": key_modality holds " + std::to_string(modality) + " at key " +
                                   std::to_string(j) + "; expected ids in [0, " + std::to_string(num_modalities) +
                                   "), or -1 for padding");
     }

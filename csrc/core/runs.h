@@ -23,9 +23,9 @@ struct KeyPlan {
 };
 
 // Plans num_keys keys whose modalities are key_modality[i * stride], into tiles of at most tile_keys keys and panels of
-// panel_keys (tile_keys is a multiple of panel_keys). Throws std::invalid_argument, naming key_modality, on an id
-// outside [-1, num_modalities).
+// panel_keys (tile_keys is a multiple of panel_keys). Throws std::invalid_argument, naming op and key_modality, on an
+// id outside [-1, num_modalities).
 KeyPlan plan_keys(const int32_t* key_modality, int64_t stride, int64_t num_keys, int num_modalities, int tile_keys,
-                  int panel_keys);
+                  int panel_keys, const char* op = "modular_attention");
 
 }  // namespace moda_ext

@@ -98,15 +98,20 @@ std::tuple<Tensor, Tensor, Tensor> duplex_attention(
     const std::optional<Tensor>& condition, const std::optional<Tensor>& sink, int64_t num_modalities, bool unit_keys,
     double eps, double scale) {
   const ArgumentCheck check("duplex_attention");
-  const DuplexInputs in{{{new_key, new_modality, num_modalities, unit_keys, eps}, query, row_scale, initial},
+  const bool same = new_modality.const_data_ptr() == key_modality.const_data_ptr();  // as where nobody gives new ones
+  const DuplexInputs in{{{new_key, new_modality, num_modalities, unit_keys, eps, same ? "key" : "new_key",
+                          same ? "key_modality" : "new_modality"},
+                         query,
+                         row_scale,
+                         initial},
                         {a1, b1, a2, b2}};
   const GramShape shape = check_duplex(check, in);
   check.require(key.dim() == 4 && key.size(1) == shape.kv_heads, "key", "as many heads as new_key has", key);
-  check_ids("duplex_attention", new_modality, num_modalities);
+  check_ids(check.op(), in.modality_argument, new_modality, num_modalities);
   const auto attend = [&](const std::optional<Tensor>& bias, const Output& conditioned_bias) {
     DuplexViews views(in, shape, modality_bias, condition, conditioned_bias);
-    return forward_with_views({query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale},
-                              views);
+    return forward_with_views(
+        {check.op(), query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale}, views);
   };
   if (!condition) return attend(modality_bias, {});
   check_tensor(check, in, "condition", *condition, shape.indicator(), Numbers::kSums);

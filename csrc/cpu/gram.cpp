@@ -42,13 +42,13 @@ const GramKernels& select_gram_kernels(const Tensor& key, [[maybe_unused]] int64
   return MODA_EXT_VECTOR_TIER(gram_kernels)(storage);
 }
 
-void check_ids(const char* op, const Tensor& modality, int64_t num_modalities) {
+void check_ids(const char* op, const char* argument, const Tensor& modality, int64_t num_modalities) {
   const int32_t* ids = static_cast<const int32_t*>(modality.const_data_ptr());
   for (int64_t b = 0; b < modality.size(0); ++b)
     for (int64_t j = 0; j < modality.size(1); ++j) {
       const int32_t id = ids[b * modality.stride(0) + j * modality.stride(1)];
       if (id < -1 || id >= num_modalities)
-        throw std::invalid_argument(std::string(op) + ": key_modality holds " + std::to_string(id) + " at key " +
+        throw std::invalid_argument(std::string(op) + ": " + argument + " holds " + std::to_string(id) + " at key " +
                                     std::to_string(j) + "; expected ids in [0, " + std::to_string(num_modalities) +
                                     "), or -1 for padding");
     }
@@ -115,7 +115,7 @@ bool past_caches(const Tensor& result) {
 
 struct CpuGram {
   static void check(const ArgumentCheck& check, const GramInputs& in) {
-    check_ids(check.op(), in.modality, in.num_modalities);
+    check_ids(check.op(), in.modality_argument, in.modality, in.num_modalities);
   }
   static Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
     Tensor result = empty_in_layout_of(tensor, sizes, false);

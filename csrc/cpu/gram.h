@@ -11,8 +11,8 @@ namespace cpu {
 // Of an operator with so many query rows for each key head; 0: one without tile kernels.
 const GramKernels& select_gram_kernels(const Tensor& key, int64_t rows_per_key_head);
 
-// Throws std::invalid_argument if an id is neither a modality nor padding.
-void check_ids(const char* op, const Tensor& modality, int64_t num_modalities);
+// Throws std::invalid_argument, naming operator and argument, if an id is neither a modality nor padding.
+void check_ids(const char* op, const char* argument, const Tensor& modality, int64_t num_modalities);
 
 void fill_args(const GramInputs& in, const GramShape& shape, GramArgs& args);
 void fill_args(const CausalInputs& in, const GramShape& shape, CausalArgs& args);

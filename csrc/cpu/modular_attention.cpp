@@ -73,11 +73,11 @@ struct Batch {
   bool covers_every_row = true;  // no padding key, no token outside the sequences
 };
 
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen,
+void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen,
                       const char* max_name) {
   const int32_t* offsets = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t stride = cu_seqlens.stride(0), count = cu_seqlens.size(0);
-  const std::string prefix = "modular_attention_varlen: ";
+  const std::string prefix = std::string(op) + ": ";
   if (offsets[0] != 0 || offsets[(count - 1) * stride] != total) {
     throw std::invalid_argument(prefix + name + ": expected to start at 0 and end at the number of tokens " +
                                 std::to_string(total) + ", got " + std::to_string(offsets[0]) + " and " +
@@ -100,8 +100,8 @@ Batch plan_batch(const AttentionInputs& in, const AttentionShape& shape, int til
   const int32_t* modality = static_cast<const int32_t*>(in.key_modality.const_data_ptr());
   const int64_t token_stride = in.key_modality.dim() ? in.key_modality.stride(in.key_modality.dim() - 1) : 1;
   if (in.packed()) {
-    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, shape.num_queries, max_seqlen_q, "max_seqlen_q");
-    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, shape.num_keys, max_seqlen_k, "max_seqlen_k");
+    check_cu_seqlens(in.op, "cu_seqlens_q", *in.cu_seqlens_q, shape.num_queries, max_seqlen_q, "max_seqlen_q");
+    check_cu_seqlens(in.op, "cu_seqlens_k", *in.cu_seqlens_k, shape.num_keys, max_seqlen_k, "max_seqlen_k");
     const int32_t* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
     const int32_t* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
     const int64_t q_stride = in.cu_seqlens_q->stride(0), k_stride = in.cu_seqlens_k->stride(0);
@@ -127,7 +127,7 @@ Batch plan_batch(const AttentionInputs& in, const AttentionShape& shape, int til
     const int64_t batch_stride = in.packed() ? 0 : in.key_modality.stride(0);
     batch.plans.push_back(plan_keys(modality + sequence.batch * batch_stride + sequence.first_key * token_stride,
                                     token_stride, sequence.num_keys, static_cast<int>(in.num_modalities), tile_keys,
-                                    panel_keys));
+                                    panel_keys, in.op));
     const KeyPlan& plan = batch.plans.back();
     sequence.order = plan.order.data();
     sequence.tiles = plan.tiles.data();

@@ -19,6 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Rows {
+  const char* op;  // the operator that was called, for errors
   int64_t count, start;
   std::optional<int64_t> length;
 
@@ -27,8 +28,8 @@ struct Rows {
   int64_t remaining(int64_t row) const { return infinite() ? 0 : *length - (start + row + 1); }
 };
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("pseudo_score_sink: " + message);
+void require(const Rows& rows, bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(std::string(rows.op) + ": " + message);
 }
 
 template <class T>
@@ -36,20 +37,20 @@ void check_decay(const Tensor& decay, const Rows& rows) {
   const T* values = static_cast<const T*>(decay.const_data_ptr());
   for (int64_t h = 0; h < decay.size(0); ++h) {
     const T value = values[h * decay.stride(0)];
-    require(!(value < T(0)), "decay: expected values >= 0, got " + std::to_string(value));
-    require(!(rows.infinite() && value == T(0)),
+    require(rows, !(value < T(0)), "decay: expected values >= 0, got " + std::to_string(value));
+    require(rows, !(rows.infinite() && value == T(0)),
             "decay: expected values > 0 when length is None (the sum diverges), got 0");
   }
 }
 
 void check(const Tensor& decay, const Tensor& base, const Rows& rows) {
-  require(decay.dim() == 1 && base.dim() == 1 && base.size(0) == decay.size(0),
+  require(rows, decay.dim() == 1 && base.dim() == 1 && base.size(0) == decay.size(0),
           "base: expected shape (H,) equal to decay's");
-  require(decay.scalar_type() == ScalarType::Float || decay.scalar_type() == ScalarType::Double,
+  require(rows, decay.scalar_type() == ScalarType::Float || decay.scalar_type() == ScalarType::Double,
           "decay: expected float32 or float64");
-  require(base.scalar_type() == decay.scalar_type(), "base: expected the dtype of decay");
-  require(rows.count >= 0, "num_rows: expected a number >= 0, got " + std::to_string(rows.count));
-  require(rows.start >= 0, "start: expected a number >= 0, got " + std::to_string(rows.start));
+  require(rows, base.scalar_type() == decay.scalar_type(), "base: expected the dtype of decay");
+  require(rows, rows.count >= 0, "num_rows: expected a number >= 0, got " + std::to_string(rows.count));
+  require(rows, rows.start >= 0, "start: expected a number >= 0, got " + std::to_string(rows.start));
   if (decay.scalar_type() == ScalarType::Double) {
     check_decay<double>(decay, rows);
   } else {
@@ -88,7 +89,7 @@ void backward(const Tensor& grad, const Tensor& decay, const Rows& rows, const T
 
 Tensor pseudo_score_sink(const Tensor& decay, const Tensor& base, int64_t num_rows, std::optional<int64_t> length,
                          int64_t start) {
-  const Rows rows{num_rows, start, length};
+  const Rows rows{"pseudo_score_sink", num_rows, start, length};
   check(decay, base, rows);
   Tensor result = torch::stable::new_empty(decay, {decay.size(0), num_rows});
   if (decay.scalar_type() == ScalarType::Double) {
@@ -101,9 +102,10 @@ Tensor pseudo_score_sink(const Tensor& decay, const Tensor& base, int64_t num_ro
 
 std::tuple<Tensor, Tensor> pseudo_score_sink_backward(const Tensor& grad, const Tensor& decay, const Tensor& base,
                                                       int64_t num_rows, std::optional<int64_t> length, int64_t start) {
-  const Rows rows{num_rows, start, length};
+  const Rows rows{"pseudo_score_sink_backward", num_rows, start, length};
   check(decay, base, rows);
-  require(grad.dim() == 2 && grad.size(0) == decay.size(0) && grad.size(1) == num_rows &&
+  require(rows,
+          grad.dim() == 2 && grad.size(0) == decay.size(0) && grad.size(1) == num_rows &&
               grad.scalar_type() == decay.scalar_type(),
           "grad: expected shape (H, num_rows) and the dtype of decay");
   Tensor grad_decay = torch::stable::new_empty(decay, {decay.size(0)});

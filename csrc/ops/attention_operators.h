@@ -19,8 +19,19 @@ struct AttentionOperators {
                                    const Tensor& key_modality, const std::optional<Tensor>& modality_bias,
                                    const std::optional<Tensor>& sink, int64_t num_modalities, bool is_causal,
                                    double scale) {
-    return results(forward(
-        {query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale}, 0, 0));
+    return results(forward({"modular_attention",
+                            query,
+                            key,
+                            value,
+                            key_modality,
+                            modality_bias,
+                            sink,
+                            {},
+                            {},
+                            num_modalities,
+                            is_causal,
+                            scale},
+                           0, 0));
   }
 
   static Gradients modular_attention_backward(
@@ -29,7 +40,18 @@ struct AttentionOperators {
       const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
       const Tensor& out, const Tensor& lse, const Tensor& mass, const Tensor& lse_residual, int64_t num_modalities,
       bool is_causal, double scale, bool need_query, bool need_key, bool need_value, bool need_bias, bool need_sink) {
-    return backward({query, key, value, key_modality, modality_bias, sink, {}, {}, num_modalities, is_causal, scale},
+    return backward({"modular_attention_backward",
+                     query,
+                     key,
+                     value,
+                     key_modality,
+                     modality_bias,
+                     sink,
+                     {},
+                     {},
+                     num_modalities,
+                     is_causal,
+                     scale},
                     {grad_out, grad_lse, grad_mass, out, lse, mass, lse_residual},
                     {need_query, need_key, need_value, need_bias, need_sink}, 0, 0);
   }
@@ -39,8 +61,8 @@ struct AttentionOperators {
                                           const Tensor& cu_seqlens_k, const std::optional<Tensor>& modality_bias,
                                           const std::optional<Tensor>& sink, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                           int64_t num_modalities, bool is_causal, double scale) {
-    return results(forward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k,
-                            num_modalities, is_causal, scale},
+    return results(forward({"modular_attention_varlen", query, key, value, key_modality, modality_bias, sink,
+                            cu_seqlens_q, cu_seqlens_k, num_modalities, is_causal, scale},
                            max_seqlen_q, max_seqlen_k));
   }
 
@@ -52,8 +74,8 @@ struct AttentionOperators {
       const Tensor& lse, const Tensor& mass, const Tensor& lse_residual, int64_t max_seqlen_q, int64_t max_seqlen_k,
       int64_t num_modalities, bool is_causal, double scale, bool need_query, bool need_key, bool need_value,
       bool need_bias, bool need_sink) {
-    return backward({query, key, value, key_modality, modality_bias, sink, cu_seqlens_q, cu_seqlens_k, num_modalities,
-                     is_causal, scale},
+    return backward({"modular_attention_varlen_backward", query, key, value, key_modality, modality_bias, sink,
+                     cu_seqlens_q, cu_seqlens_k, num_modalities, is_causal, scale},
                     {grad_out, grad_lse, grad_mass, out, lse, mass, lse_residual},
                     {need_query, need_key, need_value, need_bias, need_sink}, max_seqlen_q, max_seqlen_k);
   }

@@ -14,20 +14,20 @@ void check_tensor(const ArgumentCheck& check, const GramInputs& in, const char* 
 }
 
 GramShape check_gram(const ArgumentCheck& check, const GramInputs& in) {
-  check.require(in.key.dim() == 4, "key", "4 dimensions", in.key);
+  check.require(in.key.dim() == 4, in.key_argument, "4 dimensions", in.key);
   check.require(in.num_modalities >= 1 && in.num_modalities <= 16, "num_modalities", "1 to 16", in.num_modalities);
-  check.head_size("key", in.key);
-  check.floating("key", in.key);
-  check.contiguous_last("key", in.key);
+  check.head_size(in.key_argument, in.key);
+  check.floating(in.key_argument, in.key);
+  check.contiguous_last(in.key_argument, in.key);
   GramShape shape{};
   shape.batch = in.key.size(0);
   shape.kv_heads = in.key.size(1);
   shape.num_keys = in.key.size(2);
   shape.head_dim = in.key.size(3);
   shape.num_modalities = in.num_modalities;
-  check.sizes("modality", in.modality, {shape.batch, shape.num_keys});
-  check.dtype("modality", in.modality, ScalarType::Int);
-  check.device("modality", in.modality, in.key);
+  check.sizes(in.modality_argument, in.modality, {shape.batch, shape.num_keys});
+  check.dtype(in.modality_argument, in.modality, ScalarType::Int);
+  check.device(in.modality_argument, in.modality, in.key);
   return shape;
 }
 
@@ -36,9 +36,9 @@ GramShape check_causal(const ArgumentCheck& check, const CausalInputs& in) {
   check.require(in.query.dim() == 4, "query", "4 dimensions", in.query);
   shape.query_heads = in.query.size(1);
   shape.num_queries = in.query.size(2);
-  check.require(shape.kv_heads > 0 ? shape.query_heads % shape.kv_heads == 0 : shape.query_heads == 0, "key",
+  check.require(shape.kv_heads > 0 ? shape.query_heads % shape.kv_heads == 0 : shape.query_heads == 0, in.key_argument,
                 "a number of heads that divides query's", in.key);
-  check.require(shape.num_queries <= shape.num_keys, "query", "at most as many tokens as key has", in.query);
+  check.require(shape.num_queries <= shape.num_keys, in.key_argument, "at least as many tokens as query has", in.key);
   check_tensor(check, in, "query", in.query, shape.query(), Numbers::kStored);
   check_tensor(check, in, "row_scale", in.row_scale, shape.row_scale(), Numbers::kSums);
   if (in.initial) check_tensor(check, in, "initial", *in.initial, shape.gram(), Numbers::kContiguousSums);

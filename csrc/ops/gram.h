@@ -26,6 +26,8 @@ struct GramInputs {
   int64_t num_modalities;
   bool unit_keys;
   double eps;
+  const char* key_argument = "key";  // what the operator calls them, for errors
+  const char* modality_argument = "modality";
 };
 
 struct CausalInputs : GramInputs {

@@ -50,7 +50,8 @@ struct GramOperators {
                                                            const std::optional<Tensor>& initial, int64_t num_modalities,
                                                            bool unit_keys, double eps) {
     const ArgumentCheck check("causal_gram_projection");
-    const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
+    const CausalInputs in{
+        {key, key_modality, num_modalities, unit_keys, eps, "key", "key_modality"}, query, row_scale, initial};
     const GramShape shape = check_causal(check, in);
     Device::check(check, in);
     const Tensor projection = Device::result_like(query, shape.views());
@@ -64,7 +65,8 @@ struct GramOperators {
       const Tensor& key_modality, const Tensor& row_scale, const std::optional<Tensor>& initial, int64_t num_modalities,
       bool unit_keys, double eps) {
     const ArgumentCheck check("causal_gram_projection_backward");
-    const CausalInputs in{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial};
+    const CausalInputs in{
+        {key, key_modality, num_modalities, unit_keys, eps, "key", "key_modality"}, query, row_scale, initial};
     const GramShape shape = check_causal(check, in);
     Device::check(check, in);
     check_gradients(check, in, shape, "grad_projection", grad_projection, grad_gram);
@@ -80,8 +82,9 @@ struct GramOperators {
                                                                int64_t num_modalities, bool unit_keys, double eps,
                                                                bool with_indicator, bool with_gram) {
     const ArgumentCheck check("duplex_query_views");
-    const DuplexInputs in{{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial},
-                          {a1, b1, a2, b2}};
+    const DuplexInputs in{
+        {{key, key_modality, num_modalities, unit_keys, eps, "key", "key_modality"}, query, row_scale, initial},
+        {a1, b1, a2, b2}};
     const GramShape shape = check_duplex(check, in);
     Device::check(check, in);
     const Tensor views = Device::result_like(query, shape.views());
@@ -97,8 +100,9 @@ struct GramOperators {
       const Tensor& b1, const Tensor& a2, const Tensor& b2, const std::optional<Tensor>& initial,
       const Tensor& indicator, int64_t num_modalities, bool unit_keys, double eps) {
     const ArgumentCheck check("duplex_query_views_backward");
-    const DuplexInputs in{{{key, key_modality, num_modalities, unit_keys, eps}, query, row_scale, initial},
-                          {a1, b1, a2, b2}};
+    const DuplexInputs in{
+        {{key, key_modality, num_modalities, unit_keys, eps, "key", "key_modality"}, query, row_scale, initial},
+        {a1, b1, a2, b2}};
     const GramShape shape = check_duplex(check, in);
     Device::check(check, in);
     check_gradients(check, in, shape, "grad_views", grad_views, grad_gram);

@@ -1,13 +1,12 @@
 #include "ops/modular_attention.h"
 
+#include <cmath>
 #include <vector>
 
 #include "ops/checks.h"
 
 namespace moda_ext {
 namespace {
-
-const ArgumentCheck check("modular_attention");
 
 // (batch, heads, queries), or (queries, heads) when packed: one number for each row.
 std::vector<int64_t> row_sizes(const AttentionInputs& in, const AttentionShape& shape) {
@@ -23,12 +22,14 @@ std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
 }  // namespace
 
 AttentionShape check_attention(const AttentionInputs& in) {
+  const ArgumentCheck check(in.op);
   const int64_t rank = in.packed() ? 3 : 4;
   const int64_t dims = in.query.dim();
   check.require(dims == rank || dims == rank + 1, "query", in.packed() ? "3 or 4 dimensions" : "4 or 5 dimensions",
                 in.query);
   check.require(in.key.dim() == rank, "key", in.packed() ? "3 dimensions" : "4 dimensions", in.key);
   check.require(in.num_modalities >= 1 && in.num_modalities <= 16, "num_modalities", "1 to 16", in.num_modalities);
+  check.require(std::isfinite(in.scale), "scale", "a finite number", std::isnan(in.scale) ? "nan" : "an infinity");
 
   AttentionShape shape;
   const int64_t token_dim = in.packed() ? 0 : 2, head_dim = 1, first = dims - rank;
@@ -88,6 +89,7 @@ AttentionShape check_attention(const AttentionInputs& in) {
 }
 
 void check_saved(const AttentionInputs& in, const AttentionShape& shape, const SavedAttention& saved) {
+  const ArgumentCheck check(in.op);
   const ScalarType storage = in.query.scalar_type(), compute = compute_dtype(storage);
   const std::vector<int64_t> rows = row_sizes(in, shape);
   const auto check_tensor = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,

@@ -12,6 +12,7 @@
 namespace moda_ext {
 
 struct AttentionInputs {
+  const char* op;  // the operator that was called, for errors
   Tensor query, key, value, key_modality;
   std::optional<Tensor> modality_bias, sink;
   std::optional<Tensor> cu_seqlens_q,

@@ -5,6 +5,8 @@ device synchronisation, and torch.compile turns it into guards. Shapes and optio
 non-tensors TypeError, and what no kernel can run NotImplementedError with the reason and the remedy.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,10 @@ def runs_natively(op: str, device: torch.device, argument: str = "query", dtype:
     return True
 
 
-def dense(query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale) -> None:
+def dense(
+    query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale, op="modular_attention"
+) -> None:
     """Raise unless ``modular_attention`` can run these arguments (after the autocast conversion)."""
-    op = "modular_attention"
     _attention_options(op, num_modalities, is_causal, scale)
     _tensors(op, query, key, value, key_modality, modality_bias, sink)
     _views(op, query, 4, num_modalities, "(B, Hq, Nq, D)")
@@ -134,6 +137,8 @@ def sink(num_rows, length, decay, base, start, device, dtype) -> None:
         if not isinstance(argument, Tensor):
             if not _is_number(argument):
                 raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(argument).__name__}")
+            if name == "base" and not argument < math.inf:  # also NaN
+                raise ValueError(f"{op}: base must be a number below infinity, got {argument}")
             continue
         _dtype(op, name, argument, FLOATS)
         if argument.dim() > 1:
@@ -158,7 +163,9 @@ NORMALIZERS = ("trace", "frobenius", "row", None)
 MAX_RANK = 128
 
 
-def gram(op, key, modality, num_modalities, include, key_norm, normalize, eps, modality_name="modality") -> None:
+def gram(
+    op, key, modality, num_modalities, include, key_norm, normalize, eps, key_name="key", modality_name="modality"
+) -> None:
     """Raise unless ``modality_gram`` can run these arguments (after the autocast conversion)."""
     _modalities(op, num_modalities)
     _choice(op, "key_norm", key_norm, KEY_NORMS)
@@ -167,12 +174,14 @@ def gram(op, key, modality, num_modalities, include, key_norm, normalize, eps, m
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    _tensor(op, "key", key)
-    _dtype(op, "key", key, FLOATS)
-    _rank(op, "key", key, 4, "(B, Hkv, N, D)")
-    _head_size(op, "key", key.shape[-1])
+    if not _is_finite(eps):
+        raise ValueError(f"{op}: eps must be finite, got {eps}")
+    _tensor(op, key_name, key)
+    _dtype(op, key_name, key, FLOATS)
+    _rank(op, key_name, key, 4, "(B, Hkv, N, D)")
+    _head_size(op, key_name, key.shape[-1])
     batch, _, tokens, _ = key.shape
-    _token_ids(op, modality_name, modality, key, "key", "(B, N)")
+    _token_ids(op, modality_name, modality, key, key_name, "(B, N)")
     if include is not None:
         _tensor(op, "include", include)
         _dtype(op, "include", include, (torch.bool,))
@@ -194,30 +203,44 @@ def projected(op, query, gram) -> None:
         _mismatch(op, "gram", "the batch and head size of query, (B, Hkv, M, D, D)", expected, tuple(gram.shape))
 
 
-def causal(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state) -> None:
+def causal(
+    op,
+    query,
+    key,
+    query_modality,
+    key_modality,
+    num_modalities,
+    key_norm,
+    normalize,
+    eps,
+    state,
+    key_name="key",
+    modality_name="key_modality",
+) -> None:
     """Raise unless ``causal_gram_projection`` can run these arguments (after the autocast conversion)."""
     _tensor(op, "query", query)
     _dtype(op, "query", query, FLOATS)
-    gram(op, key, key_modality, num_modalities, None, key_norm, normalize, eps, "key_modality")
+    gram(op, key, key_modality, num_modalities, None, key_norm, normalize, eps, key_name, modality_name)
     if normalize == "row":
         raise ValueError(
             f"{op}: normalize='row' has no causal form, one number for each row and modality; expected 'trace', "
             "'frobenius' or None"
         )
     if key.dtype != query.dtype:
-        raise TypeError(f"{op}: key must have the dtype of query ({query.dtype}), got {key.dtype}")
-    _device(op, "key", key, query)
+        raise TypeError(f"{op}: {key_name} must have the dtype of query ({query.dtype}), got {key.dtype}")
+    _device(op, key_name, key, query)
     _rank(op, "query", query, 4, "(B, Hq, Nq, D)")
     batch, heads, rows, head_size = query.shape
     kv_heads, columns = key.shape[1:3]
     if key.shape[0] != batch:
-        _mismatch(op, "key", "the batch size of query", batch, key.shape[0])
+        _mismatch(op, key_name, "the batch size of query", batch, key.shape[0])
     if key.shape[-1] != head_size:
-        _mismatch(op, "key", "the head size of query", head_size, key.shape[-1])
-    _multiple_of(op, heads, kv_heads, "key")
+        _mismatch(op, key_name, "the head size of query", head_size, key.shape[-1])
+    _multiple_of(op, heads, kv_heads, key_name)
     if rows > columns:
         raise ValueError(
-            f"{op}: query must have at most as many tokens as key, of which it is the last, got {rows} and {columns}"
+            f"{op}: query must have at most as many tokens as {key_name}, of which it is the last, got {rows} and "
+            f"{columns}"
         )
     _token_ids(op, "query_modality", query_modality, query, "query", "(B, Nq)")
     if state is None:
@@ -334,6 +357,8 @@ def _attention_options(op, num_modalities, is_causal, scale) -> None:
         raise TypeError(f"{op}: is_causal must be a bool, got {type(is_causal).__name__}")
     if scale is not None and not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not _is_finite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
 def _tensors(op, query, key, value, key_modality, modality_bias, sink) -> None:
@@ -445,6 +470,11 @@ def _is_integer(value) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    """Of a number. A symbolic one is not asked: torch.compile would make a guard of the answer."""
+    return isinstance(value, torch.SymInt | torch.SymFloat) or math.isfinite(value)
 
 
 def _names(dtypes) -> str:

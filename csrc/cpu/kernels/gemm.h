@@ -35,9 +35,9 @@ constexpr int kScratchColumns = 256;
 template <class T>
 constexpr int kScratchStride = kScratchColumns + 96 / static_cast<int>(sizeof(T));
 
-// A sum of this many products is one chain of roundings; longer ones are sums of such pieces, which divides the error of
-// a head size of 256 by two (the error of a chain grows with its length, that of a sum of pieces with the root of their
-// number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds.
+// A sum of this many products is one chain of roundings; longer ones are sums of such pieces, which divides the error
+// of a head size of 256 by two (the error of a chain grows with its length, that of a sum of pieces with the root of
+// their number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds.
 constexpr int kChain = 64;
 
 enum class Accumulate { kStore, kAdd, kScaledAdd };  // C = AB, C += AB, C = row_scale * C + AB
@@ -115,8 +115,8 @@ MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const T* a
     a += kChain * (order == Order::kRowMajor ? 1 : kScratchStride<T>);
     b += int64_t(kChain) * b_stride;
     const int piece = depth - k < kChain ? depth - k : kChain;
-    (both ? multiply_rows<T, 2, order, Accumulate::kAdd> : multiply_rows<T, 1, order, Accumulate::kAdd>)(
-        rows, piece, a, b, b_stride, c, c_stride, nullptr);
+    (both ? multiply_rows<T, 2, order, Accumulate::kAdd>
+          : multiply_rows<T, 1, order, Accumulate::kAdd>)(rows, piece, a, b, b_stride, c, c_stride, nullptr);
   }
 }
 
