@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.utils._pytree as pytree
@@ -278,6 +280,7 @@ class DuplexAligner(nn.Module):
         include: Tensor | None = None,
         return_indicator: bool = False,
         return_state: bool = False,
+        read: Callable | None = None,
     ):
         """The views of the query.
 
@@ -292,6 +295,8 @@ class DuplexAligner(nn.Module):
             return_indicator: also return how much of a query lies in each modality's space, see
                 :func:`moda_ext.alignment.gram_indicator`.
             return_state: also return the state for the call after this one.
+            read: for the other methods: is called instead, and its result returned. Parameters are sure to be there in
+                a forward pass only, where offloading and sharding bring them.
 
         Returns:
             ``views`` (M, B, Hq, Nq, D) in the dtype of ``query``, or the tuple ``(views[, indicator][, state])`` of
@@ -302,6 +307,8 @@ class DuplexAligner(nn.Module):
             TypeError, NotImplementedError: as :func:`moda_ext.alignment.duplex_query_views`.
         """
         self.check(query, key, state, include, return_state)
+        if read is not None:
+            return read()
         if self.scope == "causal":
             results = self._causal(query, key, query_modality, key_modality, state, return_indicator)
         else:
@@ -339,7 +346,10 @@ class DuplexAligner(nn.Module):
         """
         if self.scope == "causal":
             raise ValueError("DuplexAligner: align_keys has no causal form (a key would differ from query to query)")
-        self.check(key, key, None, include, False)
+        read = functools.partial(self._aligned, key, modality, include)
+        return self(key, key, modality, modality, include=include, read=read)
+
+    def _aligned(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         if self._aligns_in_one_step(key):
             return self._align_in_one_step(key, modality, include)
