@@ -34,8 +34,8 @@ class GramState:
     Old tokens are in ``gram``; the last ``window`` ones are kept as keys and are added where the Gram is used. So the
     last tokens can be taken back (:meth:`crop`, for speculative decoding) exactly: a sum of floating-point numbers
     cannot be subtracted from, but a token that was never added can be dropped. Every method returns a new state and
-    leaves this one as it is. A pytree, so ``torch.compile`` and ``torch.export`` take it. Source: MODA (arXiv
-    2507.04635), Eq. 5, over the tokens so far.
+    leaves this one as it is. A pytree, so ``torch.compile`` and ``torch.export`` take it; ``torch.save`` and
+    ``torch.load`` take it too. Source: MODA (arXiv 2507.04635), Eq. 5, over the tokens so far.
 
     Attributes:
         gram: (B, Hkv, M, D, D), raw sums in float32 or float64.
@@ -170,6 +170,7 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_state_with_keys,
     serialized_type_name="moda_ext.alignment.GramState",
 )
+torch.serialization.add_safe_globals([GramState])
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")

@@ -9,8 +9,8 @@ import warnings
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from moda_ext.integrations.recording import Recorder
@@ -34,10 +34,17 @@ FAMILIES = {
     "smolvlm": "SmolVLM",
 }
 SUFFIX = "_moda"
+# The Auto classes that know a family's class for generation know its MODA class too; AutoModel knows the base model.
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
+    "AutoModelForPreTraining",
+)
 
 
 class MODAModelMixin:
-    """What the generated ``...MODAForConditionalGeneration`` classes add to their families' classes."""
+    """What the generated ``...MODAForConditionalGeneration`` and ``...MODAModel`` classes add to their families'."""
 
     def __init__(self, config, *args, **kwargs):
         requested = config.text_config._attn_implementation
@@ -64,10 +71,16 @@ class MODAModelMixin:
         for module in self.modules():
             if isinstance(module, MODAAttention):
                 module.reset_parameters()
+                if module.mask is not None:
+                    module.mask.take_infinities_out()  # of a checkpoint of before
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _rename_as_in_checkpoints(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
-    """The config and model class of one family with MODA, known to the Auto classes."""
+def _make_classes(model_type: str, prefix: str) -> tuple[type, type, type]:
+    """The config, model and base model class of one family with MODA, known to the Auto classes."""
     base_config = getattr(transformers, f"{prefix}Config")
     base_model = _MODELS[model_type]
     config_class = type(
@@ -75,25 +88,71 @@ def _make_classes(model_type: str, prefix: str) -> tuple[type, type]:
         (base_config,),
         {"model_type": model_type + SUFFIX, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
     )
-    model_class = type(
-        f"{prefix}MODAForConditionalGeneration",
-        (MODAModelMixin, base_model),
-        {
-            "config_class": config_class,
-            "__module__": __name__,
-            "__doc__": f"{prefix}ForConditionalGeneration whose text stack has MODA, see ``apply_moda``.",
-        },
-    )
     AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForImageTextToText.register(config_class, model_class)
-    AutoModelForMultimodalLM.register(config_class, model_class)
-    # Without it weights under the names of older checkpoints, such as lm_head, would come out random. By class too: a
-    # config that is read from a checkpoint without MODA keeps that one's model type.
-    mapping = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(model_type)
+    model_class = _make_class(f"{prefix}MODAForConditionalGeneration", config_class, base_model)
+    for name in AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if auto._model_mapping.get(base_config, None) is base_model:
+            auto.register(config_class, model_class)
+    base_class = _make_class(f"{prefix}MODAModel", config_class, getattr(transformers, f"{prefix}Model"))
+    transformers.AutoModel.register(config_class, base_class)
+    # By class too (see _make_class): a config that is read from a checkpoint without MODA keeps that one's model type.
+    mapping = _conversion_mapping(base_model)
     if mapping is not None:
         register_checkpoint_conversion_mapping(config_class.model_type, mapping)
-        register_checkpoint_conversion_mapping(model_class.__name__, mapping)
-    return config_class, model_class
+    return config_class, model_class, base_class
+
+
+def _make_class(name: str, config_class: type, plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    description = f"{plain_class.__name__} whose text stack has MODA, see ``apply_moda``."
+    members = {"config_class": config_class, "__module__": __name__, "__doc__": description}
+    model_class = type(name, (MODAModelMixin, plain_class), members)
+    # Without it weights under the names of older checkpoints, such as lm_head, would come out random.
+    mapping = _conversion_mapping(plain_class)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping)
+    return model_class
+
+
+def _conversion_mapping(plain_class: type[PreTrainedModel]) -> list | None:
+    by_class = get_checkpoint_conversion_mapping(plain_class.__name__)
+    return by_class or get_checkpoint_conversion_mapping(plain_class.config_class.model_type)
+
+
+def _rename_as_in_checkpoints(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Gives the weights of a checkpoint the names that they have in the model, in place.
+
+    ``save_pretrained`` writes the names of older releases of a family, which ``from_pretrained`` translates and
+    ``load_state_dict`` does not: a Trainer that resumes would go on with the weights that the model has, and say so in
+    a warning only.
+
+    Raises:
+        RuntimeError: there are weights of MODA for a layer that the model does not have, or that has no MODA.
+    """
+    own = {
+        prefix + name: tensor
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    }
+    unknown = [name for name in state_dict if name.startswith(prefix) and name not in own]
+    if not unknown:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    names = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+    for name in unknown:
+        renamed, _ = rename_source_key(name.removeprefix(prefix), renamings, [], model.base_model_prefix, names)
+        if prefix + renamed in own and prefix + renamed not in state_dict:
+            state_dict[prefix + renamed] = state_dict.pop(name)
+    places = {name.split(".moda.")[0] for name in own if ".moda." in name}
+    lost = [n for n in state_dict if n.startswith(prefix) and ".moda." in n and n.split(".moda.")[0] not in places]
+    if lost:
+        raise RuntimeError(
+            f"{type(model).__name__}.load_state_dict: the state dict has weights of MODA that would be lost, the model "
+            f"has no MODA there: {', '.join(sorted(lost))}. Make the model with the settings of the checkpoint"
+        )
 
 
 _MODELS = {
@@ -155,7 +214,7 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
     if isinstance(model, MODAModelMixin):
         raise ValueError("apply_moda: this model has MODA already")
     family = _family(model, "apply_moda")
-    config_class, model_class = _CLASSES[family]
+    config_class, model_class, _ = _CLASSES[family]
     if type(model) is not _MODELS[family]:
         raise ValueError(
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
@@ -171,8 +230,13 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
 
 
 def text_stack(model: nn.Module) -> nn.Module:
-    """The decoder of a vision-language model, also of one wrapped by PEFT."""
+    """The decoder of a vision-language model, also of one inside of wrappers (PEFT, data parallelism, ...)."""
     return _pretrained(model, "text_stack").get_decoder()
+
+
+def has_moda(model: nn.Module, caller: str) -> bool:
+    """Whether ``apply_moda`` was called on the model, or on the one inside of wrappers."""
+    return isinstance(_pretrained(model, caller), MODAModelMixin)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -188,13 +252,20 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
     afterwards. Sliding-window and bidirectional layers are recorded too, by N x N scores.
 
     Args:
-        model: a model of one of the ``FAMILIES``, with MODA or without, also wrapped by PEFT.
+        model: a model of one of the ``FAMILIES``, with MODA or without, also inside of wrappers: PEFT, data
+            parallelism, ``torch.compile``, averaging.
         recorder: called with an :class:`moda_ext.integrations.recording.AttentionRecord`.
         modalities: as in :class:`MODAConfig`, for a model without MODA.
 
     Raises:
         ValueError: a model of another family, or one that is recorded already.
+        NotImplementedError: a model in ``DataParallel`` on several devices, which calls copies of it in threads.
     """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise NotImplementedError(
+            "recording: DataParallel on several devices calls copies of the model in threads. Run model.module while "
+            "it is recorded, or use DistributedDataParallel"
+        )
     inner = _pretrained(model, "recording")
     modules, text_config = attention_modules(inner), inner.config.text_config
     if any(hasattr(module, "moda_recorder") for module in modules):
@@ -228,13 +299,21 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
 
 
 @torch.no_grad()
-def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> float:
+def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = None, *, new_tokens: int = 4) -> float:
     """Compares a model's logits with those of plain ``sdpa`` attention, to make sure that attaching MODA moved nothing.
 
+    The logits of one forward pass over ``inputs``, and those of the next ``new_tokens`` tokens as ``generate`` makes
+    them with a cache: ``sdpa`` chooses them, greedily, and MODA is given the same. The model computes in evaluation
+    mode meanwhile, and its generation settings have no part in it; all is as it was afterwards.
+
     Args:
-        model: a model with MODA.
-        inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison.
-        tolerance: the largest difference that passes, relative to the largest logit.
+        model: a model with MODA, also inside of wrappers.
+        inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison. Without
+            ``input_ids``, or with ``modality_ids``, the forward pass is all, as ``generate`` takes no others.
+        tolerance: the largest difference that passes, relative to the largest logit. By default what rounding explains:
+            a floor that depends on the dtype of the logits (1e-5 for float32, else 4 roundings), or four times as much
+            as ``eager`` and ``sdpa`` attention differ on this model and these inputs, if that is more.
+        new_tokens: how many tokens to decode; 0 for none.
 
     Returns:
         The largest difference found, relative to the largest logit.
@@ -245,25 +324,87 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> f
     inner = _pretrained(model, "check_identity")
     if not isinstance(inner, MODAModelMixin):
         raise ValueError("check_identity: this model has no MODA")
-    before = inner.config.text_config._attn_implementation
-    logits = []
-    try:
-        for implementation in (NAME, "sdpa"):
-            PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
-            logits.append(model(**inputs, use_cache=False).logits.float())
-    finally:
-        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
-    with_moda, plain = logits
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        with_moda, plain = with_moda[mask != 0], plain[mask != 0]
-    difference = ((with_moda - plain).abs().max() / plain.abs().max()).item()
-    if not difference <= tolerance:
+    if not inner.can_generate():
         raise ValueError(
-            f"check_identity: MODA moves this model's logits by {difference:.3g} of the largest one, more than "
+            f"check_identity: {type(inner).__name__} has no logits; check the model for generation that it belongs to"
+        )
+    # Sharded by FullyShardedDataParallel, a model has its weights in the wrapper's forward pass only. Other wrappers
+    # may synchronise processes there, or run copies.
+    fsdp = torch.distributed.is_available() and isinstance(model, torch.distributed.fsdp.FullyShardedDataParallel)
+    if fsdp or inputs.get("input_ids") is None or inputs.get("modality_ids") is not None:
+        new_tokens = 0
+    run = functools.partial(_logits, inner, model if fsdp else inner, inputs, new_tokens)
+    plain, tokens = run("sdpa", None)
+    largest = max(logits.abs().max().item() for logits in plain)
+
+    def difference(implementation: str) -> float:
+        logits, _ = run(implementation, tokens)
+        return max((a.float() - b.float()).abs().max().item() for a, b in zip(logits, plain, strict=True)) / largest
+
+    moved = difference(NAME)
+    if tolerance is None:
+        dtype = plain[0].dtype
+        tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+        if not moved <= tolerance:
+            tolerance = max(tolerance, 4 * difference("eager"))
+    if not moved <= tolerance:
+        raise ValueError(
+            f"check_identity: MODA moves this model's logits by {moved:.3g} of the largest one, more than "
             f"{tolerance:.3g}"
         )
-    return difference
+    return moved
+
+
+class _Forced(LogitsProcessor):
+    """Makes ``generate`` choose given tokens, or the best ones but for ``banned``, which it collects."""
+
+    def __init__(self, tokens: list[Tensor] | None, banned: list[int]):
+        self.given, self.banned, self.tokens = tokens, banned, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.given is None:
+            token = scores.index_fill(-1, torch.tensor(self.banned, device=scores.device), -torch.inf).argmax(dim=-1)
+        else:
+            token = self.given[len(self.tokens)]
+        self.tokens.append(token)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
+
+
+def _logits(inner, call, inputs: dict, new_tokens: int, implementation: str, tokens: list[Tensor] | None):
+    """Logits of ``inputs`` without padding, (tokens, V), and of each new token (rows, V), under one attention; and the
+    new tokens, which are ``tokens`` if they are given."""
+    before, settings = inner.config.text_config._attn_implementation, inner.generation_config
+    training = [module for module in inner.modules() if module.training]
+    mask = inputs.get("attention_mask")
+    mask = None if mask is None or mask.dim() != 2 else mask != 0
+    try:
+        inner.eval()
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
+        whole = call(**{**inputs, "use_cache": False}).logits
+        logits = [whole.flatten(0, 1) if mask is None else whole[mask.to(whole.device)]]
+        if not new_tokens:
+            return logits, None
+        inner.generation_config = greedy = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,  # no end-of-sequence token, so that none is needed
+        )
+        forced = _Forced(tokens, list(token_modalities(inner.config, inner.config.text_config.moda["modalities"])))
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+        result = inner.generate(**arguments, generation_config=greedy, logits_processor=LogitsProcessorList([forced]))
+        for step, new in enumerate(result.logits):
+            padded_end = mask is not None and step == 0  # the first is computed where the prompt ends
+            logits.append(new[mask[:, -1].to(new.device)] if padded_end else new)
+        return [part for part in logits if part.numel()], forced.tokens
+    finally:
+        inner.generation_config = settings
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
+        for module in training:
+            module.training = True
 
 
 def _settings(config) -> MODAConfig | None:
@@ -278,11 +419,33 @@ def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODA
     if config.mode == "release" or config.aligner is not None or config.mask is not None:
         for attention in attention_modules(model):
             if attention.layer_idx in layers:
-                weight = attention.q_proj.weight
-                dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised
                 moda = MODAAttention(config, attention.config.num_attention_heads, attention.head_dim)
-                modules[attention.layer_idx] = moda.to(weight.device, dtype)
+                modules[attention.layer_idx] = moda.to(*_execution(model, attention))
     return modules, _hooks(model, config.modalities)
+
+
+COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _execution(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.device | int | str, torch.dtype]:
+    """Where a layer's attention computes, and in which dtype.
+
+    Both are those of its projections' weights, if these are there and of a dtype that computes. Else (quantised, by
+    float8 too) the dtype is that of the layer's other weights, such as its norms', and then of the model's; and the
+    device is the one that Accelerate loads offloaded weights to.
+    """
+    layer = next(layer for layer in text_stack(model).layers if layer.self_attn is attention)
+    modules = (attention.q_proj, *layer.children(), model.get_input_embeddings())
+    weights = [getattr(module, "weight", None) for module in modules]
+    weights = [weight for weight in weights if isinstance(weight, Tensor)]  # dynamic quantisation makes it a method
+    dtypes = [dtype for dtype in (*(w.dtype for w in weights), model.config.text_config.dtype) if dtype in COMPUTING]
+    dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    for module in (attention.q_proj, attention, layer):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):  # of a sequence of hooks
+            if getattr(part, "execution_device", None) is not None:
+                return part.execution_device, dtype
+    return weights[0].device, dtype
 
 
 def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: list) -> None:
@@ -335,6 +498,27 @@ def _family(model: nn.Module, caller: str) -> str:
 
 
 def _pretrained(model: nn.Module, caller: str) -> PreTrainedModel:
-    """The Transformers model itself, inside of what wraps it."""
-    _family(model, caller)
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    """The Transformers model itself, inside of what wraps it: PEFT, data parallelism, compilation, averaging, ...
+
+    Raises:
+        ValueError: there is none of a known family, or there are several.
+    """
+    found: list[PreTrainedModel] = []
+
+    def search(module: nn.Module) -> None:
+        if not isinstance(module, PreTrainedModel):
+            for child in module.children():
+                search(child)
+        elif not any(module is other for other in found):
+            found.append(module)
+
+    search(model)
+    known = [inner for inner in found if inner.config.model_type.removesuffix(SUFFIX) in FAMILIES]
+    if len(known) > 1:
+        names = ", ".join(type(inner).__name__ for inner in known)
+        raise ValueError(
+            f"{caller}: there are {len(known)} models in {type(model).__name__} ({names}); pass one of them"
+        )
+    if not known:
+        _family(found[0] if found else model, caller)  # raises
+    return known[0]
