@@ -197,7 +197,7 @@ class ModularMask(nn.Module):
         if indicator is None and gram_projection is not None:
             indicator = gram_indicator(query, gram_projection)
         if self.conditional and indicator is not None:
-            bias = bias + self.condition_of_rows(query, query_modality) * indicator
+            bias = bias + self._of_rows(self.condition.to(dtype), query_modality) * indicator
         return bias, self._sink(query_modality, start, dtype)
 
     def condition_of_rows(self, query: Tensor, query_modality: Tensor) -> Tensor | None:

@@ -464,7 +464,7 @@ def test_parameters_that_are_there_in_the_forward_pass_only(softmax):
 
     @torch.no_grad()
     def results():
-        bias, sink = mask(query, modality)
+        bias, sink = mask(query, modality, indicator=torch.ones(B, H, N, M))
         out = mask.attend(query, key, value, modality, modality, bias, sink, is_causal=True)
         return out, mask.condition_of_rows(query, modality), aligner.align_keys(key, modality)
 

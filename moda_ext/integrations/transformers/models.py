@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from moda_ext._ops.checks import accumulation_dtype
 from moda_ext.integrations.recording import Recorder
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
@@ -311,8 +312,8 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
         inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison. Without
             ``input_ids``, or with ``modality_ids``, the forward pass is all, as ``generate`` takes no others.
         tolerance: the largest difference that passes, relative to the largest logit. By default what rounding explains:
-            a floor that depends on the dtype of the logits (1e-5 for float32, else 4 roundings), or four times as much
-            as ``eager`` and ``sdpa`` attention differ on this model and these inputs, if that is more.
+            4 roundings of the logits' dtype (84 of float32, which is 1e-5, and of float64), or four times as much as
+            ``eager`` and ``sdpa`` attention differ on this model and these inputs, if that is more.
         new_tokens: how many tokens to decode; 0 for none.
 
     Returns:
@@ -335,16 +336,18 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
         new_tokens = 0
     run = functools.partial(_logits, inner, model if fsdp else inner, inputs, new_tokens)
     plain, tokens = run("sdpa", None)
+    dtype = plain[0].dtype
+    exact = accumulation_dtype(dtype)
     largest = max(logits.abs().max().item() for logits in plain)
 
     def difference(implementation: str) -> float:
         logits, _ = run(implementation, tokens)
-        return max((a.float() - b.float()).abs().max().item() for a, b in zip(logits, plain, strict=True)) / largest
+        pairs = ((a.to(exact), b.to(exact)) for a, b in zip(logits, plain, strict=True))
+        return max((a - b).abs().max().item() for a, b in pairs) / largest
 
     moved = difference(NAME)
     if tolerance is None:
-        dtype = plain[0].dtype
-        tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+        tolerance = (84 if dtype == exact else 4) * torch.finfo(dtype).eps
         if not moved <= tolerance:
             tolerance = max(tolerance, 4 * difference("eager"))
     if not moved <= tolerance:
