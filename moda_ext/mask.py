@@ -127,10 +127,11 @@ class ModularMask(nn.Module):
                 self.raw_decay = nn.Parameter(decay + (-torch.expm1(-decay)).log())  # the inverse of softplus
             else:
                 self.register_buffer("fixed_decay", decay.clone())
-            if (base == -math.inf).all():
-                self.base = base.clone()  # to be read; the setting is that there is no parameter and no buffer
-            else:
+            self.has_base = not (base == -math.inf).all()
+            if self.has_base:
                 _register(self, "base", base, learn_base)
+            else:
+                self.base = base.clone()  # to be read only: neither a parameter nor a buffer
         if variant == "learned":
             _register(self, "sink", base, True)
         if variant != "inf":
@@ -284,21 +285,17 @@ class ModularMask(nn.Module):
     def _sink(self, query_modality: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.variant == "learned":
             return self.sink.to(dtype)[:, None]
-        if not self._has("base") and not self.learn_decay:
+        if not self.has_base and not self.learn_decay:
             return None
         decay = self.decay.to(dtype)
         # Without a base a learned decay gets the gradient 0 from a sink of -inf: DDP wants one of every parameter.
-        base = self._switched("base", dtype) if self._has("base") else torch.full_like(decay, -math.inf)
+        base = self._switched("base", dtype) if self.has_base else torch.full_like(decay, -math.inf)
         if self.length is None:
             return pseudo_score_sink(1, None, decay, base=base, dtype=dtype)
         if isinstance(start, Tensor):
             start = start[:, None]
         seen = start + (query_modality >= 0).cumsum(dim=1)  # i of each row, 1-based
         return reference.sink_of_left(self.length - seen[:, None], decay[:, None], base[:, None])
-
-    def _has(self, name: str) -> bool:
-        """Whether there is a parameter or a buffer of this name."""
-        return name in self._parameters or name in self._buffers
 
     def _switched(self, name: str, dtype: torch.dtype) -> Tensor:
         """``prior`` or ``base`` as the equation has it, -inf where it is switched off."""
@@ -321,17 +318,18 @@ class ModularMask(nn.Module):
                 continue
             value = state_dict[key]
             off = value == -math.inf
-            if not self._has(name):
-                if off.all():  # both have no pseudo scores
+            if name == "base" and not self.has_base:
+                if off.all():  # neither has pseudo scores
                     del state_dict[key]
                     continue
                 del self.base
-                self.register_buffer(name, torch.zeros_like(self.decay))
+                self.register_buffer("base", torch.zeros_like(self.decay))
+                self.has_base = True
             if off.any():
                 state_dict[key], state_dict[off_key] = value.masked_fill(off, 0.0), off.to(value.dtype)
-            if off_key in state_dict and not self._has(f"{name}_off"):
+            if off_key in state_dict and f"{name}_off" not in self._buffers:
                 self.register_buffer(f"{name}_off", torch.zeros_like(getattr(self, name).detach()))
-            elif off_key not in state_dict and self._has(f"{name}_off"):
+            elif off_key not in state_dict and f"{name}_off" in self._buffers:
                 state_dict[off_key] = torch.zeros_like(value)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -485,3 +485,15 @@ def test_parameters_that_are_there_in_the_forward_pass_only(softmax):
         module.register_forward_hook(drop)
     for result, wanted in zip(results(), expected, strict=True):
         assert torch.equal(result, wanted)
+
+
+def test_replicas_of_data_parallelism_have_the_same_mask():
+    """In a replica parameters are plain attributes."""
+    for keywords in ({"learn_base": True, "learn_decay": True}, *SWITCHED_OFF.values()):
+        mask = make_mask("cpu", **keywords)
+        replica = mask._replicate_for_data_parallel()
+        for name, parameter in mask.named_parameters():
+            setattr(replica, name, parameter.detach())
+        query, _, _, modality = inputs("cpu")
+        for result, expected in zip(replica(query, modality), mask(query, modality), strict=True):
+            assert result is None if expected is None else torch.equal(result, expected)

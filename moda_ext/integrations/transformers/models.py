@@ -353,7 +353,7 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
     if not moved <= tolerance:
         raise ValueError(
             f"check_identity: MODA moves this model's logits by {moved:.3g} of the largest one, more than "
-            f"{tolerance:.3g}"
+            f"{tolerance:.3g}: it is trained, or its prior or pseudo scores are on"
         )
     return moved
 
@@ -458,6 +458,10 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     # A checkpoint without MODA lacks nothing that the settings give.
     fixed = (re.escape(name) for name, _ in model.named_buffers() if ".moda." in name)
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *fixed}
+    # One of before has the base of pseudo scores that are off, which is a setting.
+    if any(moda.mask is not None and not getattr(moda.mask, "has_base", True) for moda in modules.values()):
+        off = {r"\.moda\.mask\.base$"}
+        model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
