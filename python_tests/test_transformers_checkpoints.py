@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_the_readme_flow_in_bfloat16(tmp_path):
 
 
 def test_the_tolerance_of_an_identity_follows_what_eager_and_sdpa_differ_by():
-    """Large scores in bfloat16: any other rounding of them moves the logits, and any other attention rounds otherwise."""
+    """Large scores in bfloat16: to round them otherwise, as every attention does, moves the logits."""
     model = apply_moda(make_model("qwen2_vl").to(torch.bfloat16))
     inputs = cast(make_inputs("qwen2_vl"), torch.bfloat16)
     for module in attention_modules(model):
@@ -499,3 +500,292 @@ def test_a_model_has_an_adapter_without_a_wrapper():
     model.disable_adapters()
     assert same(moda_state_dict(model), before)
     assert torch.equal(logits_of(model, inputs), logits_of(make_trained("llava"), inputs))
+
+
+# Wrappers
+
+
+class Student(nn.Module):
+    """A module of a user's own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(4, 4)
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch.distributed has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def wrapped(model, way):
+    if way == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    if way == "fsdp":
+        return torch.distributed.fsdp.FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
+    return {
+        "distributed": lambda: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True),
+        "data parallel": lambda: nn.DataParallel(model),
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "averaged": lambda: torch.optim.swa_utils.AveragedModel(model),
+        "module": lambda: Student(model),
+        "several": lambda: nn.DataParallel(Student(torch.optim.swa_utils.AveragedModel(model))),
+    }[way]()
+
+
+WAYS = ("distributed", "data parallel", "compiled", "averaged", "module", "several", "accelerate", "fsdp")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_models_are_found_inside_of_wrappers(way, process_group, tmp_path):
+    with torch.compiler.set_stance("force_eager"):  # what is tested is the wrapper
+        check_wrapper(way, tmp_path)
+
+
+def check_wrapper(way, tmp_path):
+    inputs = make_inputs("llava")
+    plain = wrapped(apply_moda(make_model("llava")), way)
+    check_identity(plain, inputs)
+
+    trained = make_trained("llava")
+    state, expected = moda_state_dict(trained), logits_of(trained, inputs)
+    with AttentionMeter(trained) as meter:
+        logits_of(trained, inputs)
+    measured = meter.result()
+    model = wrapped(trained, way)
+    if way != "fsdp":  # where a step outside of forward has flat, sharded parameters
+        assert len(attention_modules(model)) == 2 and text_stack(model).config.num_hidden_layers == 2
+        assert same(moda_state_dict(model), state) and len(moda_parameters(model)) == len(moda_parameters(trained))
+        save_moda(model, tmp_path / "moda.safetensors")
+        assert same(moda_state_dict(load_moda(make_model("llava"), tmp_path / "moda.safetensors")), state)
+    with AttentionMeter(model) as meter, torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[inputs["attention_mask"] == 1]
+    if way != "accelerate":  # which rounds
+        assert_close(logits, expected)
+        for figure in ("self", "cross", "score"):
+            assert_close(*(result.figure(figure).nan_to_num() for result in (meter.result(), measured)))
+    if way != "averaged":
+        model.train()
+        with AttentionBalanceLoss().collect(model) as penalties:
+            (model(**inputs, labels=labels_of(inputs), use_cache=False).loss + torch.stack(penalties).mean()).backward()
+        assert len(penalties) == 2
+        assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if ".moda." in name)
+        train_only_moda(model)
+        assert {group["name"] for group in optimizer_groups(model, lr=1e-3)} == {"moda", "moda_fast"}
+
+
+def test_wrappers_of_none_or_of_several_models_are_refused():
+    with pytest.raises(ValueError, match="text_stack: unknown model family 'Linear'; known are llava"):
+        text_stack(nn.Linear(2, 2))
+    both = nn.ModuleList([make_model("llava"), make_model("qwen2_vl")])
+    with pytest.raises(ValueError, match="there are 2 models in ModuleList .*; pass one of them"):
+        text_stack(both)
+    with pytest.raises(
+        ValueError,
+        match="model must be a LlavaForConditionalGeneration, got DataParallel around a Llava.*; apply MODA first",
+    ):
+        apply_moda(nn.DataParallel(make_model("llava")))
+
+
+def test_recording_in_several_replicas_is_refused():
+    model = nn.DataParallel(make_model("llava"))
+    model.device_ids = [0, 1]
+    with pytest.raises(NotImplementedError, match="Run model.module while it is recorded"):
+        recording(model, print).__enter__()
+
+
+# Trainer
+
+
+def trainer_of(model, inputs, folder, steps, **settings):
+    pytest.importorskip("accelerate")
+    rows = [{key: value[i] for key, value in {**inputs, "labels": labels_of(inputs)}.items()} for i in range(2)]
+    arguments = transformers.TrainingArguments(
+        folder,
+        max_steps=steps,
+        save_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        **settings,
+    )
+    optimizer = torch.optim.AdamW(optimizer_groups(model, lr=1e-2))
+    return transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+
+
+RESUMED = {
+    "everything": lambda model: model,
+    "only moda": lambda model: (train_only_moda(model), model)[1],
+    "adapter": lambda model: pytest.importorskip("peft").get_peft_model(model, lora(modules_to_save=["moda"])),
+    "adapter, only moda": lambda model: (
+        model := pytest.importorskip("peft").get_peft_model(model, lora(modules_to_save=["moda"])),
+        train_only_moda(model),
+    )[0],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("llava", "everything"), ("gemma3", "everything"), *(("llava", way) for way in list(RESUMED)[1:])],
+)
+def test_a_trainer_that_resumes_goes_on_with_the_weights_of_the_checkpoint(family, way, tmp_path):
+    """Four steps are two, and two more in another process with the weights from before the first."""
+    inputs = make_inputs(family)
+
+    def model():
+        torch.manual_seed(7)
+        return RESUMED[way](apply_moda(make_model(family), MODAConfig(**TRAINED)))
+
+    whole = model()
+    trainer_of(whole, inputs, tmp_path, steps=4).train()
+    moved = {name for name, p in whole.named_parameters() if not torch.equal(p, model().state_dict()[name])}
+    assert any(".moda." in name for name in moved)
+
+    resumed = model()
+    trainer_of(resumed, inputs, tmp_path, steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, whole.state_dict()[name]), name
+
+
+def test_a_trainer_loads_its_best_checkpoint(tmp_path):
+    inputs, model = make_inputs("llava"), apply_moda(make_model("llava"), MODAConfig(**TRAINED))
+    trainer = trainer_of(model, inputs, tmp_path, steps=2)
+    trainer.train()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    trainer._load_best_model()
+    assert same(dict(model.state_dict()), expected)
+
+
+@every_family
+def test_what_save_pretrained_wrote_loads_as_a_state_dict(family, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = make_trained(family)
+    model.save_pretrained(tmp_path)
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    loaded = apply_moda(make_model(family), MODAConfig(**TRAINED))
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    missing, unexpected = loaded.load_state_dict(saved, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"])  # which is tied
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    wrapper = nn.ModuleDict({"inner": apply_moda(make_model(family), MODAConfig(**TRAINED))})
+    wrapper.load_state_dict({f"inner.{name}": tensor for name, tensor in saved.items()}, strict=False)
+    assert same(dict(wrapper.inner.state_dict()), dict(model.state_dict()))
+
+
+def test_weights_of_moda_that_would_be_lost_are_refused():
+    state = make_trained("llava").state_dict()
+    one = apply_moda(make_model("llava"), MODAConfig(layers=[1], **TRAINED))
+    with pytest.raises(RuntimeError, match="weights of MODA that would be lost, .*layers.0.self_attn.moda.aligner.a1"):
+        one.load_state_dict(state, strict=False)
+    make_trained("llava").load_state_dict(make_model("llava").state_dict(), strict=False)  # nothing of MODA is lost
+
+
+# Auto classes
+
+
+@every_family
+def test_auto_classes_load_what_they_load_of_the_plain_family(family, tmp_path):
+    model, inputs = make_trained(family), make_inputs(family)
+    model.save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole").eval()
+    assert type(base).__name__ == type(model).__name__.replace("ForConditionalGeneration", "Model")
+    with torch.no_grad():
+        expected = model.base_model(**inputs).last_hidden_state
+        assert torch.equal(base(**inputs).last_hidden_state, expected)
+        plain = make_model(family).base_model(**inputs).last_hidden_state
+        assert not torch.allclose(plain[inputs["attention_mask"] == 1], expected[inputs["attention_mask"] == 1])
+        assert same(moda_state_dict(base), moda_state_dict(model))
+        base.save_pretrained(tmp_path / "base")
+        again = AutoModel.from_pretrained(tmp_path / "base").eval()
+        assert torch.equal(again(**inputs).last_hidden_state, expected)
+    assert pickle.loads(pickle.dumps(type(base))) is type(base)
+    with pytest.raises(ValueError, match="has no logits"):
+        check_identity(base, inputs)
+    plain_config = type(make_model(family).config)
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        auto = getattr(transformers, name)
+        if auto._model_mapping.get(plain_config, None) is type(make_model(family)):
+            assert torch.equal(
+                logits_of(auto.from_pretrained(tmp_path / "whole").eval(), inputs), logits_of(model, inputs)
+            )
+
+
+def test_a_fixed_prior_is_there_in_the_base_model_too(tmp_path):
+    model, inputs = apply_moda(make_model("llava"), MODAConfig.fixed_prior(HIDDEN)), make_inputs("llava")
+    model.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)  # no Infinity, which is no JSON
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+# Settings
+
+
+def test_settings_become_plain_numbers_when_they_are_made(tmp_path):
+    config = MODAConfig(
+        modalities={"text": np.int64(0), "image": torch.tensor(1), "video": np.int32(1)},
+        aligner={"rank": np.int16(4)},
+        mask={
+            "prior": torch.tensor([[0.0, -math.inf], [0.5, 0.0]], dtype=torch.bfloat16, requires_grad=True),
+            "decay": np.array([0.5, 0.25, 0.5, 0.5]),
+            "base": (torch.tensor(-1.0), np.float32(-math.inf), -2, np.float64(-3.0)),
+            "length": np.int64(40),
+            "learn_prior": np.bool_(True),
+        },
+        layers=np.arange(2),
+    )
+    assert config.mask["prior"] == [[0.0, -math.inf], [0.5, 0.0]] and config.layers == [0, 1]
+    assert config.mask["base"] == [-1.0, -math.inf, -2, -3.0] and config.mask["decay"] == [0.5, 0.25, 0.5, 0.5]
+    assert MODAConfig.from_dict(config.to_dict()) == config == MODAConfig.from_json(config.to_json())
+    json.loads(config.to_json(), parse_constant=pytest.fail)
+
+    model, inputs = randomize(apply_moda(make_model("llava"), config)), make_inputs("llava")
+    model.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert MODAConfig.from_dict(loaded.config.text_config.moda) == config
+    assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
+    save_moda(model, tmp_path / "moda.safetensors")
+    assert torch.equal(
+        logits_of(load_moda(make_model("llava"), tmp_path / "moda.safetensors"), inputs), logits_of(model, inputs)
+    )
+    prior = np.array([[0.0, 0.5], [0.0, -np.inf]], dtype=np.float32)
+    assert MODAConfig.fixed_prior(prior) == MODAConfig.fixed_prior(torch.from_numpy(prior))
+    assert MODAConfig(mask={"base": -math.inf}) == MODAConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"mask": {"prior": [[0.0, math.nan], [0.0, 0.0]]}}, ValueError, r"mask.prior\[0\]\[1\] must be a finite"),
+        ({"mask": {"prior": torch.full((2, 2), math.inf)}}, ValueError, r"mask.prior\[0\]\[0\] must be .* got inf"),
+        ({"mask": {"decay": -math.inf}}, ValueError, "mask.decay must be a finite number, got -inf"),
+        ({"mask": {"prior": [object()]}}, TypeError, r"mask.prior\[0\] must be a number, .* got object"),
+        ({"mask": {"base": "-10"}}, TypeError, "mask.base must be a number"),
+        ({"aligner": {"rank": 4j}}, TypeError, "aligner.rank must be a number, .* got complex"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_refused_when_they_are_made(settings, error, message):
+    with pytest.raises(error, match="MODAConfig: " + message):
+        MODAConfig(**settings)

@@ -16,6 +16,7 @@ __all__ = ["MODAConfig"]
 MODES = ("moda", "release")
 DEFAULT_MODALITIES = {"text": 0, "image": 1, "video": 1}
 CAN_BE_OFF = ("prior", "base")  # the options of a mask that may hold -inf
+NUMBERS = (*CAN_BE_OFF, "decay", "length", "rank", "layers", "modalities")
 
 
 @dataclasses.dataclass
@@ -154,18 +155,19 @@ def _plain(name: str, value):
     """``value`` as numbers, strings, lists and dicts; ``name`` is its path in the settings, for errors."""
     if hasattr(value, "tolist"):  # tensors, arrays, NumPy's numbers
         value = value.tolist()
-    if isinstance(value, bool | int | str | None):
+    path = name.replace("[", ".").split(".")
+    if isinstance(value, bool | int | None) or (isinstance(value, str) and not any(part in NUMBERS for part in path)):
         return value
     if isinstance(value, float):
-        option = name.split(".")[-1].split("[")[0]
-        if math.isnan(value) or (math.isinf(value) and not (value < 0 and option in CAN_BE_OFF)):
+        option = next((part for part in path if part in CAN_BE_OFF), None)
+        if math.isnan(value) or (math.isinf(value) and not (value < 0 and option)):
             raise ValueError(
-                f"MODAConfig: {name} must be a finite number{', or -inf' * (option in CAN_BE_OFF)}, got {value}"
+                f"MODAConfig: {name} must be a finite number{', or -inf' * (option is not None)}, got {value}"
             )
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(f"{name}[{index}]", item) for index, item in enumerate(value)]
     raise TypeError(
         f"MODAConfig: {name} must be a number, a string, or a list, array or tensor of them, got {type(value).__name__}"

@@ -214,12 +214,13 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
     """
     if isinstance(model, MODAModelMixin):
         raise ValueError("apply_moda: this model has MODA already")
-    family = _family(model, "apply_moda")
+    inner = _pretrained(model, "apply_moda")
+    family = _family(inner, "apply_moda")
     config_class, model_class, _ = _CLASSES[family]
     if type(model) is not _MODELS[family]:
         raise ValueError(
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
-            + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
+            + (f" around a {type(inner).__name__}; apply MODA first, then wrap" if inner is not model else "")
         )
     if config is None:
         config = _settings(model.config) or MODAConfig()
