@@ -74,6 +74,8 @@ class ModularMask(nn.Module):
         (torch.Size([1, 8, 6, 2]), torch.Size([8, 1]))
     """
 
+    has_base = True  # also of masks that were pickled before this was told apart
+
     def __init__(
         self,
         num_heads: int,

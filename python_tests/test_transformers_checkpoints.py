@@ -131,14 +131,18 @@ def test_an_identity_check_sees_what_is_wrong_in_decoding_only(family, padding):
     """As when a cache is not found: the forward pass over the prompt is right."""
     model, inputs = apply_moda(make_model(family)), make_inputs(family, padding=padding)
     assert check_identity(model, inputs) < 1e-5
+    wrong = 0.1
 
     def wrong_while_decoding(module, args, kwargs, output):
         if module.config._attn_implementation == "moda" and kwargs["hidden_states"].shape[1] == 1:
-            return (output[0] + 0.1, *output[1:])
+            return (output[0] + wrong, *output[1:])
 
     handle = attention_modules(model)[0].register_forward_hook(wrong_while_decoding, with_kwargs=True)
     assert check_identity(model, inputs, new_tokens=0) < 1e-5
     with pytest.raises(ValueError, match="MODA moves this model's logits by"):
+        check_identity(model, inputs)
+    wrong = math.nan
+    with pytest.raises(ValueError, match="MODA moves this model's logits by nan"):
         check_identity(model, inputs)
     handle.remove()
     assert check_identity(model, inputs) < 1e-5
@@ -565,11 +569,10 @@ def check_wrapper(way, tmp_path):
         logits_of(trained, inputs)
     measured = meter.result()
     model = wrapped(trained, way)
-    if way != "fsdp":  # where a step outside of forward has flat, sharded parameters
-        assert len(attention_modules(model)) == 2 and text_stack(model).config.num_hidden_layers == 2
-        assert same(moda_state_dict(model), state) and len(moda_parameters(model)) == len(moda_parameters(trained))
-        save_moda(model, tmp_path / "moda.safetensors")
-        assert same(moda_state_dict(load_moda(make_model("llava"), tmp_path / "moda.safetensors")), state)
+    assert len(attention_modules(model)) == 2 and text_stack(model).config.num_hidden_layers == 2
+    assert same(moda_state_dict(model), state) and len(moda_parameters(model)) == len(moda_parameters(trained))
+    save_moda(model, tmp_path / "moda.safetensors")
+    assert same(moda_state_dict(load_moda(make_model("llava"), tmp_path / "moda.safetensors")), state)
     with AttentionMeter(model) as meter, torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[inputs["attention_mask"] == 1]
     if way != "accelerate":  # which rounds
@@ -584,6 +587,39 @@ def check_wrapper(way, tmp_path):
         assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if ".moda." in name)
         train_only_moda(model)
         assert {group["name"] for group in optimizer_groups(model, lr=1e-3)} == {"moda", "moda_fast"}
+
+
+def sharded_steps(rank, world, rendezvous, folder):
+    """Of both kinds of FSDP: what is saved is whole, and what is loaded is what the model computes with."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    inputs, cpu = make_inputs("llava"), torch.device("cpu")
+    for kind in (1, 2):
+        model = make_trained("llava")
+        state, expected = moda_state_dict(copy.deepcopy(model)), logits_of(randomize(copy.deepcopy(model), 4), inputs)
+        other = moda_state_dict(randomize(make_trained("llava"), 4))
+        if kind == 1:
+            model = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+        else:
+            for layer in text_stack(model).layers:
+                fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+        save_moda(model, f"{folder}/{kind}-{rank}.safetensors")
+        assert same(moda_state_dict(model), state)
+        load_moda_state_dict(model, other)
+        assert same(moda_state_dict(model), other)
+        assert_close(logits_of(model, inputs), expected)
+    dist.destroy_process_group()
+
+
+def test_sharded_models_are_saved_whole(process_group, tmp_path):
+    arguments = 2, str(tmp_path / "of two"), str(tmp_path)
+    torch.multiprocessing.spawn(sharded_steps, arguments, nprocs=2)
+    expected = moda_state_dict(make_trained("llava"))
+    for file in tmp_path.glob("*.safetensors"):
+        assert same(moda_state_dict(load_moda(make_model("llava"), file)), expected)
 
 
 def test_wrappers_of_none_or_of_several_models_are_refused():

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["AttentionRecord", "Recorder", "key_counts"]
+__all__ = ["AttentionRecord", "Recorder", "key_counts", "refuse_replicas"]
 
 
 def key_counts(
@@ -133,6 +133,19 @@ class AttentionRecord:
             return visible & self.visible.expand(-1, -1, self.query_modality.shape[1], -1)[:, :, rows]
         i = torch.arange(rows.start, rows.stop, device=visible.device)[:, None] + keys - self.query_modality.shape[1]
         return visible & (torch.arange(keys, device=visible.device) <= i)
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """A recorder is for one model in one thread.
+
+    Raises:
+        NotImplementedError: ``model`` has a ``DataParallel`` on several devices in it.
+    """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise NotImplementedError(
+            "recording: DataParallel on several devices runs copies of the model in threads. Run model.module while it "
+            "is recorded, or use DistributedDataParallel"
+        )
 
 
 Recorder = Callable[[AttentionRecord], None]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsPr
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from moda_ext._ops.checks import accumulation_dtype
-from moda_ext.integrations.recording import Recorder
+from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, token_modalities
@@ -263,11 +263,7 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
         ValueError: a model of another family, or one that is recorded already.
         NotImplementedError: a model in ``DataParallel`` on several devices, which calls copies of it in threads.
     """
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise NotImplementedError(
-            "recording: DataParallel on several devices calls copies of the model in threads. Run model.module while "
-            "it is recorded, or use DistributedDataParallel"
-        )
+    refuse_replicas(model)
     inner = _pretrained(model, "recording")
     modules, text_config = attention_modules(inner), inner.config.text_config
     if any(hasattr(module, "moda_recorder") for module in modules):
@@ -339,12 +335,12 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
     plain, tokens = run("sdpa", None)
     dtype = plain[0].dtype
     exact = accumulation_dtype(dtype)
-    largest = max(logits.abs().max().item() for logits in plain)
+    largest = torch.stack([logits.abs().max() for logits in plain]).max().item() or 1.0
 
     def difference(implementation: str) -> float:
         logits, _ = run(implementation, tokens)
-        pairs = ((a.to(exact), b.to(exact)) for a, b in zip(logits, plain, strict=True))
-        return max((a - b).abs().max().item() for a, b in pairs) / largest
+        differences = [(a.to(exact) - b.to(exact)).abs().max() for a, b in zip(logits, plain, strict=True)]
+        return torch.stack(differences).max().item() / largest  # NaN if one of them is
 
     moved = difference(NAME)
     if tolerance is None:
@@ -460,7 +456,7 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     fixed = (re.escape(name) for name, _ in model.named_buffers() if ".moda." in name)
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *fixed}
     # One of before has the base of pseudo scores that are off, which is a setting.
-    if any(moda.mask is not None and not getattr(moda.mask, "has_base", True) for moda in modules.values()):
+    if any(moda.mask is not None and not moda.mask.has_base for moda in modules.values()):
         off = {r"\.moda\.mask\.base$"}
         model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
     _register(hooks)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import is_available
 
 from moda_ext.integrations.transformers.attention import MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
+
+if is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:
+    FSDP = DTensor = ()  # the type of nothing
 
 __all__ = [
     "load_moda",
@@ -112,13 +120,24 @@ def _in_use(moda: nn.Module) -> MODAAttention:
 def moda_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """MODA's parameters and buffers alone, under names that do not depend on the family, on wrappers or on PEFT.
 
-    Those that the model computes with, see :func:`moda_parameters`. Offloaded ones are loaded.
+    Those that the model computes with, see :func:`moda_parameters`. Offloaded ones are loaded, and sharded ones are
+    gathered: then every process must call this.
     """
-    return {
-        f"{prefix}.{name}": tensor
-        for prefix, module in _moda_modules(model).items()
-        for name, tensor in _loaded_state_dict(module).items()
-    }
+    with _unsharded(model) as sharded:
+        state = {
+            f"{prefix}.{name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for prefix, module in _moda_modules(model).items()
+            for name, tensor in _loaded_state_dict(module).items()
+        }
+        return {name: tensor.clone() for name, tensor in state.items()} if sharded else state
+
+
+@contextlib.contextmanager
+def _unsharded(model: nn.Module):
+    """A block in which FullyShardedDataParallel has whole parameters, which change with it; says if there is any."""
+    sharded = any(isinstance(module, FSDP) for module in model.modules())
+    with FSDP.summon_full_params(model) if sharded else contextlib.nullcontext():
+        yield sharded
 
 
 def _loaded_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -140,14 +159,16 @@ def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
         ValueError: a name is missing or unknown, a shape differs, or the model's weights are offloaded. Nothing is
             copied then.
     """
-    modules = _moda_modules(model)
-    state_dict = dict(state_dict)
+    with _unsharded(model):
+        _copy(dict(state_dict), _moda_modules(model))
+
+
+@torch.no_grad()
+def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> None:
     for prefix, module in modules.items():
         if module.mask is not None:  # files of before have infinities in them
             module.mask.upgrade_state_dict(state_dict, f"{prefix}.mask.")
-    own = {
-        f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
-    }
+    own = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
     missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"load_moda_state_dict: state_dict lacks {missing} and has {unknown}, which the model lacks")
@@ -162,15 +183,17 @@ def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
                 f"load_moda_state_dict: {name} of the model is offloaded, or on the meta device. Load MODA's weights "
                 "before the model is dispatched"
             )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+    for name, tensor in own.items():
+        value = state_dict[name]
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
 
 
 def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
     """Saves MODA's parameters and settings as one safetensors file, without the model's own weights.
 
-    Those that the model computes with, see :func:`moda_parameters`.
+    Those that the model computes with, see :func:`moda_parameters`. Of a sharded model every process must call this.
 
     Raises:
         ValueError: the model has no MODA, or its weights are on the meta device.
