@@ -166,6 +166,9 @@ def test_an_identity_check_leaves_the_model_as_it_was():
     embeddings["modality_ids"] = (embeddings.pop("input_ids") == 60).int()
     del embeddings["pixel_values"]
     assert check_identity(model, embeddings) < 1e-5
+    pairs = make_inputs("llava", padding="right")
+    visible = torch.ones(12, 12, dtype=torch.bool).tril() & (pairs["attention_mask"] == 1)[:, None, None]
+    assert check_identity(model, {**pairs, "attention_mask": visible}) < 1e-5
 
 
 # Quantised and odd layers
@@ -492,6 +495,23 @@ def test_adapters_are_saved_and_loaded_with_their_moda(adapter, tmp_path):
         assert same(moda_state_dict(loaded), moda_state_dict(model))
 
 
+def test_adapters_of_before_load(tmp_path):
+    """With the base -inf of pseudo scores that are off."""
+    peft, safetensors = pytest.importorskip("peft"), pytest.importorskip("safetensors.torch")
+    model, inputs = (
+        peft.get_peft_model(apply_moda(make_model("llava")), lora(modules_to_save=["moda"])),
+        make_inputs("llava"),
+    )
+    expected = logits_of(randomize(model).eval(), inputs)
+    model.save_pretrained(tmp_path)
+    state = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    for name in [name for name in state if name.endswith("mask.fixed_decay")]:
+        state[name.replace("fixed_decay", "base")] = torch.full_like(state[name], -math.inf)
+    safetensors.save_file(state, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    loaded = peft.PeftModel.from_pretrained(apply_moda(make_model("llava")), tmp_path).eval()
+    assert torch.equal(logits_of(loaded, inputs), expected)
+
+
 def test_a_model_has_an_adapter_without_a_wrapper():
     """``add_adapter`` of Transformers itself."""
     pytest.importorskip("peft", minversion=transformers.integrations.peft.MIN_PEFT_VERSION)
@@ -726,6 +746,16 @@ def test_what_save_pretrained_wrote_loads_as_a_state_dict(family, tmp_path):
     wrapper = nn.ModuleDict({"inner": apply_moda(make_model(family), MODAConfig(**TRAINED))})
     wrapper.load_state_dict({f"inner.{name}": tensor for name, tensor in saved.items()}, strict=False)
     assert same(dict(wrapper.inner.state_dict()), dict(model.state_dict()))
+
+
+def test_a_checkpoint_in_shards_loads_as_the_trainer_does(tmp_path):
+    model, loaded = make_trained("llava"), apply_moda(make_model("llava"), MODAConfig(**TRAINED))
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    transformers.trainer_utils.load_sharded_checkpoint(loaded, tmp_path, strict=False)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
 def test_weights_of_moda_that_would_be_lost_are_refused():

@@ -35,6 +35,7 @@ FAMILIES = {
     "smolvlm": "SmolVLM",
 }
 SUFFIX = "_moda"
+COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that a layer computes in
 # The Auto classes that know a family's class for generation know its MODA class too; AutoModel knows the base model.
 AUTO_CLASSES = (
     "AutoModelForImageTextToText",
@@ -307,7 +308,8 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
     Args:
         model: a model with MODA, also inside of wrappers.
         inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison. Without
-            ``input_ids``, or with ``modality_ids``, the forward pass is all, as ``generate`` takes no others.
+            ``input_ids``, with ``modality_ids`` or with a mask of pairs the forward pass is all, as ``generate`` takes
+            no others.
         tolerance: the largest difference that passes, relative to the largest logit. By default what rounding explains:
             4 roundings of the logits' dtype (84 of float32, which is 1e-5, and of float64), or four times as much as
             ``eager`` and ``sdpa`` attention differ on this model and these inputs, if that is more.
@@ -329,7 +331,8 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = Non
     # Sharded by FullyShardedDataParallel, a model has its weights in the wrapper's forward pass only. Other wrappers
     # may synchronise processes there, or run copies.
     fsdp = torch.distributed.is_available() and isinstance(model, torch.distributed.fsdp.FullyShardedDataParallel)
-    if fsdp or inputs.get("input_ids") is None or inputs.get("modality_ids") is not None:
+    pairs = inputs.get("attention_mask") is not None and inputs["attention_mask"].dim() != 2
+    if fsdp or pairs or inputs.get("input_ids") is None or inputs.get("modality_ids") is not None:
         new_tokens = 0
     run = functools.partial(_logits, inner, model if fsdp else inner, inputs, new_tokens)
     plain, tokens = run("sdpa", None)
@@ -422,9 +425,6 @@ def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODA
                 moda = MODAAttention(config, attention.config.num_attention_heads, attention.head_dim)
                 modules[attention.layer_idx] = moda.to(*_execution(model, attention))
     return modules, _hooks(model, config.modalities)
-
-
-COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _execution(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.device | int | str, torch.dtype]:

@@ -108,13 +108,13 @@ def _moda_modules(model: nn.Module) -> dict[str, MODAAttention]:
 
 
 def _in_use(moda: nn.Module) -> MODAAttention:
-    """The module itself, or what PEFT's wrapper of modules to save calls."""
-    if isinstance(moda, MODAAttention):
-        return moda
-    copies, active = moda.modules_to_save, moda.active_adapters
-    if moda.disable_adapters or any(name not in copies for name in active) or not active:
-        return moda.original_module
-    return copies[active[0]]
+    """The module itself: of those in PEFT's wrapper of modules to save the one that it calls."""
+    copies = getattr(moda, "modules_to_save", None)
+    if copies is not None:
+        active = [] if moda.disable_adapters else moda.active_adapters
+        used = active and all(name in copies for name in active)
+        moda = copies[active[0]] if used else moda.original_module
+    return next(module for module in moda.modules() if isinstance(module, MODAAttention))
 
 
 def moda_state_dict(model: nn.Module) -> dict[str, Tensor]:
