@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,8 +34,8 @@ class GramState:
     Old tokens are in ``gram``; the last ``window`` ones are kept as keys and are added where the Gram is used. So the
     last tokens can be taken back (:meth:`crop`, for speculative decoding) exactly: a sum of floating-point numbers
     cannot be subtracted from, but a token that was never added can be dropped. Every method returns a new state and
-    leaves this one as it is. A pytree, so ``torch.compile`` and ``torch.export`` take it. Source: MODA (arXiv
-    2507.04635), Eq. 5, over the tokens so far.
+    leaves this one as it is. A pytree, so ``torch.compile`` and ``torch.export`` take it; ``torch.save`` and
+    ``torch.load`` take it too. Source: MODA (arXiv 2507.04635), Eq. 5, over the tokens so far.
 
     Attributes:
         gram: (B, Hkv, M, D, D), raw sums in float32 or float64.
@@ -168,6 +170,7 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_state_with_keys,
     serialized_type_name="moda_ext.alignment.GramState",
 )
+torch.serialization.add_safe_globals([GramState])
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")
@@ -278,6 +281,7 @@ class DuplexAligner(nn.Module):
         include: Tensor | None = None,
         return_indicator: bool = False,
         return_state: bool = False,
+        read: Callable | None = None,
     ):
         """The views of the query.
 
@@ -292,6 +296,8 @@ class DuplexAligner(nn.Module):
             return_indicator: also return how much of a query lies in each modality's space, see
                 :func:`moda_ext.alignment.gram_indicator`.
             return_state: also return the state for the call after this one.
+            read: for the other methods: is called instead, and its result returned. Parameters are sure to be there in
+                a forward pass only, where offloading and sharding bring them.
 
         Returns:
             ``views`` (M, B, Hq, Nq, D) in the dtype of ``query``, or the tuple ``(views[, indicator][, state])`` of
@@ -302,6 +308,8 @@ class DuplexAligner(nn.Module):
             TypeError, NotImplementedError: as :func:`moda_ext.alignment.duplex_query_views`.
         """
         self.check(query, key, state, include, return_state)
+        if read is not None:
+            return read()
         if self.scope == "causal":
             results = self._causal(query, key, query_modality, key_modality, state, return_indicator)
         else:
@@ -339,7 +347,10 @@ class DuplexAligner(nn.Module):
         """
         if self.scope == "causal":
             raise ValueError("DuplexAligner: align_keys has no causal form (a key would differ from query to query)")
-        self.check(key, key, None, include, False)
+        read = functools.partial(self._aligned, key, modality, include)
+        return self(key, key, modality, modality, include=include, read=read)
+
+    def _aligned(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         options = self.key_norm, self.normalize, 1e-6
         checks.gram("DuplexAligner.align_keys", key, modality, self.num_modalities, include, *options)
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}

@@ -117,7 +117,7 @@ class AttentionState:
     """What :class:`ModularDuplexAttention` remembers between calls. ``AttentionState()`` is the state before any token.
 
     The layer's forward pass updates it in place; the methods here return a new state and leave this one as it is. A
-    pytree, so ``torch.compile`` and ``torch.export`` take it.
+    pytree, so ``torch.compile`` and ``torch.export`` take it; ``torch.save`` and ``torch.load`` take it too.
 
     Attributes:
         key, value: (B, Hkv, T, D), keys after RoPE, not aligned; None before the first token.
@@ -174,6 +174,7 @@ class AttentionState:
 
 
 torch.export.register_dataclass(AttentionState, serialized_type_name="moda_ext.layer.AttentionState")
+torch.serialization.add_safe_globals([AttentionState])
 
 
 class ModularDuplexAttention(nn.Module):

@@ -5,6 +5,7 @@ and key modality, and a sink for every row. Nothing here is N x N.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ class ModularMask(nn.Module):
     Pseudo scores are **not** an identity: they take a share :math:`e^{c_i - L_i}` of every row. ``base=-inf`` is one;
     about -10 is a start for pretrained models, and 0, the default, is the paper's value for training from scratch.
 
+    What is switched off is a setting and no number among the weights, so that averages and differences of state dicts
+    stay finite: with ``base=-inf`` for all heads there is no ``base`` in the state dict; where some entries of
+    ``prior`` or ``base`` are -inf, they are stored as 0, and a buffer ``prior_off`` or ``base_off`` holds 1 there, 0
+    elsewhere. State dicts of before, with -inf in ``prior`` and ``base``, load as ever.
+
     Args:
         num_heads: H, the query heads.
         num_modalities: M, 1 to 16.
@@ -45,16 +51,16 @@ class ModularMask(nn.Module):
             - ``"fix"``: fixed prior, pseudo scores;
             - ``"attn"``: learnable prior, conditioned on the Gram indicator, pseudo scores (the paper's choice);
             - ``"learned"``: as ``"attn"``, but the sink is one learnable number per head, which starts at ``base``.
-        decay: decay of the pseudo scores per position, a number or (H,), at least 0. The paper gives none; 0.5 is
-            StableMask's.
+        decay: decay of the pseudo scores per position, a number or (H,), at least 0 and finite. The paper gives none;
+            0.5 is StableMask's.
         length: n, the largest number of tokens, or None for an infinite one (the sink is then the same for every row).
-        base: the first pseudo score, a number or (H,).
+        base: the first pseudo score, a number or (H,), finite or -inf.
         learn_decay: make ``decay`` a parameter per head. It is the softplus of ``raw_decay``, so it stays above 0.
         learn_base: make ``base`` a parameter per head.
         softmax: ``"joint"``, one softmax over all keys (Fig. 3c), or ``"split"``, one over the keys of the row's own
             modality and one over the others (Eq. 7-8 read literally), each with bias and sink; see :meth:`attend`.
-        prior: starting value of w, broadcastable to (H, M, M): [h, modality of the row, modality of the key]. -inf
-            hides a modality from a row. None is 0.
+        prior: starting value of w, broadcastable to (H, M, M): [h, modality of the row, modality of the key], finite,
+            or -inf, which hides a modality from a row and is not learned. None is 0.
         learn_prior: make w a parameter. By default it is one, except for ``"fix"``.
 
     Raises:
@@ -67,6 +73,8 @@ class ModularMask(nn.Module):
         >>> modality_bias.shape, sink.shape
         (torch.Size([1, 8, 6, 2]), torch.Size([8, 1]))
     """
+
+    has_base = True  # also of masks that were pickled before this was told apart
 
     def __init__(
         self,
@@ -98,6 +106,9 @@ class ModularMask(nn.Module):
         closed_form = variant in ("fix", "attn")
         if not (decay >= 0).all():
             raise ValueError(f"ModularMask: decay must be at least 0, got {decay.tolist()}")
+        if not decay.isfinite().all():
+            raise ValueError(f"ModularMask: decay must be finite, got {decay.tolist()}; from 100 on one score is left")
+        _check_finite_or_off("base", base)
         if closed_form and length is None and not (decay > 0).all():
             raise ValueError("ModularMask: decay must be above 0 when length is None, or pseudo scores sum to infinity")
         if (learn_decay or learn_base) and not closed_form:
@@ -118,12 +129,17 @@ class ModularMask(nn.Module):
                 self.raw_decay = nn.Parameter(decay + (-torch.expm1(-decay)).log())  # the inverse of softplus
             else:
                 self.register_buffer("fixed_decay", decay.clone())
-            _register(self, "base", base, learn_base)
+            self.has_base = not (base == -math.inf).all()
+            if self.has_base:
+                _register(self, "base", base, learn_base)
+            else:
+                self.base = base.clone()  # to be read only: neither a parameter nor a buffer
         if variant == "learned":
             _register(self, "sink", base, True)
         if variant != "inf":
             pairs = (num_heads, num_modalities, num_modalities)
             prior = torch.zeros(pairs) if prior is None else _broadcast("prior", prior, pairs)
+            _check_finite_or_off("prior", prior)
             _register(self, "prior", prior, variant != "fix" if learn_prior is None else learn_prior)
         if self.conditional:
             self.condition = nn.Parameter(torch.zeros(pairs))
@@ -143,6 +159,7 @@ class ModularMask(nn.Module):
         start: int | Tensor = 0,
         *,
         indicator: Tensor | None = None,
+        read: Callable | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The mask of some rows, in the form that :func:`moda_ext.attention.modular_attention` takes.
 
@@ -154,14 +171,19 @@ class ModularMask(nn.Module):
             start: how many tokens came before the first row, without padding: a number, or (B,) for a batch of
                 sequences of different lengths. Padding does not count, so the mask does not depend on where it is.
             indicator: (B, H, N, M), instead of ``gram_projection`` where it is there already.
+            read: for the other methods: is called instead, and its result returned. Parameters are sure to be there in
+                a forward pass only, where offloading and sharding bring them.
 
         Returns:
             ``(modality_bias, sink)``: (B, H, N, M) and a sink broadcastable to (B, H, N), in float32, or float64 for a
-            float64 query. None instead of a tensor where the variant has none.
+            float64 query. None instead of a tensor where there is none: in variant ``"inf"``, and of the sink where
+            ``base`` is -inf.
 
         Raises:
             ValueError: a shape does not fit.
         """
+        if read is not None:
+            return read()
         if query.dim() != 4 or query.shape[1] != self.num_heads:
             raise ValueError(
                 f"ModularMask: query must have shape (B, {self.num_heads}, N, D), got {tuple(query.shape)}"
@@ -174,11 +196,11 @@ class ModularMask(nn.Module):
         if self.variant == "inf":
             return None, None
         dtype = accumulation_dtype(query.dtype)
-        bias = self._of_rows(self.prior.to(dtype), query_modality)
+        bias = self._of_rows(self._switched("prior", dtype), query_modality)
         if indicator is None and gram_projection is not None:
             indicator = gram_indicator(query, gram_projection)
         if self.conditional and indicator is not None:
-            bias = bias + self.condition_of_rows(query, query_modality) * indicator
+            bias = bias + self._of_rows(self.condition.to(dtype), query_modality) * indicator
         return bias, self._sink(query_modality, start, dtype)
 
     def condition_of_rows(self, query: Tensor, query_modality: Tensor) -> Tensor | None:
@@ -186,7 +208,8 @@ class ModularMask(nn.Module):
         for a variant without."""
         if not self.conditional:
             return None
-        return self._of_rows(self.condition.to(accumulation_dtype(query.dtype)), query_modality)
+        dtype = accumulation_dtype(query.dtype)
+        return self(query, query_modality, read=lambda: self._of_rows(self.condition.to(dtype), query_modality))
 
     def attend(
         self,
@@ -240,7 +263,7 @@ class ModularMask(nn.Module):
         modalities = torch.arange(self.num_modalities, device=query.device)
         own = query_modality[:, None, :, None] == modalities  # (B, 1, N, M)
         sides = [attention(modality_bias.masked_fill(other, -math.inf)) for other in (~own, own)]
-        gate = self.gate.to(dtype).sigmoid()[:, None, None]
+        gate = self(query, query_modality, read=lambda: self.gate.to(dtype).sigmoid())[:, None, None]
 
         def blend(own, cross):
             return torch.lerp(cross.to(dtype), own.to(dtype), gate).to(own.dtype)
@@ -261,10 +284,14 @@ class ModularMask(nn.Module):
             result = torch.where(rows == a, table[:, a][:, None], result)
         return result
 
-    def _sink(self, query_modality: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def _sink(self, query_modality: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.variant == "learned":
             return self.sink.to(dtype)[:, None]
-        decay, base = self.decay.to(dtype), self.base.to(dtype)
+        if not self.has_base and not self.learn_decay:
+            return None
+        decay = self.decay.to(dtype)
+        # Without a base a learned decay gets the gradient 0 from a sink of -inf: DDP wants one of every parameter.
+        base = self._switched("base", dtype) if self.has_base else torch.full_like(decay, -math.inf)
         if self.length is None:
             return pseudo_score_sink(1, None, decay, base=base, dtype=dtype)
         if isinstance(start, Tensor):
@@ -272,13 +299,61 @@ class ModularMask(nn.Module):
         seen = start + (query_modality >= 0).cumsum(dim=1)  # i of each row, 1-based
         return reference.sink_of_left(self.length - seen[:, None], decay[:, None], base[:, None])
 
+    def _switched(self, name: str, dtype: torch.dtype) -> Tensor:
+        """``prior`` or ``base`` as the equation has it, -inf where it is switched off."""
+        value, off = getattr(self, name).to(dtype), self._buffers.get(f"{name}_off")
+        return value if off is None else value.masked_fill(off > 0.5, -math.inf)
+
+    def take_infinities_out(self) -> None:
+        """Stores -inf that got into ``prior`` or ``base`` past :meth:`load_state_dict` as a new mask would."""
+        if not any(tensor.is_meta for tensor in self.state_dict().values()):
+            self.load_state_dict(self.state_dict())
+
+    def upgrade_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+        """Brings a state dict of any version to today's form, in place, and this mask to what it switches off.
+
+        The names begin with ``prefix``. No values are copied into the mask.
+        """
+        for name in ("prior", "base"):
+            key, off_key = f"{prefix}{name}", f"{prefix}{name}_off"
+            if key not in state_dict or not hasattr(self, name):
+                continue
+            value = state_dict[key]
+            off = value == -math.inf
+            if name == "base" and not self.has_base:
+                if off.all():  # neither has pseudo scores
+                    del state_dict[key]
+                    continue
+                del self.base
+                self.register_buffer("base", torch.zeros_like(self.decay))
+                self.has_base = True
+            if off.any():
+                state_dict[key], state_dict[off_key] = value.masked_fill(off, 0.0), off.to(value.dtype)
+            if off_key in state_dict and f"{name}_off" not in self._buffers:
+                self.register_buffer(f"{name}_off", torch.zeros_like(getattr(self, name).detach()))
+            elif off_key not in state_dict and f"{name}_off" in self._buffers:
+                state_dict[off_key] = torch.zeros_like(value)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.upgrade_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def _register(module: nn.Module, name: str, value: Tensor, learn: bool) -> None:
-    """A parameter or a buffer with memory of its own: ``value`` may be expanded."""
+    """A parameter or a buffer with memory of its own: ``value`` may be expanded. Where it is -inf, see ModularMask."""
+    off = value == -math.inf
+    value = value.masked_fill(off, 0.0).clone()
     if learn:
-        module.register_parameter(name, nn.Parameter(value.clone()))
+        module.register_parameter(name, nn.Parameter(value))
     else:
-        module.register_buffer(name, value.clone())
+        module.register_buffer(name, value)
+    if off.any():  # a float, which averages over all buffers pass through, as they do not all integers and booleans
+        module.register_buffer(f"{name}_off", off.to(value.dtype))
+
+
+def _check_finite_or_off(name: str, value: Tensor) -> None:
+    if not (value < math.inf).all():
+        raise ValueError(f"ModularMask: {name} must be finite or -inf, got {value.tolist()}")
 
 
 def _per_head(name: str, value: float | Tensor, num_heads: int) -> Tensor:

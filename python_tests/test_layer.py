@@ -10,6 +10,7 @@ from tolerance import assert_close
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from moda_ext.alignment import GramState
 from moda_ext.attention import AttentionState, ModularDuplexAttention, modular_attention
 
 B, N, E, M = 2, 20, 32, 2
@@ -225,6 +226,20 @@ def test_empty_inputs_are_valid(device, batch, tokens):
     layer = make_layer(device)
     modality = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     assert layer(torch.zeros(batch, tokens, E, device=device), modality).shape == (batch, tokens, E)
+
+
+def test_a_state_is_saved_and_loaded_by_torch(device, tmp_path):
+    """By ``torch.load`` as it is by default: no code runs that is in the file."""
+    layer, (x, modality) = make_layer(device), inputs(device)
+    state = AttentionState()
+    with torch.no_grad():
+        layer(x[:, :9], modality[:, :9], state=state)
+        torch.save(state, tmp_path / "state.pt")
+        torch.save(state.gram, tmp_path / "gram.pt")
+        loaded, gram = torch.load(tmp_path / "state.pt"), torch.load(tmp_path / "gram.pt", weights_only=True)
+        assert type(gram) is GramState and torch.equal(gram.gram, state.gram.gram) and gram.length == 9
+        expected, result = (layer(x[:, 9:], modality[:, 9:], state=s) for s in (state, loaded))
+    assert torch.equal(result, expected)
 
 
 # Gradients

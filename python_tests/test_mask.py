@@ -1,6 +1,8 @@
 """ModularMask: the settings of Table 1(d), the prior, the pseudo scores, joint and split softmax."""
 
+import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from tolerance import assert_close
 
 from moda_ext import reference
-from moda_ext.alignment import causal_gram_projection, gram_indicator
+from moda_ext.alignment import DuplexAligner, causal_gram_projection, gram_indicator
 from moda_ext.attention import modular_attention, pseudo_score_sink
 from moda_ext.mask import ModularMask
 
@@ -279,6 +281,10 @@ CONSTRUCTOR = [
     ({"softmax": "both"}, "softmax must be one of .*got 'both'"),
     ({"length": 0}, "length must be at least 1 or None, got 0"),
     ({"decay": -0.5}, "decay must be at least 0, got"),
+    ({"decay": math.inf}, "decay must be finite, got"),
+    ({"base": math.nan}, "base must be finite or -inf, got"),
+    ({"prior": torch.tensor([0.0, math.nan, 0.0])}, "prior must be finite or -inf, got"),
+    ({"prior": torch.tensor([0.0, math.inf, 0.0])}, "prior must be finite or -inf, got"),
     ({"decay": torch.ones(3)}, r"decay must broadcast to \(4,\), got shape \(3,\)"),
     ({"base": torch.ones(4, 1)}, r"base must broadcast to \(4,\), got shape \(4, 1\)"),
     ({"decay": 0.0}, "decay must be above 0 when length is None"),
@@ -305,3 +311,189 @@ def test_forward_errors(device):
         mask(query[:, :3], modality)
     with pytest.raises(ValueError, match=r"query_modality must have shape \(2, 12\), got \(2, 5\)"):
         mask(query, modality[:, :5])
+
+
+# What is switched off
+
+
+SWITCHED_OFF = {
+    "no pseudo scores": {"base": -math.inf},
+    "no pseudo scores, learned decay": {"base": -math.inf, "learn_decay": True},
+    "no pseudo scores in some heads": {"base": torch.tensor([-math.inf, 0.0, -1.0, -math.inf])},
+    "a fixed prior that hides": {"variant": "fix", "prior": torch.tensor([[0.5, -math.inf, 0.0]] * M), "length": 9},
+    "a learned prior that hides": {"prior": torch.tensor([[0.5, -math.inf, 0.0]] * M)},
+}
+switched_off = pytest.mark.parametrize("keywords", SWITCHED_OFF.values(), ids=SWITCHED_OFF)
+
+
+def trained_otherwise(mask):
+    """A copy with other weights."""
+    other = copy.deepcopy(mask)
+    for parameter in other.parameters():
+        parameter.data.add_(torch.rand_like(parameter))
+    return other
+
+
+def old_state_dict(mask, base=None):
+    """As it was before 'off' was a setting: -inf in prior and base."""
+    state = dict(mask.state_dict())
+    for name in ("prior", "base"):
+        off = state.pop(f"{name}_off", None)
+        if off is not None:
+            state[name] = state[name].masked_fill(off > 0.5, -math.inf)
+    if "base" not in state:
+        state["base"] = torch.full((H,), -math.inf)
+    return state
+
+
+@switched_off
+def test_weights_and_buffers_are_finite_whatever_is_switched_off(keywords):
+    mask = make_mask("cpu", **keywords)
+    assert all(tensor.isfinite().all() for tensor in [*mask.state_dict().values(), *mask.buffers()])
+    query, key, value, modality = inputs("cpu")
+    bias, sink = mask(query, modality)
+    if "prior" in keywords:
+        assert (bias[..., 1] == -math.inf).all() and bias[..., [0, 2]].isfinite().all()
+        assert run(mask, query, key, value, modality)[1][..., 1].max() == 0
+    off = torch.as_tensor(keywords.get("base", 0.0)).isinf().expand(H)
+    assert off.all() if sink is None else (sink[..., 0].isinf() == off).all()
+    if off.all():
+        assert torch.equal(mask.base, torch.full((H,), -math.inf))
+
+
+@switched_off
+@pytest.mark.parametrize("kind", ("ema", "swa"))
+def test_averages_over_parameters_and_buffers_keep_what_is_switched_off(keywords, kind):
+    swa = torch.optim.swa_utils
+    mask = make_mask("cpu", **keywords)
+    function = {"multi_avg_fn": swa.get_ema_multi_avg_fn(0.9)} if kind == "ema" else {}
+    average = swa.AveragedModel(mask, use_buffers=True, **function)
+    steps = [trained_otherwise(mask) for _ in range(3)]
+    for step in steps:
+        average.update_parameters(step)
+    query, key, value, modality = inputs("cpu")
+    out, mass = run(average.module, query, key, value, modality)
+    assert out.isfinite().all() and mass.isfinite().all()
+    assert torch.equal(mass == 0, run(mask, query, key, value, modality)[1] == 0)
+    if kind == "swa" and "prior" in dict(mask.named_parameters()):
+        assert_close(average.module.prior, torch.stack([step.prior for step in steps]).mean(0))
+
+
+@switched_off
+def test_task_vectors_of_state_dicts_keep_what_is_switched_off(keywords):
+    mask = make_mask("cpu", **keywords)
+    a, b = mask.state_dict(), trained_otherwise(mask).state_dict()
+    merged = copy.deepcopy(mask)
+    merged.load_state_dict({name: a[name] + 0.3 * (b[name] - a[name]) for name in a})
+    query, _, _, modality = inputs("cpu")
+    for result, expected in zip(merged(query, modality), mask(query, modality), strict=True):
+        assert (result is None) == (expected is None)
+        if result is not None:
+            assert not result.isnan().any() and torch.equal(result.isinf(), expected.isinf())
+
+
+@switched_off
+@pytest.mark.parametrize("settings", ("the same", "default"))
+def test_state_dicts_with_infinities_load(keywords, settings):
+    """Into a mask that switches off the same, and into one that switches off nothing."""
+    mask = make_mask("cpu", **keywords)
+    own = dict(keywords)
+    if settings == "default":
+        own.pop("prior", None), own.pop("base", None)
+    loaded = ModularMask(H, M, **own)
+    before = [name for name, _ in loaded.named_parameters()]
+    loaded.load_state_dict(old_state_dict(mask))
+    assert [name for name, _ in loaded.named_parameters()] == before
+    assert all(tensor.isfinite().all() for tensor in loaded.buffers())
+    query, _, _, modality = inputs("cpu")
+    for result, expected in zip(loaded(query, modality), mask(query, modality), strict=True):
+        expected = torch.full((H, 1), -math.inf) if expected is None and result is not None else expected
+        assert result is None if expected is None else torch.equal(result, expected)
+    again = copy.deepcopy(loaded)
+    again.load_state_dict(loaded.state_dict())
+    for result, expected in zip(again(query, modality), loaded(query, modality), strict=True):
+        assert result is None if expected is None else torch.equal(result, expected)
+
+
+def test_a_state_dict_switches_on_what_the_mask_had_off():
+    source, loaded = (
+        ModularMask(H, M, base=-2.0),
+        ModularMask(H, M, base=-math.inf, prior=torch.tensor([-math.inf, 0, 0])),
+    )
+    loaded.load_state_dict({**source.state_dict()})
+    query, _, _, modality = inputs("cpu")
+    for result, expected in zip(loaded(query, modality), source(query, modality), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_a_hidden_modality_is_not_learned_and_the_others_are():
+    mask = make_mask("cpu", prior=torch.tensor([[0.0, -math.inf, 0.0]] * M))
+    query, key, value, modality = inputs("cpu")
+    optimizer = torch.optim.AdamW(mask.parameters(), lr=0.1, weight_decay=0.1)
+    run(mask, query, key, value, modality)[0].square().sum().backward()
+    assert not mask.prior.grad[..., 1].any() and mask.prior.grad[..., [0, 2]].any()
+    optimizer.step()
+    assert (mask(query, modality)[0][..., 1] == -math.inf).all()
+
+
+@switched_off
+def test_a_mask_that_switches_off_is_copied_cast_compiled_and_exported(keywords):
+    mask = make_mask("cpu", **keywords)
+    query, _, _, modality = inputs("cpu")
+    expected = mask(query, modality)
+    twins = [
+        copy.deepcopy(mask),
+        pickle.loads(pickle.dumps(mask)),
+        torch.compile(mask, backend="eager", fullgraph=True),
+    ]
+    twins.append(torch.export.export(mask, (query, modality)).module())
+    for twin in twins:
+        for result, wanted in zip(twin(query, modality), expected, strict=True):
+            assert result is None if wanted is None else torch.equal(result, wanted)
+    for dtype in (torch.bfloat16, torch.float16):
+        bias, _ = copy.deepcopy(mask).to(dtype)(query.to(dtype), modality)
+        assert torch.equal(bias.isinf(), expected[0].isinf())
+
+
+@pytest.mark.parametrize("softmax", ("joint", "split"))
+def test_parameters_that_are_there_in_the_forward_pass_only(softmax):
+    """As offloading and sharding have them: every method of the mask and of the aligner enters the forward pass."""
+    mask, aligner = make_mask("cpu", softmax=softmax), DuplexAligner(D, M, scope="full")
+    torch.nn.init.normal_(aligner.b1)
+    query, key, value, modality = inputs("cpu")
+
+    @torch.no_grad()
+    def results():
+        bias, sink = mask(query, modality, indicator=torch.ones(B, H, N, M))
+        out = mask.attend(query, key, value, modality, modality, bias, sink, is_causal=True)
+        return out, mask.condition_of_rows(query, modality), aligner.align_keys(key, modality)
+
+    expected = results()
+    for module in (mask, aligner):
+        kept = {name: parameter.data for name, parameter in module.named_parameters()}
+
+        def load(module, *_, kept=kept):
+            for name, tensor in kept.items():
+                getattr(module, name).data = tensor
+
+        def drop(module, *_):
+            for parameter in module.parameters():
+                parameter.data = torch.full_like(parameter, math.nan)
+
+        drop(module)
+        module.register_forward_pre_hook(load)
+        module.register_forward_hook(drop)
+    for result, wanted in zip(results(), expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_replicas_of_data_parallelism_have_the_same_mask():
+    """In a replica parameters are plain attributes."""
+    for keywords in ({"learn_base": True, "learn_decay": True}, *SWITCHED_OFF.values()):
+        mask = make_mask("cpu", **keywords)
+        replica = mask._replicate_for_data_parallel()
+        for name, parameter in mask.named_parameters():
+            setattr(replica, name, parameter.detach())
+        query, _, _, modality = inputs("cpu")
+        for result, expected in zip(replica(query, modality), mask(query, modality), strict=True):
+            assert result is None if expected is None else torch.equal(result, expected)

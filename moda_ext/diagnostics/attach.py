@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import nn
 
-from moda_ext.integrations.recording import AttentionRecord, Recorder
+from moda_ext.integrations.recording import AttentionRecord, Recorder, refuse_replicas
 from moda_ext.layer import ModularDuplexAttention
 
 __all__ = ["in_backward", "recorded"]
@@ -24,7 +24,7 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
 
     Args:
         model: has :class:`moda_ext.attention.ModularDuplexAttention` layers, or is a Transformers model (see
-            :func:`moda_ext.integrations.transformers.recording`).
+            :func:`moda_ext.integrations.transformers.recording`); also inside of wrappers.
         recorder: called with the records, once more where gradient checkpointing computes a layer once more.
         modalities: the number of each kind of token, for a Transformers model without MODA; for our own layers, the
             names of their modalities.
@@ -36,8 +36,10 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
     Raises:
         RuntimeError: a layer of ours has a recorder already.
         ValueError: a Transformers model of an unknown family, or one that is recorded already.
+        NotImplementedError: a model in ``DataParallel`` on several devices.
         ImportError: the model has no layers of ours, and Transformers is not installed.
     """
+    refuse_replicas(model)
     own = [module for module in model.modules() if isinstance(module, ModularDuplexAttention)]
     if own:
         if any(layer.recorder is not None for layer in own):

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["AttentionRecord", "Recorder", "key_counts"]
+__all__ = ["AttentionRecord", "Recorder", "key_counts", "refuse_replicas"]
 
 
 def key_counts(
@@ -197,6 +197,19 @@ class AttentionRecord:
             return shown & self.visible.expand(-1, -1, queries, -1)[:, :, rows].index_select(3, columns)
         last = torch.arange(rows.start, rows.stop, device=columns.device) + number - queries
         return shown & (columns <= last[:, None])
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """A recorder is for one model in one thread.
+
+    Raises:
+        NotImplementedError: ``model`` has a ``DataParallel`` on several devices in it.
+    """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise NotImplementedError(
+            "recording: DataParallel on several devices runs copies of the model in threads. Run model.module while it "
+            "is recorded, or use DistributedDataParallel"
+        )
 
 
 Recorder = Callable[[AttentionRecord], None]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,6 +15,8 @@ __all__ = ["MODAConfig"]
 
 MODES = ("moda", "release")
 DEFAULT_MODALITIES = {"text": 0, "image": 1, "video": 1}
+CAN_BE_OFF = ("prior", "base")  # the options of a mask that may hold -inf
+NUMBERS = (*CAN_BE_OFF, "decay", "length", "rank", "layers", "modalities")
 
 
 @dataclasses.dataclass
@@ -20,7 +24,8 @@ class MODAConfig:
     """Settings of MODA in a Transformers model, saved with it in ``config.text_config.moda``.
 
     A model with the default settings computes what it computed before, until it is trained: aligner and prior start at
-    0 and the pseudo scores are off.
+    0 and the pseudo scores are off. Tensors, arrays, tuples and NumPy's numbers become lists and numbers here, as a
+    JSON file can hold them.
 
     Args:
         modalities: the modality of each kind of token, from 0: ``"text"``, and ``"image"``, ``"video"`` and ``"audio"``
@@ -30,14 +35,16 @@ class MODAConfig:
         mask: keyword arguments of :class:`moda_ext.mask.ModularMask` (``variant``, ``decay``, ``length``, ``base``,
             ``learn_decay``, ``learn_base``, ``softmax``, ``prior``, ``learn_prior``), or None for plain attention. Here
             ``base`` is None by default, which switches the pseudo scores off; start pretrained models that are to learn
-            it with ``{"base": -10.0, "learn_base": True}``. ``prior`` may be nested lists.
+            it with ``{"base": -10.0, "learn_base": True}``. ``prior`` may be nested lists; -inf hides.
         layers: indices of the layers that get MODA; None for all that have full attention.
         mode: ``"moda"``, or ``"release"``: the alignment of the authors' release, for its checkpoints and for
             comparison only (see :mod:`moda_ext.release`); aligner and mask must be None.
 
     Raises:
-        ValueError: settings that do not go together, or an unknown option.
-        TypeError: an unknown keyword of the aligner or the mask.
+        ValueError: settings that do not go together, an unknown option, NaN, or an infinity that is not the -inf of a
+            prior or a base.
+        TypeError: a value that is no number, string, list or dict, nor becomes one; when the model gets MODA, an
+            unknown keyword of the aligner or the mask.
 
     Example:
         >>> MODAConfig().num_modalities
@@ -53,6 +60,8 @@ class MODAConfig:
     mode: str = "moda"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _plain(field.name, getattr(self, field.name)))
         ids = set(self.modalities.values())
         if self.modalities.get("text") is None or ids != set(range(len(ids))):
             raise ValueError(
@@ -71,6 +80,8 @@ class MODAConfig:
             )
         if self.mask is not None:
             self.mask = {"base": None, **self.mask}
+            if self.mask["base"] == -math.inf:
+                self.mask["base"] = None  # one way to say it
             variant = self.mask.get("variant", "attn")
             if variant not in VARIANTS:
                 raise ValueError(f"MODAConfig: mask variant must be one of {VARIANTS}, got {variant!r}")
@@ -81,8 +92,6 @@ class MODAConfig:
                 )
             if self.mask["base"] is None and variant == "learned":
                 raise ValueError("MODAConfig: mask variant 'learned' needs a finite base to start from, such as -10.0")
-            if isinstance(self.mask.get("prior"), torch.Tensor):
-                self.mask = {**self.mask, "prior": self.mask["prior"].tolist()}
         if self.layers is not None:
             self.layers = sorted(set(self.layers))
 
@@ -99,7 +108,7 @@ class MODAConfig:
             prior: broadcastable to (H, M, M), natural logarithm: what is added to the scores of head h, a query of
                 modality a and a key of modality m. -inf hides.
         """
-        return cls(aligner=None, mask={"variant": "fix", "prior": torch.as_tensor(prior).tolist()}, **settings)
+        return cls(aligner=None, mask={"variant": "fix", "prior": prior}, **settings)
 
     @property
     def num_modalities(self) -> int:
@@ -115,7 +124,8 @@ class MODAConfig:
         return options
 
     def values(self) -> dict:
-        """The settings as plain values, for a JSON file."""
+        """The settings as plain values. Infinities are floats: Transformers writes them to ``config.json`` in a form of
+        its own."""
         return dataclasses.asdict(self)
 
     def to_dict(self) -> dict:
@@ -133,3 +143,44 @@ class MODAConfig:
     def from_dict(cls, settings: dict) -> MODAConfig:
         """What :meth:`to_dict` gave."""
         return cls(**settings)
+
+    def to_json(self) -> str:
+        """JSON that any reader takes: it has no infinities, they are the string "-inf"."""
+        return json.dumps(_map_numbers(self.to_dict(), lambda x: "-inf" if x == -math.inf else x), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> MODAConfig:
+        """What :meth:`to_json` gave."""
+        return cls.from_dict(_map_numbers(json.loads(text), lambda x: -math.inf if x == "-inf" else x))
+
+
+def _map_numbers(value, function):
+    """``value`` with every number and string in its lists and dicts mapped."""
+    if isinstance(value, dict):
+        return {key: _map_numbers(item, function) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_numbers(item, function) for item in value]
+    return function(value)
+
+
+def _plain(name: str, value):
+    """``value`` as numbers, strings, lists and dicts; ``name`` is its path in the settings, for errors."""
+    if hasattr(value, "tolist"):  # tensors, arrays, NumPy's numbers
+        value = value.tolist()
+    path = name.replace("[", ".").split(".")
+    if isinstance(value, bool | int | None) or (isinstance(value, str) and not any(part in NUMBERS for part in path)):
+        return value
+    if isinstance(value, float):
+        option = next((part for part in path if part in CAN_BE_OFF), None)
+        if math.isnan(value) or (math.isinf(value) and not (value < 0 and option)):
+            raise ValueError(
+                f"MODAConfig: {name} must be a finite number{', or -inf' * (option is not None)}, got {value}"
+            )
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    raise TypeError(
+        f"MODAConfig: {name} must be a number, a string, or a list, array or tensor of them, got {type(value).__name__}"
+    )

@@ -9,11 +9,12 @@ import warnings
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from moda_ext.integrations.recording import Recorder
+from moda_ext._ops.checks import accumulation_dtype
+from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument, token_modalities
@@ -36,10 +37,18 @@ FAMILIES = {
     "smolvlm": "SmolVLM",
 }
 SUFFIX = "_moda"
+COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that a layer computes in
+# The Auto classes that know a family's class for generation know its MODA class too; AutoModel knows the base model.
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
+    "AutoModelForPreTraining",
+)
 
 
 class MODAModelMixin:
-    """What the generated ``...MODAForConditionalGeneration`` classes add to their families' classes."""
+    """What the generated ``...MODAForConditionalGeneration`` and ``...MODAModel`` classes add to their families'."""
 
     def __init__(self, config, *args, **kwargs):
         requested = config.text_config._attn_implementation
@@ -74,35 +83,87 @@ class MODAModelMixin:
         for module in self.modules():
             if isinstance(module, MODAAttention):
                 module.reset_parameters()
+                if module.mask is not None:
+                    module.mask.take_infinities_out()  # of a checkpoint of before
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _rename_as_in_checkpoints(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[type, type]:
-    """The config and model class of one family with MODA, known to the Auto classes."""
-    prefix = FAMILIES[model_type]
+def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[type, type, type]:
+    """The config, model and base model class of one family with MODA, known to the Auto classes."""
+    prefix, base_config = FAMILIES[model_type], base_model.config_class
     config_class = type(
         f"{prefix}MODAConfig",
-        (base_model.config_class,),
+        (base_config,),
         {"model_type": model_type + SUFFIX, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
     )
-    model_class = type(
-        f"{prefix}MODAForConditionalGeneration",
-        (MODAModelMixin, base_model),
-        {
-            "config_class": config_class,
-            "__module__": __name__,
-            "__doc__": f"{prefix}ForConditionalGeneration whose text stack has MODA, see ``apply_moda``.",
-        },
-    )
     AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForImageTextToText.register(config_class, model_class)
-    AutoModelForMultimodalLM.register(config_class, model_class)
-    # Without it weights under the names of older checkpoints, such as lm_head, would come out random. By class too: a
-    # config that is read from a checkpoint without MODA keeps that one's model type.
-    mapping = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(model_type)
+    model_class = _make_class(f"{prefix}MODAForConditionalGeneration", config_class, base_model)
+    for name in AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if auto._model_mapping.get(base_config, None) is base_model:
+            auto.register(config_class, model_class)
+    base_class = _make_class(f"{prefix}MODAModel", config_class, getattr(transformers, f"{prefix}Model"))
+    transformers.AutoModel.register(config_class, base_class)
+    # By class too (see _make_class): a config that is read from a checkpoint without MODA keeps that one's model type.
+    mapping = _conversion_mapping(base_model)
     if mapping is not None:
         register_checkpoint_conversion_mapping(config_class.model_type, mapping)
-        register_checkpoint_conversion_mapping(model_class.__name__, mapping)
-    return config_class, model_class
+    return config_class, model_class, base_class
+
+
+def _make_class(name: str, config_class: type, plain_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    description = f"{plain_class.__name__} whose text stack has MODA, see ``apply_moda``."
+    members = {"config_class": config_class, "__module__": __name__, "__doc__": description}
+    model_class = type(name, (MODAModelMixin, plain_class), members)
+    # Without it weights under the names of older checkpoints, such as lm_head, would come out random.
+    mapping = _conversion_mapping(plain_class)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping)
+    return model_class
+
+
+def _conversion_mapping(plain_class: type[PreTrainedModel]) -> list | None:
+    by_class = get_checkpoint_conversion_mapping(plain_class.__name__)
+    return by_class or get_checkpoint_conversion_mapping(plain_class.config_class.model_type)
+
+
+def _rename_as_in_checkpoints(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Gives the weights of a checkpoint the names that they have in the model, in place.
+
+    ``save_pretrained`` writes the names of older releases of a family, which ``from_pretrained`` translates and
+    ``load_state_dict`` does not: a Trainer that resumes would go on with the weights that the model has, and say so in
+    a warning only.
+
+    Raises:
+        RuntimeError: there are weights of MODA for a layer that the model does not have, or that has no MODA.
+    """
+    own = {
+        prefix + name: tensor
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    }
+    unknown = [name for name in state_dict if name.startswith(prefix) and name not in own]
+    if not unknown:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    names = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+    for name in unknown:
+        renamed, _ = rename_source_key(name.removeprefix(prefix), renamings, [], model.base_model_prefix, names)
+        if prefix + renamed in own and prefix + renamed not in state_dict:
+            state_dict[prefix + renamed] = state_dict.pop(name)
+    places = {name.split(".moda.")[0] for name in own if ".moda." in name}
+    lost = [n for n in state_dict if n.startswith(prefix) and ".moda." in n and n.split(".moda.")[0] not in places]
+    if lost:
+        raise RuntimeError(
+            f"{type(model).__name__}.load_state_dict: the state dict has weights of MODA that would be lost, the model "
+            f"has no MODA there: {', '.join(sorted(lost))}. Make the model with the settings of the checkpoint"
+        )
 
 
 def _find_models() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
@@ -110,6 +171,7 @@ def _find_models() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
     models, missing = {}, {}
     for model_type, prefix in FAMILIES.items():
         try:
+            getattr(transformers, f"{prefix}Model")
             models[model_type] = getattr(transformers, f"{prefix}ForConditionalGeneration")
         except (AttributeError, ImportError) as error:
             missing[model_type] = str(error)
@@ -198,12 +260,13 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
     """
     if isinstance(model, MODAModelMixin):
         raise ValueError("apply_moda: this model has MODA already")
-    family = _family(model, "apply_moda")
-    config_class, model_class = _CLASSES[family]
+    inner = _pretrained(model, "apply_moda")
+    family = _family(inner, "apply_moda")
+    config_class, model_class, _ = _CLASSES[family]
     if type(model) is not _MODELS[family]:
         raise ValueError(
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
-            + ("; apply MODA first, then PEFT" if hasattr(model, "peft_config") else "")
+            + (f" around a {type(inner).__name__}; apply MODA first, then wrap" if inner is not model else "")
         )
     if config is None:
         config = _settings(model.config) or MODAConfig()
@@ -216,8 +279,13 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
 
 
 def text_stack(model: nn.Module) -> nn.Module:
-    """The decoder of a vision-language model, also of one wrapped by PEFT."""
+    """The decoder of a vision-language model, also of one inside of wrappers (PEFT, data parallelism, ...)."""
     return _pretrained(model, "text_stack").get_decoder()
+
+
+def has_moda(model: nn.Module, caller: str) -> bool:
+    """Whether ``apply_moda`` was called on the model, or on the one inside of wrappers."""
+    return isinstance(_pretrained(model, caller), MODAModelMixin)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -233,14 +301,17 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
     afterwards. Sliding-window and bidirectional layers are recorded too, by N x N scores.
 
     Args:
-        model: a model of one of the ``FAMILIES``, with MODA or without, also wrapped by PEFT.
+        model: a model of one of the ``FAMILIES``, with MODA or without, also inside of wrappers: PEFT, data
+            parallelism, ``torch.compile``, averaging.
         recorder: called with an :class:`moda_ext.integrations.recording.AttentionRecord`.
         modalities: as in :class:`MODAConfig`, for a model without MODA.
 
     Raises:
         ValueError: a model of another family, or one that is recorded already.
+        NotImplementedError: a model in ``DataParallel`` on several devices, which calls copies of it in threads.
         RuntimeError: with a Transformers that came later than the tested ones: recording does not work with it.
     """
+    refuse_replicas(model)
     inner = _pretrained(model, "recording")
     _prove(_family(inner, "recording"))
     modules, text_config = attention_modules(inner), inner.config.text_config
@@ -275,13 +346,22 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
 
 
 @torch.no_grad()
-def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> float:
+def check_identity(model: nn.Module, inputs: dict, tolerance: float | None = None, *, new_tokens: int = 4) -> float:
     """Compares a model's logits with those of plain ``sdpa`` attention, to make sure that attaching MODA moved nothing.
 
+    The logits of one forward pass over ``inputs``, and those of the next ``new_tokens`` tokens as ``generate`` makes
+    them with a cache: ``sdpa`` chooses them, greedily, and MODA is given the same. The model computes in evaluation
+    mode meanwhile, and its generation settings have no part in it; all is as it was afterwards.
+
     Args:
-        model: a model with MODA.
-        inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison.
-        tolerance: the largest difference that passes, relative to the largest logit.
+        model: a model with MODA, also inside of wrappers.
+        inputs: arguments of its ``forward``, as a processor gives them. Padding is left out of the comparison. Without
+            ``input_ids``, with ``modality_ids`` or with a mask of pairs the forward pass is all, as ``generate`` takes
+            no others.
+        tolerance: the largest difference that passes, relative to the largest logit. By default what rounding explains:
+            4 roundings of the logits' dtype (84 of float32, which is 1e-5, and of float64), or four times as much as
+            ``eager`` and ``sdpa`` attention differ on this model and these inputs, if that is more.
+        new_tokens: how many tokens to decode; 0 for none.
 
     Returns:
         The largest difference found, relative to the largest logit.
@@ -292,25 +372,90 @@ def check_identity(model: nn.Module, inputs: dict, tolerance: float = 1e-5) -> f
     inner = _pretrained(model, "check_identity")
     if not isinstance(inner, MODAModelMixin):
         raise ValueError("check_identity: this model has no MODA")
-    before = inner.config.text_config._attn_implementation
-    logits = []
-    try:
-        for implementation in (NAME, "sdpa"):
-            PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
-            logits.append(model(**inputs, use_cache=False).logits.float())
-    finally:
-        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
-    with_moda, plain = logits
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        with_moda, plain = with_moda[mask != 0], plain[mask != 0]
-    difference = ((with_moda - plain).abs().max() / plain.abs().max()).item()
-    if not difference <= tolerance:
+    if not inner.can_generate():
         raise ValueError(
-            f"check_identity: MODA moves this model's logits by {difference:.3g} of the largest one, more than "
-            f"{tolerance:.3g}"
+            f"check_identity: {type(inner).__name__} has no logits; check the model for generation that it belongs to"
         )
-    return difference
+    # Sharded by FullyShardedDataParallel, a model has its weights in the wrapper's forward pass only. Other wrappers
+    # may synchronise processes there, or run copies.
+    fsdp = torch.distributed.is_available() and isinstance(model, torch.distributed.fsdp.FullyShardedDataParallel)
+    pairs = inputs.get("attention_mask") is not None and inputs["attention_mask"].dim() != 2
+    if fsdp or pairs or inputs.get("input_ids") is None or inputs.get("modality_ids") is not None:
+        new_tokens = 0
+    run = functools.partial(_logits, inner, model if fsdp else inner, inputs, new_tokens)
+    plain, tokens = run("sdpa", None)
+    dtype = plain[0].dtype
+    exact = accumulation_dtype(dtype)
+    largest = torch.stack([logits.abs().max() for logits in plain]).max().item() or 1.0
+
+    def difference(implementation: str) -> float:
+        logits, _ = run(implementation, tokens)
+        differences = [(a.to(exact) - b.to(exact)).abs().max() for a, b in zip(logits, plain, strict=True)]
+        return torch.stack(differences).max().item() / largest  # NaN if one of them is
+
+    moved = difference(NAME)
+    if tolerance is None:
+        tolerance = (84 if dtype == exact else 4) * torch.finfo(dtype).eps
+        if not moved <= tolerance:
+            tolerance = max(tolerance, 4 * difference("eager"))
+    if not moved <= tolerance:
+        raise ValueError(
+            f"check_identity: MODA moves this model's logits by {moved:.3g} of the largest one, more than "
+            f"{tolerance:.3g}: it is trained, or its prior or pseudo scores are on"
+        )
+    return moved
+
+
+class _Forced(LogitsProcessor):
+    """Makes ``generate`` choose given tokens, or the best ones but for ``banned``, which it collects."""
+
+    def __init__(self, tokens: list[Tensor] | None, banned: list[int]):
+        self.given, self.banned, self.tokens = tokens, banned, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.given is None:
+            token = scores.index_fill(-1, torch.tensor(self.banned, device=scores.device), -torch.inf).argmax(dim=-1)
+        else:
+            token = self.given[len(self.tokens)]
+        self.tokens.append(token)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
+
+
+def _logits(inner, call, inputs: dict, new_tokens: int, implementation: str, tokens: list[Tensor] | None):
+    """Logits of ``inputs`` without padding, (tokens, V), and of each new token (rows, V), under one attention; and the
+    new tokens, which are ``tokens`` if they are given."""
+    before, settings = inner.config.text_config._attn_implementation, inner.generation_config
+    training = [module for module in inner.modules() if module.training]
+    mask = inputs.get("attention_mask")
+    mask = None if mask is None or mask.dim() != 2 else mask != 0
+    try:
+        inner.eval()
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
+        whole = call(**{**inputs, "use_cache": False}).logits
+        logits = [whole.flatten(0, 1) if mask is None else whole[mask.to(whole.device)]]
+        if not new_tokens:
+            return logits, None
+        inner.generation_config = greedy = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,  # no end-of-sequence token, so that none is needed
+        )
+        forced = _Forced(tokens, list(token_modalities(inner.config, inner.config.text_config.moda["modalities"])))
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+        result = inner.generate(**arguments, generation_config=greedy, logits_processor=LogitsProcessorList([forced]))
+        for step, new in enumerate(result.logits):
+            padded_end = mask is not None and step == 0  # the first is computed where the prompt ends
+            logits.append(new[mask[:, -1].to(new.device)] if padded_end else new)
+        return [part for part in logits if part.numel()], forced.tokens
+    finally:
+        inner.generation_config = settings
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
+        for module in training:
+            module.training = True
 
 
 def _settings(config) -> MODAConfig | None:
@@ -325,11 +470,30 @@ def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODA
     if config.mode == "release" or config.aligner is not None or config.mask is not None:
         for attention in attention_modules(model):
             if attention.layer_idx in layers:
-                weight = attention.q_proj.weight
-                dtype = weight.dtype if weight.is_floating_point() else model.dtype  # quantised
                 moda = MODAAttention(config, attention.config.num_attention_heads, attention.head_dim)
-                modules[attention.layer_idx] = moda.to(weight.device, dtype)
+                modules[attention.layer_idx] = moda.to(*_execution(model, attention))
     return modules, _hooks(model, config.modalities)
+
+
+def _execution(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.device | int | str, torch.dtype]:
+    """Where a layer's attention computes, and in which dtype.
+
+    Both are those of its projections' weights, if these are there and of a dtype that computes. Else (quantised, by
+    float8 too) the dtype is that of the layer's other weights, such as its norms', and then of the model's; and the
+    device is the one that Accelerate loads offloaded weights to.
+    """
+    layer = next(layer for layer in text_stack(model).layers if layer.self_attn is attention)
+    modules = (attention.q_proj, *layer.children(), model.get_input_embeddings())
+    weights = [getattr(module, "weight", None) for module in modules]
+    weights = [weight for weight in weights if isinstance(weight, Tensor)]  # dynamic quantisation makes it a method
+    dtypes = [dtype for dtype in (*(w.dtype for w in weights), model.config.text_config.dtype) if dtype in COMPUTING]
+    dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    for module in (attention.q_proj, attention, layer):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):  # of a sequence of hooks
+            if getattr(part, "execution_device", None) is not None:
+                return part.execution_device, dtype
+    return weights[0].device, dtype
 
 
 def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: list) -> None:
@@ -339,6 +503,10 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     # A checkpoint without MODA lacks nothing that the settings give.
     fixed = (re.escape(name) for name, _ in model.named_buffers() if ".moda." in name)
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *fixed}
+    # One of before has the base of pseudo scores that are off, which is a setting.
+    if any(moda.mask is not None and not moda.mask.has_base for moda in modules.values()):
+        off = {r"\.moda\.mask\.base$"}
+        model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
@@ -388,6 +556,27 @@ def _family(model: nn.Module, caller: str) -> str:
 
 
 def _pretrained(model: nn.Module, caller: str) -> PreTrainedModel:
-    """The Transformers model itself, inside of what wraps it."""
-    _family(model, caller)
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    """The Transformers model itself, inside of what wraps it: PEFT, data parallelism, compilation, averaging, ...
+
+    Raises:
+        ValueError: there is none of a known family, or there are several.
+    """
+    found: list[PreTrainedModel] = []
+
+    def search(module: nn.Module) -> None:
+        if not isinstance(module, PreTrainedModel):
+            for child in module.children():
+                search(child)
+        elif not any(module is other for other in found):
+            found.append(module)
+
+    search(model)
+    known = [inner for inner in found if inner.config.model_type.removesuffix(SUFFIX) in FAMILIES]
+    if len(known) > 1:
+        names = ", ".join(type(inner).__name__ for inner in known)
+        raise ValueError(
+            f"{caller}: there are {len(known)} models in {type(model).__name__} ({names}); pass one of them"
+        )
+    if not known:
+        _family(found[0] if found else model, caller)  # raises
+    return known[0]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import is_available
 
 from moda_ext.integrations.transformers.attention import MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
-from moda_ext.integrations.transformers.models import MODAModelMixin, apply_moda, attention_modules, text_stack
+from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
+
+if is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:
+    FSDP = DTensor = ()  # the type of nothing
 
 __all__ = [
     "load_moda",
@@ -32,15 +39,17 @@ SLOW = (".a1", ".b1", ".a2", ".b2", "pfuser_v.weight", "pfuser_t.weight")
 
 
 def moda_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """MODA's parameters under their names in ``model``, also under PEFT.
+    """The MODA parameters that ``model`` computes with, under their names in it.
 
-    ".moda." is matched, not "moda": ``multi_modal_projector`` has that in its name.
+    Under PEFT with ``modules_to_save=["moda"]`` these are the active adapter's, or the model's own where the active
+    adapter has none or adapters are disabled.
     """
-    return {name: parameter for name, parameter in model.named_parameters() if ".moda." in name}
+    used = {id(parameter) for module in _moda_modules(model).values() for parameter in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in used}
 
 
 def train_only_moda(model: nn.Module) -> list[nn.Parameter]:
-    """Freezes everything but aligner and mask; returns their parameters.
+    """Freezes everything but aligner and mask; returns their parameters, see :func:`moda_parameters`.
 
     Raises:
         ValueError: the model has no MODA parameter.
@@ -80,41 +89,86 @@ def optimizer_groups(
         "moda_fast": {"lr": fast_lr, "weight_decay": 0.0},
     }
     groups = {name: [] for name in settings}
-    moda = moda_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = "model" if name not in moda else "moda" if name.endswith(SLOW) else "moda_fast"
+            # ".moda.", not "moda": multi_modal_projector has that in its name. Of whichever adapter, used or not.
+            group = "model" if ".moda." not in name else "moda" if name.endswith(SLOW) else "moda_fast"
             groups[group].append(parameter)
     return [{"name": name, "params": groups[name], **settings[name]} for name in settings if groups[name]]
 
 
 def _moda_modules(model: nn.Module) -> dict[str, MODAAttention]:
-    """{"layers.3.moda": module}; under PEFT the copy that is trained."""
+    """{"layers.3.moda": module}; under PEFT the copy that the layer computes with."""
     result = {}
-    for module in attention_modules(model):
-        moda = getattr(module, "moda", None)
+    for attention in attention_modules(model):
+        moda = getattr(attention, "moda", None)
         if moda is not None:
-            copies = getattr(moda, "modules_to_save", None)
-            result[f"layers.{module.layer_idx}.moda"] = moda if copies is None else copies[moda.active_adapters[0]]
+            result[f"layers.{attention.layer_idx}.moda"] = _in_use(moda)
     return result
 
 
+def _in_use(moda: nn.Module) -> MODAAttention:
+    """The module itself: of those in PEFT's wrapper of modules to save the one that it calls."""
+    copies = getattr(moda, "modules_to_save", None)
+    if copies is not None:
+        active = [] if moda.disable_adapters else moda.active_adapters
+        used = active and all(name in copies for name in active)
+        moda = copies[active[0]] if used else moda.original_module
+    return next(module for module in moda.modules() if isinstance(module, MODAAttention))
+
+
 def moda_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """MODA's parameters and buffers alone, under names that do not depend on the family or on PEFT."""
-    return {
-        f"{prefix}.{name}": tensor
-        for prefix, module in _moda_modules(model).items()
-        for name, tensor in module.state_dict().items()
-    }
+    """MODA's parameters and buffers alone, under names that do not depend on the family, on wrappers or on PEFT.
+
+    Those that the model computes with, see :func:`moda_parameters`. Offloaded ones are loaded, and sharded ones are
+    gathered: then every process must call this.
+    """
+    with _unsharded(model) as sharded:
+        state = {
+            f"{prefix}.{name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for prefix, module in _moda_modules(model).items()
+            for name, tensor in _loaded_state_dict(module).items()
+        }
+        return {name: tensor.clone() for name, tensor in state.items()} if sharded else state
+
+
+@contextlib.contextmanager
+def _unsharded(model: nn.Module):
+    """A block in which FullyShardedDataParallel has whole parameters, which change with it; says if there is any."""
+    sharded = any(isinstance(module, FSDP) for module in model.modules())
+    with FSDP.summon_full_params(model) if sharded else contextlib.nullcontext():
+        yield sharded
+
+
+def _loaded_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module, with what Accelerate has offloaded to the CPU or the disk."""
+    state = module.state_dict()
+    for place, part in module.named_modules():
+        hook = getattr(part, "_hf_hook", None)
+        for name in part._parameters.keys() | part._buffers.keys():
+            full = f"{place}.{name}" if place else name
+            if full in state and state[full].is_meta and getattr(hook, "weights_map", None) is not None:
+                state[full] = hook.weights_map[name]
+    return state
 
 
 def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Copies what :func:`moda_state_dict` gave into a model with the same settings.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape differs. Nothing is copied then.
+        ValueError: a name is missing or unknown, a shape differs, or the model's weights are offloaded. Nothing is
+            copied then.
     """
-    own = moda_state_dict(model)
+    with _unsharded(model):
+        _copy(dict(state_dict), _moda_modules(model))
+
+
+@torch.no_grad()
+def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> None:
+    for prefix, module in modules.items():
+        if module.mask is not None:  # files of before have infinities in them
+            module.mask.upgrade_state_dict(state_dict, f"{prefix}.mask.")
+    own = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
     missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"load_moda_state_dict: state_dict lacks {missing} and has {unknown}, which the model lacks")
@@ -124,21 +178,32 @@ def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
                 f"load_moda_state_dict: {name} must have shape {tuple(tensor.shape)}, got "
                 f"{tuple(state_dict[name].shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+        if tensor.is_meta:
+            raise ValueError(
+                f"load_moda_state_dict: {name} of the model is offloaded, or on the meta device. Load MODA's weights "
+                "before the model is dispatched"
+            )
+    for name, tensor in own.items():
+        value = state_dict[name]
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
 
 
 def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
     """Saves MODA's parameters and settings as one safetensors file, without the model's own weights.
 
+    Those that the model computes with, see :func:`moda_parameters`. Of a sharded model every process must call this.
+
     Raises:
-        ValueError: the model has no MODA.
+        ValueError: the model has no MODA, or its weights are on the meta device.
     """
     state = moda_state_dict(model)
     if not state:
         raise ValueError("save_moda: this model has no MODA parameters; see apply_moda")
-    settings = json.dumps(text_stack(model).config.moda)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("save_moda: this model's MODA parameters are on the meta device and have no values")
+    settings = MODAConfig.from_dict(text_stack(model).config.moda).to_json()
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     save_file(tensors, os.fspath(path), metadata={"format": "pt", "moda": settings})
 
@@ -153,9 +218,9 @@ def load_moda(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         settings = (file.metadata() or {}).get("moda")
         if settings is None:
             raise ValueError(f"load_moda: {os.fspath(path)} was not written by save_moda")
-        config = MODAConfig.from_dict(json.loads(settings))
+        config = MODAConfig.from_json(settings)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    if isinstance(model, MODAModelMixin) or hasattr(model, "peft_config"):
+    if has_moda(model, "load_moda"):
         own = MODAConfig.from_dict(text_stack(model).config.moda)
         if own != config:
             raise ValueError(f"load_moda: the model's settings are {own}, those of the file {config}")
