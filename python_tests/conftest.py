@@ -1,6 +1,7 @@
 """Devices, seeds and the hypothesis profile shared by all tests."""
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -10,6 +11,10 @@ import moda_ext
 from moda_ext._ops import checks, library
 
 DEVICES = ("cpu", "cuda")
+
+# Graphs that Inductor has cached for another instruction set, or for other operators, would run here.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="moda_ext_inductor_", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 # The same cases in every run; HYPOTHESIS_PROFILE=explore looks for new ones. The database would litter the checkout.
 _COMMON = {

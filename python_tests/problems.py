@@ -142,7 +142,7 @@ def gradients_by_formula(problem: Problem, cotangents) -> dict[str, Tensor]:
 
 
 def yardsticks(problem: Problem, cotangents) -> dict[str, list[Tensor]]:
-    """What dense PyTorch makes of a problem in its precision, in four ways: two derivations, two orders of all sums."""
+    """What dense PyTorch makes of a problem in its precision, in four ways: two derivations, two orders of D."""
     grad_out, *rest = cotangents
     flipped = replace(
         problem, **{n: getattr(problem, n).detach().flip(-1).requires_grad_() for n in ("query", "key", "value")}

@@ -107,6 +107,31 @@ TYPED_TEST(Block, MultiplyDepths) {
   for (int depth : {0, 1, 2, 8, 255, 256})
     this->check_multiply(Product::kAdd, false, this->p.rows, this->p.panel, depth);
 }
+TYPED_TEST(Block, MultiplyDepthsOfSeveralChains) {
+  for (Product mode : {Product::kStore, Product::kAdd, Product::kScaledAdd})
+    for (int depth : {64, 65, 128, 200, 256})
+      for (int columns : {this->p.lanes, this->p.panel}) {
+        this->check_multiply(mode, false, this->p.rows, columns, depth);
+        this->check_multiply(mode, true, this->p.rows - 1, columns, depth);
+      }
+}
+// A number to which adding 1 changes nothing swallows those of its own chain of 64 and no others.
+TYPED_TEST(Block, MultiplyLosesNoMoreThanOneChain) {
+  using T = TypeParam;
+  constexpr int kDepth = 256;
+  const T large = std::ldexp(T(1), std::numeric_limits<T>::digits);
+  const int stride = this->p.scratch_stride;
+  for (bool transposed : {false, true}) {
+    std::vector<T> a(static_cast<size_t>(transposed ? kDepth : this->p.rows) * stride, T(1));
+    for (int i = 0; i < this->p.rows; ++i) a[transposed ? i : i * stride] = large;
+    const std::vector<T> b(static_cast<size_t>(kDepth) * this->p.panel, T(1));
+    std::vector<T> c(static_cast<size_t>(this->p.rows) * stride);
+    this->p.multiply(Product::kStore, transposed, this->p.rows, this->p.panel, kDepth, a.data(), b.data(), c.data(),
+                     nullptr);
+    for (int i = 0; i < this->p.rows; ++i)
+      for (int j = 0; j < this->p.panel; ++j) ASSERT_EQ(c[i * stride + j] - large, kDepth - 64) << i << ", " << j;
+  }
+}
 
 TYPED_TEST(Block, ExponentialIsAccurate) {
   using T = TypeParam;
