@@ -41,7 +41,7 @@ struct Arguments {
                                        from(key_modality),   from(modality_bias), from(sink),
                                        from(num_modalities), from(false),         from(1.0)};
     const int status = torch_call_dispatcher("moda_ext::modular_attention", "", stack.data(), TORCH_ABI_VERSION);
-    for (int i = 0; status == 0 && i < 3; ++i) outputs->push_back(torch::stable::detail::to<Tensor>(stack[i]));
+    for (int i = 0; status == 0 && i < 4; ++i) outputs->push_back(torch::stable::detail::to<Tensor>(stack[i]));
     return status;
   }
   std::vector<Tensor> call() const {
