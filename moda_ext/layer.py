@@ -83,8 +83,9 @@ def align_and_attend(
         recent, before = (new_key, new_modality), None
         if gram is not None:
             recent, before = gram.with_recent(*recent), (gram.gram, gram.trace)
-        bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start)
-        condition = mask.condition_of_rows(query, query_modality) if conditional else None
+        bias, sink, condition = None, None, None
+        if mask is not None:
+            bias, sink, condition = mask(query, query_modality, start=start, return_condition=True)
         options |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize, "return_lse": True}
         options |= {"modality_bias": bias, "condition": condition, "sink": sink, "state": before}
         weights = aligner.a1, aligner.b1, aligner.a2, aligner.b2

@@ -159,8 +159,9 @@ class ModularMask(nn.Module):
         start: int | Tensor = 0,
         *,
         indicator: Tensor | None = None,
+        return_condition: bool = False,
         read: Callable | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """The mask of some rows, in the form that :func:`moda_ext.attention.modular_attention` takes.
 
         Args:
@@ -171,13 +172,15 @@ class ModularMask(nn.Module):
             start: how many tokens came before the first row, without padding: a number, or (B,) for a batch of
                 sequences of different lengths. Padding does not count, so the mask does not depend on where it is.
             indicator: (B, H, N, M), instead of ``gram_projection`` where it is there already.
+            return_condition: also return the condition of every row, for an operator that multiplies it with the
+                indicator itself.
             read: for the other methods: is called instead, and its result returned. Parameters are sure to be there in
                 a forward pass only, where offloading and sharding bring them.
 
         Returns:
             ``(modality_bias, sink)``: (B, H, N, M) and a sink broadcastable to (B, H, N), in float32, or float64 for a
             float64 query. None instead of a tensor where there is none: in variant ``"inf"``, and of the sink where
-            ``base`` is -inf.
+            ``base`` is -inf. With ``return_condition`` also lambda, (B, H, N, M) like the bias, or None.
 
         Raises:
             ValueError: a shape does not fit.
@@ -194,14 +197,17 @@ class ModularMask(nn.Module):
                 f"ModularMask: query_modality must have shape {expected}, got {tuple(query_modality.shape)}"
             )
         if self.variant == "inf":
-            return None, None
+            return (None, None, None) if return_condition else (None, None)
         dtype = accumulation_dtype(query.dtype)
         bias = self._of_rows(self._switched("prior", dtype), query_modality)
         if indicator is None and gram_projection is not None:
             indicator = gram_indicator(query, gram_projection)
         if self.conditional and indicator is not None:
             bias = bias + self._of_rows(self.condition.to(dtype), query_modality) * indicator
-        return bias, self._sink(query_modality, start, dtype)
+        sink = self._sink(query_modality, start, dtype)
+        if not return_condition:
+            return bias, sink
+        return bias, sink, self._of_rows(self.condition.to(dtype), query_modality) if self.conditional else None
 
     def condition_of_rows(self, query: Tensor, query_modality: Tensor) -> Tensor | None:
         """lam of each row, (B, H, N, M) in the dtype of the bias: what the indicator of a row is multiplied with. None

@@ -390,6 +390,11 @@ def test_duplex_attention_names_its_own_arguments():
         for options, error, message in cases:
             with pytest.raises(error, match=f"^duplex_attention: {message}"):
                 attention.duplex_attention(*good, **options)
+
+
+def test_duplex_attention_names_the_ids_that_are_wrong(native):
+    q, k, ids = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8), torch.zeros(1, 4, dtype=torch.int32)
+    a, b = torch.zeros(2, 8, 4), torch.zeros(2, 4, 8)
     with pytest.raises(ValueError, match="^duplex_attention: key_modality holds 9 at key 0"):
         attention.duplex_attention(q, k, k, ids, ids + 9, a, b, a, b)
     with pytest.raises(ValueError, match="^duplex_attention: new_modality holds 7 at key 0"):

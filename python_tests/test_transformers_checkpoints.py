@@ -554,6 +554,7 @@ def process_group(tmp_path):
 def wrapped(model, way):
     if way == "accelerate":
         accelerate = pytest.importorskip("accelerate")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer's of another test
         return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     if way == "fsdp":
         return torch.distributed.fsdp.FullyShardedDataParallel(
