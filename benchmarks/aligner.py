@@ -95,7 +95,7 @@ def dense_aligned_plain(case: Case, t: dict[str, Tensor], modality: Tensor) -> d
 class KeyAligner(DuplexAligner):
     """The aligner in full scope, on the side of the keys."""
 
-    forward = DuplexAligner.align_keys
+    forward = DuplexAligner._aligned  # align_keys calls the module, for what a forward pass brings
 
 
 class SdpaLayer(ModularDuplexAttention):
