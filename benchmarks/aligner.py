@@ -95,7 +95,8 @@ def dense_aligned_plain(case: Case, t: dict[str, Tensor], modality: Tensor) -> d
 class KeyAligner(DuplexAligner):
     """The aligner in full scope, on the side of the keys."""
 
-    forward = DuplexAligner._aligned  # align_keys calls the module, for what a forward pass brings
+    def forward(self, key: Tensor, modality: Tensor) -> Tensor:
+        return self._aligned(key, modality, None)  # align_keys itself would call this forward pass
 
 
 class SdpaLayer(ModularDuplexAttention):
