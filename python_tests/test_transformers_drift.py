@@ -366,3 +366,39 @@ def test_a_family_that_is_not_there_costs_itself_only():
     )
     assert result.startswith("LlavaMODAForConditionalGeneration\n")
     assert "'smolvlm' is not in this Transformers (transformers 5" in result
+
+
+def test_gradients_go_through_a_cache():
+    """Two passes with one cache have the gradients of one pass, through the Gram too."""
+    inputs, gradients = make_inputs("llava", padding=None), []
+    first, second = inputs["input_ids"].tensor_split([SPLIT], dim=1)
+    for passes in (1, 2):
+        model = make_trained("llava")
+        if passes == 1:
+            logits = model(**inputs, use_cache=False).logits[:, SPLIT:]
+        else:
+            cache = DynamicCache()
+            model(input_ids=first, pixel_values=inputs["pixel_values"], past_key_values=cache)
+            logits = model(input_ids=second, past_key_values=cache).logits
+        logits.square().mean().backward()
+        layer = attention_modules(model)[0]
+        gradients.append([layer.k_proj.weight.grad, layer.moda.aligner.a2.grad])
+    for whole, cut in zip(*gradients, strict=True):
+        assert_close(cut, whole, units=512)
+
+
+def test_ids_of_a_pass_that_failed_are_not_seen():
+    model, inputs = make_trained("llava"), make_inputs("llava", padding=None)
+    cache, first, rest = CACHES["static"](), *inputs["input_ids"].tensor_split([SPLIT], dim=1)
+
+    def fail(*_):
+        raise KeyError("no memory")
+
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits[:, SPLIT : SPLIT + 1]
+        model(input_ids=first, pixel_values=inputs["pixel_values"], past_key_values=cache)
+        handle = text_stack(model).layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            model(input_ids=torch.full((2, 6), 5), past_key_values=cache)
+        handle.remove()
+        assert_close(model(input_ids=rest[:, :1], past_key_values=cache).logits, expected)

@@ -169,8 +169,8 @@ def moda_attention(
         if _has_settings(getattr(module, "config", None)):
             raise RuntimeError(
                 "attention 'moda' has settings (text_config.moda), and nothing derives the modalities of the tokens. "
-                "Use a ...ForConditionalGeneration model of a family that moda_ext.integrations.transformers knows, "
-                f"and import that module before the model is made; or call apply_moda(model) {versions()}"
+                "Call apply_moda(model) on the ...ForConditionalGeneration model, which takes the settings from the "
+                f"config {versions()}"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     cached = _check_premises(module, query, key, modality_context, kwargs)
@@ -231,12 +231,10 @@ def _duplex_attention(
         seen = context.key_modality >= 0
         start = seen.sum(dim=1).to(tokens.query.device) - (tokens.query_modality >= 0).sum(dim=1)
     out, state, recorded = moda(tokens, visible, state, cached is not None and aligns, start, record)
-    if state is not None:
-        state = state.detach()
-        if isinstance(cached, MODAStaticLayer):
-            cached.store(state)
-        else:
-            cached.gram = state
+    if isinstance(cached, MODAStaticLayer) and state is not None:
+        cached.store(state.detach())  # in place
+    elif state is not None:
+        cached.gram = state  # with its history, which the keys in the cache keep too
     return out, recorded
 
 

@@ -87,7 +87,9 @@ class MODADynamicLayer(MODALayerMixin, DynamicLayer):
         return self.modality
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)  # append() drops the ids
+        super().crop(tokens_to_remove)
+        if self.modality is not None:
+            self.modality = self.modality[:, : self.get_seq_length()]
         if self.gram is not None and tokens_to_remove != 0:
             removable = self.gram.key.shape[2] >= -tokens_to_remove
             self.gram = self.gram.crop(self.gram.length + tokens_to_remove) if removable else None
@@ -124,6 +126,8 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
             self.modality = modality.new_full((modality.shape[0], self.max_cache_len), -1)
             _mark_static(self.modality)
         seen = self.get_seq_length()
+        # A pass that failed before its keys came here has left its ids.
+        self.modality.masked_fill_(torch.arange(self.max_cache_len, device=modality.device) >= seen, -1)
         self.modality.index_copy_(1, torch.arange(modality.shape[1], device=modality.device) + seen, modality)
         return self.modality
 
