@@ -1,5 +1,6 @@
 """A Transformers that works otherwise than those that were tested: right, or an error; never another token."""
 
+import contextlib
 import functools
 import inspect
 import subprocess
@@ -402,3 +403,22 @@ def test_ids_of_a_pass_that_failed_are_not_seen():
             model(input_ids=torch.full((2, 6), 5), past_key_values=cache)
         handle.remove()
         assert_close(model(input_ids=rest[:, :1], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("measured", (False, True), ids=("moda", "plain, measured"))
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+def test_a_mask_that_changes_for_the_past_is_an_error(make_cache, measured):
+    model = (make_model if measured else make_trained)("llava")
+    inputs, cache = make_inputs("llava", padding=None), make_cache()
+    with torch.no_grad(), recording(model, lambda record: None) if measured else contextlib.nullcontext():
+        model(**inputs, past_key_values=cache)
+        mask = torch.ones(2, 13, dtype=torch.long)
+        mask[:, 2:4] = 0
+        with pytest.raises(RuntimeError, match="attention_mask hides tokens of the cache that an earlier pass showed"):
+            model(input_ids=torch.tensor([[1], [2]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_modality_ids_are_integers():
+    model, inputs = make_trained("llava"), make_inputs("llava")
+    with pytest.raises(TypeError, match="modality_ids must be integers, got torch.float32"):
+        model(**inputs, modality_ids=torch.zeros(2, 12))

@@ -108,6 +108,8 @@ class TextStackHook(BaseModelHook):
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else modality
         if modality.shape != tokens.shape[:2]:
             raise ValueError(f"modality_ids must have shape {tuple(tokens.shape[:2])}, got {tuple(modality.shape)}")
+        if modality.is_floating_point():
+            raise TypeError(f"modality_ids must be integers, got {modality.dtype}")
         modality = modality.to(tokens.device, torch.int32)
 
         cache = self._cache(kwargs)
@@ -129,6 +131,8 @@ class TextStackHook(BaseModelHook):
         mask = kwargs.get("attention_mask")
         modality = _without_padding(modality, mask, start)
         key_modality = modality if layer is None else layer.append(modality)
+        if layer is not None and mask is not None and not isinstance(mask, dict) and mask.dim() == 2:
+            _check_past_mask(mask, key_modality, start)
         context = ModalityContext(modality, key_modality, start, self.num_modalities, cache, mask is not None)
         kwargs["modality_context"] = context
         return args, kwargs
@@ -153,6 +157,23 @@ class TextStackHook(BaseModelHook):
     def _uses_cache(module: nn.Module, kwargs: dict) -> bool:
         use_cache = kwargs.get("use_cache")
         return module.config.use_cache if use_cache is None else use_cache
+
+
+def _check_past_mask(mask: Tensor, key_modality: Tensor, start: int | Tensor) -> None:
+    """A mask must leave the tokens before as it had them when they came: their ids and the Gram are made.
+
+    Not checked while compiling: the answer depends on values. On a GPU it does not wait for them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    columns = min(mask.shape[1], key_modality.shape[1])
+    past = torch.arange(columns, device=key_modality.device) < start
+    changed = (mask[:, :columns].to(key_modality.device) != 0) != (key_modality[:, :columns] >= 0)
+    torch._assert_async(
+        ~(changed & past).any(),
+        "attention_mask hides tokens of the cache that an earlier pass showed, or the other way round: MODA has their "
+        "modalities and Gram as they came. Start from an empty cache",
+    )
 
 
 def _without_padding(modality: Tensor, mask: Tensor | dict | None, start: int | Tensor) -> Tensor:
