@@ -422,3 +422,14 @@ def test_modality_ids_are_integers():
     model, inputs = make_trained("llava"), make_inputs("llava")
     with pytest.raises(TypeError, match="modality_ids must be integers, got torch.float32"):
         model(**inputs, modality_ids=torch.zeros(2, 12))
+
+
+def test_a_static_cache_notices_tokens_that_were_not_recorded():
+    model, inputs, cache = make_model("llava"), make_inputs("llava", padding=None), CACHES["static"]()
+    step = {"input_ids": torch.tensor([[1], [2]]), "past_key_values": cache}
+    with torch.no_grad():
+        with recording(model, lambda record: None):
+            model(**inputs, past_key_values=cache)
+        model(**step)
+        with recording(model, lambda record: None), pytest.raises(RuntimeError, match="filled while MODA was off"):
+            model(**step)

@@ -117,6 +117,7 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
     """A cache layer of fixed size: ids and Gram are buffers too, so that a compiled decoding step stays one graph."""
 
     gram_is_stale = False  # tokens were taken back: the Gram is to be made again of the keys that stay
+    known: Tensor | None = None  # (), int64: how many tokens have ids; -1 among them may be padding
 
     def append(self, modality: Tensor) -> Tensor:
         """(B, N) new ones -> (B, max_cache_len), -1 where no token is yet."""
@@ -124,8 +125,16 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
             if self.is_initialized and self.cumulative_length > 0:
                 raise ValueError("the cache holds tokens without modalities: it was filled while MODA was off")
             self.modality = modality.new_full((modality.shape[0], self.max_cache_len), -1)
+            self.known = torch.zeros((), dtype=torch.int64, device=modality.device)
             _mark_static(self.modality)
+            _mark_static(self.known)
         seen = self.get_seq_length()
+        if not torch.compiler.is_compiling():  # on a GPU without waiting for it
+            torch._assert_async(
+                self.known >= seen,
+                "the cache holds tokens without modalities: it was filled while MODA was off. Start from an empty one",
+            )
+        self.known.copy_(seen + torch.full_like(self.known, modality.shape[1]))
         # A pass that failed before its keys came here has left its ids.
         self.modality.masked_fill_(torch.arange(self.max_cache_len, device=modality.device) >= seen, -1)
         self.modality.index_copy_(1, torch.arange(modality.shape[1], device=modality.device) + seen, modality)
@@ -137,12 +146,14 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
         if self.modality is not None:
             places = torch.arange(self.max_cache_len, device=self.modality.device)
             self.modality.masked_fill_(places >= self.get_seq_length(), -1)
+            self.known.clamp_(max=self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()
         self.gram_is_stale = False
         if self.modality is not None:
             self.modality.fill_(-1)
+            self.known.zero_()
         if self.gram is not None:
             self.gram.gram.zero_()
 
