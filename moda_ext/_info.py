@@ -6,7 +6,7 @@ from importlib import metadata
 import torch
 
 from moda_ext._ops import library
-from moda_ext._version import TORCH_REQUIREMENT, TRANSFORMERS_BELOW, TRANSFORMERS_MIN, __version__
+from moda_ext._version import TORCH_REQUIREMENT, TRANSFORMERS_BELOW, TRANSFORMERS_MIN, __version__, series
 
 
 def info() -> dict:
@@ -36,7 +36,7 @@ def info() -> dict:
         "cuda_archs": built.get("cuda_archs"),
         "cuda_kernels": library.cuda_mode(),
         "transformers": _installed("transformers"),
-        "transformers_tested": f">={_text(TRANSFORMERS_MIN)},<{_text(TRANSFORMERS_BELOW)}",
+        "transformers_tested": f">={series(TRANSFORMERS_MIN)},<{series(TRANSFORMERS_BELOW)}",
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -47,10 +47,6 @@ def _installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def main() -> None:

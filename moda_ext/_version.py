@@ -13,6 +13,11 @@ TRANSFORMERS_REQUIREMENT = "transformers>=5.23,<6"
 TRANSFORMERS_TESTED = "5.24.0"  # the newest that was tested
 
 
+def series(version: tuple[int, ...]) -> str:
+    """(5, 23) as "5.23"."""
+    return ".".join(map(str, version))
+
+
 def supports_torch(version: str) -> bool:
     """Whether moda_ext is built for and runs with a torch of this version, such as "2.13.0+cpu"."""
     return TORCH_MIN <= tuple(map(int, version.split(".")[:2])) < TORCH_BELOW

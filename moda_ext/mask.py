@@ -212,10 +212,7 @@ class ModularMask(nn.Module):
     def condition_of_rows(self, query: Tensor, query_modality: Tensor) -> Tensor | None:
         """lam of each row, (B, H, N, M) in the dtype of the bias: what the indicator of a row is multiplied with. None
         for a variant without."""
-        if not self.conditional:
-            return None
-        dtype = accumulation_dtype(query.dtype)
-        return self(query, query_modality, read=lambda: self._of_rows(self.condition.to(dtype), query_modality))
+        return self(query, query_modality, return_condition=True)[2]
 
     def attend(
         self,

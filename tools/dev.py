@@ -193,15 +193,11 @@ def kernels(python: Path, arguments: list[str]) -> None:
     run(python, "tools/cuda_report.py", "--check", *arguments)
 
 
-def series(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
 # name: what pip is asked for beside the package
 MATRIX = {
-    "transformers-oldest": f"transformers=={series(VERSION['TRANSFORMERS_MIN'])}.*",
+    "transformers-oldest": f"transformers=={VERSION['series'](VERSION['TRANSFORMERS_MIN'])}.*",
     "transformers-newest": VERSION["TRANSFORMERS_REQUIREMENT"],
-    "torch-oldest": f"torch=={series(VERSION['TORCH_MIN'])}.*",
+    "torch-oldest": f"torch=={VERSION['series'](VERSION['TORCH_MIN'])}.*",
     "torch-tested": f"torch=={VERSION['TORCH_TESTED']}",
     "torch-newest": VERSION["TORCH_REQUIREMENT"],
 }

@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from moda_ext._version import TRANSFORMERS_BELOW, TRANSFORMERS_MIN, TRANSFORMERS_TESTED, __version__
+from moda_ext._version import TRANSFORMERS_BELOW, TRANSFORMERS_MIN, TRANSFORMERS_TESTED, __version__, series
 
 __all__ = ["beyond_tested", "check_minimum", "versions"]
 
@@ -26,7 +26,7 @@ def check_minimum() -> None:
         raise ImportError("moda_ext.integrations.transformers needs transformers: pip install 'moda_ext[transformers]'")
     if _series(version) < TRANSFORMERS_MIN:
         raise ImportError(
-            f"moda_ext.integrations.transformers needs transformers {'.'.join(map(str, TRANSFORMERS_MIN))} or later, "
+            f"moda_ext.integrations.transformers needs transformers {series(TRANSFORMERS_MIN)} or later, "
             f"found {version}: pip install 'moda_ext[transformers]'"
         )
 
@@ -38,8 +38,7 @@ def beyond_tested() -> bool:
 
 def versions() -> str:
     """Both versions and the tested range, for errors."""
-    oldest = ".".join(map(str, TRANSFORMERS_MIN))
     return (
-        f"(transformers {found()}; moda_ext {__version__} was tested with transformers {oldest} to "
+        f"(transformers {found()}; moda_ext {__version__} was tested with transformers {series(TRANSFORMERS_MIN)} to "
         f"{TRANSFORMERS_TESTED})"
     )
