@@ -48,6 +48,7 @@ from moda_ext.integrations.transformers import (
     train_only_moda,
 )
 from moda_ext.integrations.transformers.hooks import placeholder, token_modalities
+from moda_ext.integrations.transformers.proof import TRAINED
 from moda_ext.release import ReleaseAligner
 
 transformers.logging.set_verbosity_error()
@@ -56,7 +57,6 @@ transformers.logging.disable_progress_bar()
 SPECIAL = [60, 61, 62, 63]
 NEW = 6  # tokens that are generated
 SPLIT = 9  # where a prompt is cut in two
-TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True}}
 PRIOR = [[0.0, 1.5], [0.0, 0.0]]  # text looks more at images
 CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
 both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)

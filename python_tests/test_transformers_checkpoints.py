@@ -33,11 +33,11 @@ from moda_ext.integrations.transformers import (
     text_stack,
     train_only_moda,
 )
+from moda_ext.integrations.transformers.proof import TRAINED
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True}}
 HIDDEN = [[0.0, 1.5], [-math.inf, 0.0]]  # images do not see text
 SETTINGS = {
     "concat": {},
