@@ -271,7 +271,8 @@ def duplex_query_views(
     results = [views]
     if return_indicator:
         per_group = (key.shape[1], query.shape[1] // key.shape[1])
-        results.append((square.unflatten(1, per_group) * scale.unsqueeze(2)).flatten(1, 2))
+        scaled = square.unflatten(1, per_group) * scale.unsqueeze(2)
+        results.append(torch.cat(scaled.unbind(1), dim=1))  # flatten(1, 2), which torch 2.11 cannot export
     if return_state:
         results.append((gram, trace))
     return views if len(results) == 1 else tuple(results)
