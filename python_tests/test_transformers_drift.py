@@ -146,12 +146,65 @@ def test_keys_that_are_not_those_of_the_cache_are_an_error():
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
         layer = cache.layers[1]
-        layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]  # one layer forgets a token by itself
+
+        def forget(*_):  # a token, in the middle of a pass
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+
+        handle = attention_modules(model)[1].register_forward_pre_hook(forget)
         step = {"input_ids": torch.tensor([[1], [2]]), "past_key_values": cache}
-        with pytest.raises(
-            RuntimeError, match="12 keys came and the cache holds 12 tokens, where 12 came before and 1"
-        ):
+        with pytest.raises(RuntimeError, match="12 keys came and the cache holds 12 tokens, where 12 came before"):
             model(**step)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="the layers of the cache hold different numbers of tokens"):
+            model(**step)
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+def test_a_pass_that_failed_is_not_repeated_with_its_cache(make_cache):
+    model, inputs, cache = make_trained("llava"), make_inputs("llava"), make_cache()
+
+    def fail(*_):
+        raise KeyError("no memory")
+
+    with torch.no_grad():
+        handle = attention_modules(model)[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            model(**inputs, past_key_values=cache)
+        handle.remove()
+        mask = torch.cat([inputs["attention_mask"]] * 2, dim=1)
+        with pytest.raises(RuntimeError, match="an earlier pass with it failed in the middle"):
+            model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+
+
+def test_compiled_packed_sequences_are_refused_as_in_eager_mode():
+    stack, inputs = text_stack(make_trained("llava")), make_inputs("llava", padding=None)
+    packed = torch.tensor([[*range(7), *range(5)]] * 2)
+    compiled = torch.compile(stack, fullgraph=True, backend="eager")
+    for run in (stack, compiled):
+        with torch.no_grad(), pytest.raises((NotImplementedError, RuntimeError), match="hides earlier tokens"):
+            run(input_ids=inputs["input_ids"], position_ids=packed, use_cache=False)
+
+
+def test_placeholder_tokens_do_not_change_after_attaching():
+    model, inputs = make_trained("llava"), make_inputs("llava")
+    model.config.image_token_id = 59
+    with pytest.raises(RuntimeError, match=r"placeholder tokens in the model's config are \[59\], and were \[60\]"):
+        model(**inputs)
+
+
+def test_the_release_aligns_a_prompt_in_one_piece():
+    config = MODAConfig(aligner=None, mask=None, mode="release")
+    model, inputs = apply_moda(make_model("llava"), config), make_inputs("llava", padding=None)
+    for module in attention_modules(model):
+        for parameter in module.moda.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    cache = CACHES["static"]()
+    with torch.no_grad():
+        first = model(**inputs, past_key_values=cache).logits
+        cache.reset()
+        assert_close(model(**inputs, past_key_values=cache).logits, first)
+        with pytest.raises(NotImplementedError, match="aligns a prompt as a whole"):
+            two_passes("llava", model, inputs, DynamicCache())
 
 
 def test_a_gram_of_other_tokens_is_an_error():

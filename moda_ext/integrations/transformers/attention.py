@@ -102,6 +102,11 @@ class MODAAttention(nn.Module):
         """
         aligner = self.aligner
         if isinstance(aligner, ReleaseAligner):
+            if tokens.key.shape[2] != tokens.query.shape[2] > 1:
+                raise NotImplementedError(
+                    "mode='release' aligns a prompt as a whole, and decodes one token at a time: pass the prompt in "
+                    "one piece, without drafts"
+                )
             if tokens.key.shape[2] == tokens.query.shape[2]:  # as in the release: only where there is no past
                 tokens = tokens._replace(key=aligner(tokens.key, tokens.value, tokens.key_modality))
             aligner = None
@@ -279,7 +284,8 @@ def _check_options(module: nn.Module, own_mask: bool, kwargs: dict) -> None:
     """Raises where the model asks for something that modular attention would ignore."""
     if kwargs.get("dropout"):
         raise NotImplementedError(
-            f"attention 'moda' has no dropout, got {kwargs['dropout']}; set attention_dropout=0 in the config"
+            f"attention 'moda' has no dropout, got {kwargs['dropout']}; set attention_dropout=0 in the config, "
+            "or model.eval() to measure"
         )
     for name in REFUSED:
         if kwargs.get(name) is not None:
@@ -292,7 +298,8 @@ def _check_options(module: nn.Module, own_mask: bool, kwargs: dict) -> None:
 def _fail(what: str) -> NoReturn:
     raise RuntimeError(
         f"MODA: {what}. Its premises do not hold and the result would be wrong {versions()}. If this Transformers is "
-        "newer than the tested ones, install one of those"
+        "newer than the tested ones, install one of those; if an earlier pass with this cache failed, start from an "
+        "empty one; with checkpointing of your own pass use_cache=False"
     )
 
 
@@ -329,21 +336,22 @@ def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> tu
 
 
 def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor) -> None:
-    """The Gram of a row is made of all tokens before it, so its mask may hide none of them.
-
-    Not checked while compiling: the answer depends on values.
-    """
-    if torch.compiler.is_compiling():
-        return
+    """The Gram of a row is made of all tokens before it, so its mask may hide none of them."""
     keys = torch.arange(tokens.key.shape[2], device=tokens.key.device)
     rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
     past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
     past = past & (tokens.query_modality >= 0)[:, :, None]
-    if (past & ~visible[:, 0]).any():
-        raise NotImplementedError(
+    hidden, message = (
+        (past & ~visible[:, 0]).any(),
+        (
             "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
             "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
-        )
+        ),
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~hidden, message)
+    elif hidden:
+        raise NotImplementedError(message)
 
 
 def moda_mask(

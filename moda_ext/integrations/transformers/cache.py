@@ -21,7 +21,14 @@ from transformers.cache_utils import (
 from moda_ext.alignment import GramState
 from moda_ext.integrations.transformers.versions import versions
 
-__all__ = ["MODADynamicLayer", "MODAStaticLayer", "modality_layer", "prepare_cache", "refuse_cache"]
+__all__ = [
+    "MODADynamicLayer",
+    "MODAStaticLayer",
+    "check_agreement",
+    "modality_layer",
+    "prepare_cache",
+    "refuse_cache",
+]
 
 # Methods of Transformers' cache layers that keep the tokens as they are or append new ones, and those that do more and
 # that the layers below follow.
@@ -129,11 +136,10 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
             _mark_static(self.modality)
             _mark_static(self.known)
         seen = self.get_seq_length()
-        if not torch.compiler.is_compiling():  # on a GPU without waiting for it
-            torch._assert_async(
-                self.known >= seen,
-                "the cache holds tokens without modalities: it was filled while MODA was off. Start from an empty one",
-            )
+        torch._assert_async(  # on a GPU without waiting for the answer
+            self.known >= seen,
+            "the cache holds tokens without modalities: it was filled while MODA was off. Start from an empty one",
+        )
         self.known.copy_(seen + torch.full_like(self.known, modality.shape[1]))
         # A pass that failed before its keys came here has left its ids.
         self.modality.masked_fill_(torch.arange(self.max_cache_len, device=modality.device) >= seen, -1)
@@ -222,6 +228,20 @@ def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
         if isinstance(layer, MODALayerMixin):
             return layer
     raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
+
+
+def check_agreement(cache: Cache, start: int | Tensor) -> None:
+    """Raises RuntimeError unless all layers of a prepared cache hold ``start`` tokens."""
+    message = (
+        "the layers of the cache hold different numbers of tokens: an earlier pass with it failed in the middle. Start "
+        "from an empty cache"
+    )
+    lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, MODALayerMixin)]
+    if isinstance(start, Tensor):
+        same = torch.stack([torch.as_tensor(length, device=start.device) for length in lengths]) == start
+        torch._assert_async(same.all(), message)  # on a GPU without waiting for the answer
+    elif any(length != start for length in lengths):
+        raise RuntimeError(message)
 
 
 def refuse_cache(cache_class: type) -> NoReturn:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
-from moda_ext.integrations.transformers.cache import modality_layer, prepare_cache, refuse_cache
+from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
 from moda_ext.integrations.transformers.versions import versions
 
 __all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
@@ -76,6 +76,12 @@ class BaseModelHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         input_ids = args[0] if args else kwargs.get("input_ids")
+        present = {token for kind in TOKEN_ID_NAMES if (token := placeholder(module.config, kind)) is not None}
+        if present and present != self.token_modality.keys():  # the text stack's config has none
+            raise RuntimeError(
+                f"MODA: the placeholder tokens in the model's config are {sorted(present)}, and were "
+                f"{sorted(self.token_modality)} when MODA was attached. Change them before apply_moda"
+            )
         ids_came = input_ids is not None and not input_ids.is_floating_point()
         if kwargs.get("modality_ids") is None and ids_came:
             modality = torch.full_like(input_ids, 0, dtype=torch.int32)
@@ -127,7 +133,10 @@ class TextStackHook(BaseModelHook):
             prepare_cache(cache, module.config.num_hidden_layers)
             layer = modality_layer(cache)
             start = layer.get_seq_length()
-            start = start.clone() if isinstance(start, Tensor) else start  # a static cache counts on in place
+            if isinstance(start, Tensor):
+                first = modality.shape[1] > 1 and not torch.compiler.is_compiling() and int(start) == 0
+                start = 0 if first else start.clone()  # a static cache counts on in place
+            check_agreement(cache, start)
         mask = kwargs.get("attention_mask")
         modality = _without_padding(modality, mask, start)
         key_modality = modality if layer is None else layer.append(modality)
@@ -162,10 +171,8 @@ class TextStackHook(BaseModelHook):
 def _check_past_mask(mask: Tensor, key_modality: Tensor, start: int | Tensor) -> None:
     """A mask must leave the tokens before as it had them when they came: their ids and the Gram are made.
 
-    Not checked while compiling: the answer depends on values. On a GPU it does not wait for them.
+    On a GPU this does not wait for the answer.
     """
-    if torch.compiler.is_compiling():
-        return
     columns = min(mask.shape[1], key_modality.shape[1])
     past = torch.arange(columns, device=key_modality.device) < start
     changed = (mask[:, :columns].to(key_modality.device) != 0) != (key_modality[:, :columns] >= 0)

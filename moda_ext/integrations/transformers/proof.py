@@ -190,6 +190,15 @@ def _prove(make_model, attach, recording) -> None:
             full,
             f"decoding with a {cache} cache does not give the logits of one pass",
         )
+    one_row = {name: tensor[:1] for name, tensor in inputs.items()}
+    for what, given, options in (
+        ("beam search", inputs, {"num_beams": 2}),
+        ("prompt lookup", one_row, {"prompt_lookup_num_tokens": 2}),
+    ):
+        beams = {name: value for name, value in options.items() if name == "num_beams"}
+        expected = _generate(model, given, None, use_cache=False, **beams).sequences
+        if not torch.equal(_generate(model, given, "dynamic", **options).sequences, expected):
+            raise RuntimeError(f"{what} with a cache gives other tokens than without one")
 
 
 def _full_pass(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -198,10 +207,10 @@ def _full_pass(model: nn.Module, inputs: dict) -> torch.Tensor:
     return model(**inputs, position_ids=positions, use_cache=False).logits * inputs["attention_mask"][..., None]
 
 
-def _generate(model: nn.Module, inputs: dict, cache: str):
+def _generate(model: nn.Module, inputs: dict, cache: str | None, **more):
     options = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO, START, END]}
     options |= {"cache_implementation": cache, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(**inputs, **options)
+    return model.generate(**inputs, **options, **more)
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
