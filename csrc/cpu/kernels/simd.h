@@ -51,17 +51,21 @@ struct VectorOf<float> {
   typedef float type __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
   typedef float unaligned __attribute__((vector_size(MODA_EXT_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+  typedef uint32_t unsigned_bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
   typedef double unaligned __attribute__((vector_size(MODA_EXT_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+  typedef uint64_t unsigned_bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
 using Bits = typename VectorOf<T>::bits;
+template <class T>
+using UnsignedBits = typename VectorOf<T>::unsigned_bits;
 
 template <class T>
 constexpr int kLanes = MODA_EXT_VECTOR_BYTES / static_cast<int>(sizeof(T));
@@ -213,12 +217,13 @@ MODA_EXT_INLINE Vector<T> keep_first_or(Vector<T> v, int count, T fill) {
 }
 
 // 2^x for x <= 0 or slightly above; exactly 0 for x <= -127 (float) or x <= -1023 (double), -inf included; NaN stays
-// NaN. x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f on [-1/2,
+// NaN. A lane that its caller drops may hold any x: the exponent field is added to as unsigned numbers, which wrap.
+// x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f on [-1/2,
 // 1/2] whose constant term is exactly 1, and n added to the exponent field. Relative error 1e-7 (float, degree 5),
 // 2e-16 (double, degree 12).
 MODA_EXT_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
   typedef Vector<float> V;
-  typedef Bits<float> I;
+  typedef UnsignedBits<float> U;
   const V magic = splat(12582912.0f);
   x = maximum(splat(-127.0f), x);
   const V t = x + magic;
@@ -229,11 +234,11 @@ MODA_EXT_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
   p = p * f + splat(2.4022242e-1f);
   p = p * f + splat(6.9314700e-1f);
   p = p * f + splat(1.0f);
-  return (V)((I)p + ((I)t << 23));
+  return (V)((U)p + ((U)t << 23));
 }
 MODA_EXT_INLINE Vector<double> exp2_nonpositive(Vector<double> x) {
   typedef Vector<double> V;
-  typedef Bits<double> I;
+  typedef UnsignedBits<double> U;
   // Taylor coefficients ln(2)^k / k!: at degree 12 the truncation error on [-1/2, 1/2] is below 1e-17.
   constexpr double kC[] = {1.0,
                            0.69314718055994530942,
@@ -255,7 +260,7 @@ MODA_EXT_INLINE Vector<double> exp2_nonpositive(Vector<double> x) {
   V p = splat(kC[12]);
 #pragma GCC unroll 12
   for (int k = 11; k >= 0; --k) p = p * f + splat(kC[k]);
-  return (V)((I)p + ((I)t << 52));
+  return (V)((U)p + ((U)t << 52));
 }
 template <class T>
 MODA_EXT_INLINE T exp2_nonpositive(T x) {
