@@ -13,7 +13,7 @@ _FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.expm1, torch.log, torch.log
 
 
 @functools.cache
-def settle() -> None:
+def warm_up() -> None:
     """Calls the functions that this package uses once in a process, on one thread: who makes a module calls it."""
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype, device="cpu")

@@ -35,23 +35,24 @@ def rank(op, name, tensor, rank, layout) -> None:
 
 def shape(op, name, tensor, expected, layout) -> None:
     """Size by size: comparing whole shapes would make torch.export fix every one of them."""
-    fits = tensor.dim() == len(expected)
-    for size, wanted in zip(tensor.shape, expected, strict=False):
-        fits = fits and size == wanted
-    if not fits:
+    equal = tensor.dim() == len(expected)
+    for size, other in zip(tensor.shape, expected, strict=False):
+        equal = equal and size == other
+    if not equal:
         mismatch(op, name, f"the shape {layout}", expected, tuple(tensor.shape))
 
 
 def broadcastable(op, name, tensor, shape, layout) -> None:
+    """As :func:`shape`, size by size."""
     given = tensor.shape
     missing = len(shape) - len(given)
-    fits = missing >= 0
-    if fits:
+    broadcasts = missing >= 0
+    if broadcasts:
         for size, target in zip(given, shape[missing:], strict=True):
             if size != target and size != 1:
-                fits = False
+                broadcasts = False
                 break
-    if not fits:
+    if not broadcasts:
         mismatch(op, name, f"a shape that broadcasts to {layout}", tuple(shape), tuple(given))
 
 
@@ -101,8 +102,8 @@ def mismatch(op, name, what, expected, got) -> None:
     raise ValueError(f"{op}: {name} must have {what}: expected {expected}, got {got}")
 
 
-def same_device(device, wanted) -> bool:
-    return device.type == wanted.type and (wanted.index is None or wanted.index == device.index)
+def same_device(device, other) -> bool:
+    return device.type == other.type and (other.index is None or other.index == device.index)
 
 
 def is_integer(value) -> bool:

@@ -1,1 +1,1 @@
-"""The modules with weights, and the states of decoding. Public in ``moda_ext.attention``, ``.alignment`` and ``.mask``."""
+"""Modules with weights and states of decoding. Public in ``moda_ext.attention``, ``.alignment`` and ``.mask``."""

@@ -52,7 +52,7 @@ def align_and_attend(
     start: Tensor | int = 0,
     is_causal: bool = True,
     attention: Callable = modular_attention,
-    show: bool = False,
+    return_terms: bool = False,
 ) -> Attended:
     """Duplex attention with any aligner and mask, which may both be missing.
 
@@ -66,19 +66,19 @@ def align_and_attend(
         start: (B,) or a number, how many tokens came before the queries without padding.
         is_causal: as in ``modular_attention``.
         attention: what is called in place of ``modular_attention``, with its arguments; for the joint softmax only.
-        show: also return the views and the bias.
+        return_terms: also return the views and the bias.
     """
     query, key, value, query_modality, key_modality, new_key, new_modality, scale = tokens
     conditional = aligner is not None and mask is not None and mask.conditional
     joint = mask is None or mask.softmax == "joint"
     options = {"scale": scale, "return_mass": True}
 
-    fits = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
-    fits = fits and attention is modular_attention and not show
-    parameters = () if not fits else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
+    fusible = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
+    fusible = fusible and attention is modular_attention and not return_terms
+    parameters = () if not fusible else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
     sums = () if gram is None else (gram.gram, gram.key)
     tensors = query, key, value, new_key, *sums, *parameters
-    if fits and backend.choose("duplex_attention", *tensors) == backend.NATIVE:
+    if fusible and backend.choose("duplex_attention", *tensors) == backend.NATIVE:
         aligner.check(query, new_key, gram, context, keep_gram)
         recent, before = (new_key, new_modality), None
         if gram is not None:
@@ -96,9 +96,9 @@ def align_and_attend(
 
     views, indicator, after = query, None, None
     if aligner is not None:
-        wanted = {"return_indicator": conditional, "return_state": keep_gram}
+        asked = {"return_indicator": conditional, "return_state": keep_gram}
         arguments = query, new_key, query_modality, new_modality, gram
-        results = aligner(*arguments, include=context, **wanted)
+        results = aligner(*arguments, include=context, **asked)
         views, *rest = results if isinstance(results, tuple) else (results,)
         indicator = rest[0] if conditional else None
         after = rest[-1] if keep_gram else None
@@ -169,7 +169,7 @@ class ModularDuplexAttention(nn.Module):
         mask: bool | dict = True,
     ):
         super().__init__()
-        mkl.settle()
+        mkl.warm_up()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
@@ -289,7 +289,7 @@ class ModularDuplexAttention(nn.Module):
             keep_gram=state is not None,
             start=seen,
             is_causal=self.is_causal,
-            show=self.recorder is not None,
+            return_terms=self.recorder is not None,
         )
         if state is not None:
             state.key, state.value, state.modality, state.gram = key, value, key_modality, gram

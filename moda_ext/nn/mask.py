@@ -93,7 +93,7 @@ class ModularMask(nn.Module):
         learn_prior: bool | None = None,
     ):
         super().__init__()
-        mkl.settle()
+        mkl.warm_up()
         if num_heads < 1:
             raise ValueError(f"ModularMask: num_heads must be at least 1, got {num_heads}")
         if not 1 <= num_modalities <= MAX_MODALITIES:

@@ -118,7 +118,7 @@ class MODAAttention(nn.Module):
                 "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
                 "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
             )
-        options = {"gram": state, "keep_gram": keep_state, "start": start, "show": record}
+        options = {"gram": state, "keep_gram": keep_state, "start": start, "return_terms": record}
         out, lse, mass, views, bias, state = align_and_attend(
             aligner, self.mask, tokens, self.config.num_modalities, **options, attention=attention_under(visible)
         )
