@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ext._ops import library
+from moda_ext._ops import library, operators
 from moda_ext._ops.operator import transformed
 
 NATIVE, COMPOSED, COMPOSITE, REFERENCE = "native", "composed", "composite", "reference"
 
-FUSED = ("duplex_attention", "duplex_aligned_keys")  # several operators in one: no derivative, kernels on the CPU alone
-_HAS_COMPOSITE = ("modality_gram", "causal_gram_projection", "duplex_query_views")
-OPERATORS = ("modular_attention", "modular_attention_varlen", *_HAS_COMPOSITE, *FUSED)
+OPERATORS = tuple(operators.DECLARED)
+FUSED = tuple(name for name, op in operators.DECLARED.items() if op.instead)  # see Operator
+_HAS_COMPOSITE = tuple(name for name, op in operators.DECLARED.items() if op.composite)
 
 # Devices with native kernels; a meta tensor is answered by the fake kernels.
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": None}

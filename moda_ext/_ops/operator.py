@@ -28,6 +28,7 @@ from torch import Tensor
 from moda_ext._ops import autocast, library
 from moda_ext._ops.limits import accumulation_dtype
 
+_SAVED, _OPTION, _NEED, _GRAD, _GRAD_OR_ZEROS = range(5)
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # of every operator
 _library = torch.library.Library("moda_ext", "IMPL")  # kept alive: the registrations end with it
 
@@ -61,7 +62,9 @@ class Operator:
             merged with: one call. None: one call for each slice.
         packed: whether tensors of tokens are packed, (T, H, D): their gradients are then contiguous.
         contiguous: results whose gradient the backward kernels want contiguous; of the others, the last dimension.
-        instead: what has the derivative, for an operator that has none.
+        instead: what has the derivative, for an operator that has none: one that does the work of several at once where
+            none is asked for. It has kernels for the CPU alone.
+        composite: whether functional/composite.py computes it for dtypes that a device has no kernels of.
     """
 
     def __init__(
@@ -75,8 +78,9 @@ class Operator:
         packed: bool = False,
         contiguous: tuple[str, ...] = (),
         instead: str = "",
+        composite: bool = False,
     ):
-        self.name, self.fake, self.instead = name, fake, instead
+        self.name, self.fake, self.instead, self.composite = name, fake, instead, composite
         self.tokens, self.sums, self.batch = tokens, sums, batch
         self.packed, self.contiguous = packed, contiguous
         self.backward: Operator | None = None  # the operator of the gradient
@@ -91,16 +95,16 @@ class Operator:
         self._check_declaration()
         if hasattr(torch.ops.moda_ext, f"{name}_backward"):
             self.backward = self._declare_backward()
-            known = {*self.arguments, *self.results}
-            self._saved = [n for n in self.backward.arguments if n in known and n in self.backward.tensors]
-            self._options = [n for n in self.backward.arguments if n in known and n not in self.backward.tensors]
-            self._without_gradient = [n for n in self.results if f"grad_{n}" not in self.backward.arguments]
+            self._plan_gradient()
         self._register()
 
     def __call__(self, **arguments):
         inputs = [arguments.pop(name) for name in self.arguments]
         if arguments:
             raise TypeError(f"moda_ext::{self.name} has no argument {', '.join(arguments)}")
+        return self._call(inputs)
+
+    def _call(self, inputs: list):
         try:
             return self._through_function(inputs) if transformed() else self._op(*inputs)
         except RuntimeError as error:  # torch 2.15 makes one of the std::invalid_argument of a check in csrc
@@ -178,48 +182,76 @@ class Operator:
     def _bind(self, inputs: Sequence) -> SimpleNamespace:
         return SimpleNamespace(**dict(zip(self.arguments, inputs, strict=True)))
 
-    # The gradient.
+    # The gradient. What goes where is looked up by name once; training calls this for every layer and step.
+
+    def _plan_gradient(self) -> None:
+        """``_sources``: for every argument of the backward operator where it comes from, and the index there."""
+        names = [*self.arguments, *self.results]
+        arguments, results = self.backward.arguments, self.backward.results
+        self._saved = [n for n in arguments if n in names and n in self.backward.tensors]
+        self._options = [n for n in arguments if n in names and n not in self.backward.tensors]
+        self._saved_from = [names.index(n) for n in self._saved]
+        self._options_from = [names.index(n) for n in self._options]
+        self._without_gradient = [i for i, n in enumerate(self.results) if f"grad_{n}" not in arguments]
+        self._flags = [
+            (i, self.arguments.index(f"with_{n}")) for i, n in enumerate(self.results) if f"with_{n}" in names
+        ]
+        self._sources = []
+        for name in arguments:
+            what, _, other = name.partition("_")
+            if name in self._saved:
+                self._sources.append((_SAVED, self._saved.index(name)))
+            elif name in self._options:
+                self._sources.append((_OPTION, self._options.index(name)))
+            elif what == "need":
+                self._sources.append((_NEED, self.arguments.index(other)))
+            else:
+                optional = name in self.backward.optional
+                self._sources.append((_GRAD if optional else _GRAD_OR_ZEROS, self.results.index(other)))
+        self._sizes_of = [i for source, i in self._sources if source == _GRAD_OR_ZEROS]
+        # For every argument: the result that is its gradient, and the saved tensor that says whether it was given.
+        self._gradients = [
+            (results.index(f"grad_{n}"), self._saved.index(n)) if f"grad_{n}" in results else None
+            for n in self.arguments
+        ]
 
     def _remember(self, ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        results = output if isinstance(output, tuple) else (output,)
-        known = dict(zip(self.results, results, strict=True)) | dict(zip(self.arguments, inputs, strict=True))
-        ctx.mark_non_differentiable(*(known[name] for name in self._without_gradient))
-        ctx.save_for_backward(*(known[name] for name in self._saved))
-        ctx.options = {name: known[name] for name in self._options}
-        ctx.absent = {name for name in self.results if known.get(f"with_{name}") is False}
-        ctx.like = [(r.shape, r.dtype) for r in results]
+        known = (*inputs, *(output if isinstance(output, tuple) else (output,)))
+        first = len(inputs)
+        ctx.mark_non_differentiable(*(known[first + i] for i in self._without_gradient))
+        ctx.save_for_backward(*(known[i] for i in self._saved_from))
+        ctx.options = [known[i] for i in self._options_from]
+        ctx.absent = [i for i, flag in self._flags if not inputs[flag]]
+        ctx.sizes = {i: (known[first + i].shape, known[first + i].dtype) for i in self._sizes_of}
 
     def _differentiate(self, ctx, *grads):
-        incoming = {}
-        for name, grad in zip(self.results, grads, strict=True):
-            if grad is None or name in ctx.absent:  # what is absent has a gradient all the same under torch.compile
-                continue
-            wants_all = name in self.contiguous
-            dense = grad.is_contiguous() if wants_all else grad.dim() == 0 or grad.stride(-1) == 1
-            incoming[name] = grad if dense else grad.contiguous()  # the gradient of a plain sum is expanded
-        if not incoming:
+        # What is absent has a gradient all the same under torch.compile.
+        incoming = [None if i in ctx.absent else grad for i, grad in enumerate(grads)]
+        present = [grad for grad in incoming if grad is not None]
+        if not present:
             return (None,) * len(self.arguments)
-        saved = dict(zip(self._saved, ctx.saved_tensors, strict=True))  # once: checkpointing unpacks them one time only
-        needed = dict(zip(self.arguments, ctx.needs_input_grad, strict=True))
-        call = saved | ctx.options
-        for name in self.backward.arguments:
-            if name in call:
-                continue
-            if name.startswith("need_"):
-                call[name] = needed[name.removeprefix("need_")]
-                continue
-            result = name.removeprefix("grad_")
-            call[name] = incoming.get(result)
-            if call[name] is None and name not in self.backward.optional:
-                shape, dtype = ctx.like[self.results.index(result)]
-                call[name] = next(iter(incoming.values())).new_zeros(shape, dtype=dtype)
-        gradients = self.backward(**call)
+        saved = ctx.saved_tensors  # once: gradient checkpointing unpacks them one time only
+        inputs = []
+        for source, i in self._sources:
+            if source == _SAVED:
+                inputs.append(saved[i])
+            elif source == _OPTION:
+                inputs.append(ctx.options[i])
+            elif source == _NEED:
+                inputs.append(ctx.needs_input_grad[i])
+            elif incoming[i] is not None:
+                inputs.append(_contiguous(incoming[i], whole=self.results[i] in self.contiguous))
+            elif source == _GRAD_OR_ZEROS:
+                shape, dtype = ctx.sizes[i]
+                inputs.append(present[0].new_zeros(shape, dtype=dtype))
+            else:
+                inputs.append(None)
+        gradients = self.backward._call(inputs)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        by_name = dict(zip(self.backward.results, gradients, strict=True))
         return tuple(
-            by_name.get(f"grad_{name}") if needed[name] and saved.get(name) is not None else None
-            for name in self.arguments
+            gradients[places[0]] if needed and places and saved[places[1]] is not None else None
+            for places, needed in zip(self._gradients, ctx.needs_input_grad, strict=True)
         )
 
     def _forget(self, ctx, inputs, output) -> None:
@@ -272,6 +304,13 @@ class Operator:
             return torch.stack(slices), 0
         results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
+
+
+def _contiguous(grad: Tensor, *, whole: bool) -> Tensor:
+    """The gradient as the kernels take it: that of a plain sum, for example, is expanded."""
+    if grad.is_contiguous() if whole else grad.dim() == 0 or grad.stride(-1) == 1:
+        return grad
+    return grad.contiguous()
 
 
 def _fold(tensor: Tensor | None, mapped: int | None, batch: int, size: int) -> Tensor | None:

@@ -74,10 +74,15 @@ modality_gram = Operator(
     tokens=("key",),
     batch={"key": -4, "modality": -2, "gram": -5},
     contiguous=("gram",),
+    composite=True,
 )
 # No batch: the gradients of the weights are sums over it.
-causal_gram_projection = Operator("causal_gram_projection", _projection, tokens=("query", "key"), contiguous=("gram",))
-duplex_query_views = Operator("duplex_query_views", _views, tokens=("query", "key"), contiguous=("gram",))
+causal_gram_projection = Operator(
+    "causal_gram_projection", _projection, tokens=("query", "key"), contiguous=("gram",), composite=True
+)
+duplex_query_views = Operator(
+    "duplex_query_views", _views, tokens=("query", "key"), contiguous=("gram",), composite=True
+)
 duplex_attention = Operator(
     "duplex_attention",
     lambda given: _attention(given)[:3],
@@ -91,3 +96,5 @@ duplex_aligned_keys = Operator(
     tokens=("key",),
     instead="moda_ext.alignment.DuplexAligner.align_keys has, by way of other operators",
 )
+
+DECLARED = {name: value for name, value in list(globals().items()) if isinstance(value, Operator)}
