@@ -1,7 +1,8 @@
 """Docstrings for the documentation: the roles and directives of Sphinx that ours use, as Markdown (mkdocs.yml).
 
 ``:func:`name``` becomes a link where docs/api.md documents the name, else code; ``:math:`` and ``.. math::`` become
-equations, ``.. code-block::`` a fenced block, and ``Example:`` the section that the site knows as ``Examples:``.
+equations, ``.. code-block::`` a fenced block, ``Example:`` the section that the site knows as ``Examples:``, and a
+citation of the mathematics a link.
 """
 
 import re
@@ -10,14 +11,19 @@ from pathlib import Path
 
 import griffe
 
-API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SECTIONS = {  # number -> anchor of the heading
+    number: f"{number}-{re.sub('[^a-z0-9]+', '-', title.lower())}"
+    for number, title in re.findall(r"^## (\d)\. (.+)$", (DOCS / "mathematics.md").read_text(), re.MULTILINE)
+}
+CITATION = re.compile(r"docs/(?:mathematics)\.md\s+(sections?\s+(\d)(?: and \d)?)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
 DIRECTIVE = re.compile(r"^( *)\.\. (math|code-block):: ?(.*)\n((?:\1 +.*(?:\n|$)|\n)*)", re.MULTILINE)
 
 
 def documented() -> dict[str, str]:
     """Last part of a name, and the name itself -> the name under which docs/api.md documents it."""
-    names = re.findall(r"^::: (\S+)", API.read_text(), re.MULTILINE)
+    names = re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE)
     return {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
 
 
@@ -41,6 +47,7 @@ def as_markdown(text: str, known: dict[str, str]) -> str:
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
     text = text.replace("``", "`")
     text = ROLE.sub(role, text)
+    text = CITATION.sub(lambda match: f"[Mathematics, {match[1]}][{SECTIONS[match[2]]}]", text)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
 
