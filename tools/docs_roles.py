@@ -18,6 +18,7 @@ SECTIONS = {  # number -> anchor of the heading
 }
 CITATION = re.compile(r"docs/(?:mathematics)\.md\s+(sections?\s+(\d)(?: and \d)?)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+RETURNS = re.compile(r"^Returns:\n((?: +.*(?:\n|$)|\n)+)", re.MULTILINE)
 DIRECTIVE = re.compile(r"^( *)\.\. (math|code-block):: ?(.*)\n((?:\1 +.*(?:\n|$)|\n)*)", re.MULTILINE)
 
 
@@ -38,12 +39,13 @@ def as_markdown(text: str, known: dict[str, str]) -> str:
         indent, kind, argument, body = match.groups()
         lines = textwrap.dedent(body).strip("\n")
         if kind == "math":
-            block = f"$$\n{argument}\n{lines}\n$$" if argument else f"$$\n{lines}\n$$"
+            block = "\n".join(filter(None, ["$$", argument, lines, "$$"]))  # an empty line would end the equation
         else:
             block = f"```{argument}\n{lines}\n```"
         return "\n" + textwrap.indent(block, indent) + "\n\n"
 
     text = DIRECTIVE.sub(directive, text)
+    text = RETURNS.sub(lambda match: f"**Returns:**\n\n{textwrap.dedent(match[1])}", text)  # prose, not types
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
     text = text.replace("``", "`")
     text = ROLE.sub(role, text)
