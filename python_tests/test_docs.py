@@ -163,6 +163,17 @@ def test_the_citation_names_this_version():
     assert f"\nversion: {moda_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_continuous_integration_calls_dev_py():
+    """And nothing else, so that anybody can run the same."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    commands = re.findall(r"\brun: (.*)", workflow)
+    assert commands and all(re.fullmatch(r"python tools/dev\.py \w+( \$\{\{ matrix\.entry \}\})?", c) for c in commands)
+    dev = (ROOT / "tools" / "dev.py").read_text()
+    entries = re.search(r"entry: \[(.*)\]", workflow)[1].split(", ")
+    assert all(f"def {command.split()[2]}(" in dev for command in commands)
+    assert all(f'"{entry}":' in dev for entry in entries)
+
+
 # What is cited
 
 FOLDERS = ("benchmarks", "cmake", "csrc", "docs", "examples", "moda_ext", "python_tests", "tools")
