@@ -4,6 +4,7 @@ python3 tools/dev.py demo        set up, then run the demo
 python3 tools/dev.py test        set up, then C++ tests (plain, then with sanitizers), then Python tests
 python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
+python3 tools/dev.py docs        the documentation as a site, in build/site, without building anything else
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
                                  own, or with those that are named: transformers-oldest, torch-newest, ...
@@ -187,6 +188,13 @@ def lint(python: Path, arguments: list[str]) -> None:
     run(python.parent / "clang-format", "--dry-run", "-Werror", *cpp)
 
 
+def docs(python: Path, arguments: list[str]) -> None:
+    step("documentation")
+    pip_install(python, "--quiet", "-r", "tools/docs-requirements.txt")
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # news of the theme's authors
+    run(python, "-m", "mkdocs", "build", "--strict", *arguments, env=quiet)
+
+
 def kernels(python: Path, arguments: list[str]) -> None:
     step("CUDA kernels")
     pip_install(python, "--quiet", *DISASSEMBLER)
@@ -201,8 +209,8 @@ MATRIX = {
     "torch-tested": f"torch=={VERSION['TORCH_TESTED']}",
     "torch-newest": VERSION["TORCH_REQUIREMENT"],
 }
-INTEGRATION_TESTS = ["integrations", "diagnostics", "packaging/test_cli.py"]
-NOT_OF_AN_INSTALLATION = [f"packaging/test_{name}.py" for name in ("benchmarks", "docs", "install")]  # of the checkout
+INTEGRATION_TESTS = ["integrations", "diagnostics", "packaging/test_cli.py", "packaging/test_docs.py"]
+NOT_OF_AN_INSTALLATION = ["packaging/test_benchmarks.py", "packaging/test_install.py"]  # they look at the checkout
 
 
 def matrix(python: Path, arguments: list[str]) -> None:
@@ -278,7 +286,8 @@ def print_times() -> None:
 
 
 def main() -> None:
-    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "kernels": kernels, "matrix": matrix}
+    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "docs": docs, "kernels": kernels}
+    commands["matrix"] = matrix
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parsed, arguments = parser.parse_known_args()

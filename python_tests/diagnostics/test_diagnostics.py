@@ -4,8 +4,6 @@ import dataclasses
 import importlib
 import math
 import os
-import pathlib
-import re
 import time
 import types
 
@@ -943,23 +941,6 @@ class TestCost:
         meter = AttentionMeter(model)
         with meter.generated_after(100):
             assert peak(meter) - plain < 64
-
-
-def test_the_readme_example(tmp_path, monkeypatch, capsys):
-    """Word for word, beside a photograph of that name."""
-    for module in ("transformers", "matplotlib", "PIL"):
-        pytest.importorskip(module, reason=f"{module} is not installed")
-    from matplotlib import cbook
-
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        (tmp_path / "photo.jpg").write_bytes(file.read())
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AttentionMeter" in c)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "torch.Size([4, 4, 2])" in capsys.readouterr().out
-    assert (tmp_path / "disparity.png").stat().st_size > 10_000
-    assert Diagnosis.from_json((tmp_path / "diagnosis.json").read_text()).tokens["vision"] == 64
 
 
 class TestPictures:

@@ -7,7 +7,6 @@ base, so that a cache that forgets anything gives other logits.
 import contextlib
 import copy
 import functools
-import pathlib
 import pickle
 import warnings
 
@@ -606,64 +605,6 @@ def test_text_stacks(stack, monkeypatch):
 
 
 # Training
-
-
-def save_llava_with_processor(path):
-    """A checkpoint directory as a user has it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    words = ["What", "is", "on", "the", "table", "?"]
-    vocabulary = {"<pad>": 0, **{word: i for i, word in enumerate(words, 1)}, "<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    processor = transformers.LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", additional_special_tokens=["<image>"]
-        ),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
-    make_model("llava").save_pretrained(path)
-    processor.save_pretrained(path)
-
-
-@pytest.fixture
-def readme_examples(tmp_path, monkeypatch):
-    """Those about models, beside a photograph and a checkpoint directory of the names that they use."""
-    image = pytest.importorskip("PIL.Image")
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Replace the attention of your model")[1].split("\n## ")[0]
-    save_llava_with_processor(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
-    image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    return [compile(part.split("```")[0], "README.md", "exec") for part in section.split("```python\n")[1:]]
-
-
-def test_readme_example(readme_examples):
-    """Word for word."""
-    code, _ = readme_examples
-    variables = {}
-    exec(code, variables)
-    inputs, model = variables["inputs"], variables["model"]
-    assert (inputs["input_ids"] == IMAGE).sum() == 4
-    with pytest.raises(ValueError, match="MODA moves this model's logits"):
-        check_identity(model, inputs, tolerance=1e-6)
-    loaded = AutoModelForImageTextToText.from_pretrained("llava-moda").eval()
-    assert torch.equal(logits_of("llava", loaded, inputs), logits_of("llava", model.eval(), inputs))
-    transformers.AutoProcessor.from_pretrained("llava-moda")
-
-
-def test_readme_example_of_a_prior(readme_examples):
-    _, code = readme_examples
-    variables = {}
-    exec(code, variables)
-    expected = apply_moda(make_model("llava"), MODAConfig.fixed_prior([[0.0, 0.5], [0.0, 0.0]]))
-    model, inputs = variables["model"], make_inputs("llava")
-    assert torch.equal(logits_of("llava", model, inputs), logits_of("llava", expected, inputs))
 
 
 @family

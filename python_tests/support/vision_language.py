@@ -100,3 +100,26 @@ def make_inputs(family: str, *, rows: int = 2, padding: str | None = "left", tex
         ids[row, place], mask[row, place] = torch.tensor(sequence), 1
     torch.manual_seed(2)
     return {"input_ids": ids, "attention_mask": mask, **spec.images(rows), **spec.extra(ids)}
+
+
+def save_llava_with_processor(path) -> None:
+    """A checkpoint directory as a user has it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["What", "is", "on", "the", "table", "?"]
+    vocabulary = {"<pad>": 0, **{word: i for i, word in enumerate(words, 1)}, "<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    processor = transformers.LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", additional_special_tokens=["<image>"]
+        ),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+    make_model("llava").save_pretrained(path)
+    processor.save_pretrained(path)
