@@ -1,9 +1,9 @@
 """Builds the native parts: the operator library `moda_ext._operators` and the pybind11 module `moda_ext._C`.
 
-csrc/sources.json lists the sources. CPU kernels include no torch header and are compiled once for each instruction set,
-as static libraries with flags of their own; both extensions link them. Where torch has CUDA and its compiler is there,
-the CUDA operators become a third library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in
-pyproject.toml.
+csrc/sources.json lists the sources; those that instantiate CUDA kernels are made from its table of head sizes. CPU
+kernels include no torch header and are compiled once for each instruction set, as static libraries with flags of their
+own; both extensions link them. Where torch has CUDA and its compiler is there, the CUDA operators become a third
+library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation, TORCH_CUDA_ARCH_LIST names the GPU architectures (by default the
 visible GPU's, else DEFAULT_CUDA_ARCHS), CUDA_HOME the toolkit, MODA_EXT_BUILD_CUDA=0 leaves CUDA out and =1 demands it.
@@ -40,6 +40,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 SOURCES = json.loads((ROOT / "csrc/sources.json").read_text())
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
+write_cuda_units = runpy.run_path(str(ROOT / "tools/cuda_units.py"))["write_cuda_units"]
 GENERATED = ROOT / "build" / "generated"
 OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # setuptools would put those of -e into /tmp
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -187,6 +188,7 @@ if missing_cuda is None:
     cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(cuda_home())
 elif os.environ.get("MODA_EXT_BUILD_CUDA") == "1":
     raise SystemExit(f"moda_ext: MODA_EXT_BUILD_CUDA=1, but {missing_cuda}.")
+cuda_units = write_cuda_units(ROOT, SOURCES["cuda_units"]) if missing_cuda is None else []
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it
 target_major, target_minor = VERSION["TORCH_MIN"]
 flags = ["-std=c++17", "-g0", "-fvisibility=hidden"]
@@ -227,7 +229,7 @@ operators = Extension(
 
 cuda_operators = Extension(
     "moda_ext._operators_cuda",  # apart, because what links CUDA cannot load in a torch without it
-    [*SOURCES["cuda"], "csrc/ops/checks.cpp", "csrc/ops/modular_attention.cpp", "csrc/ops/gram.cpp"],
+    [*SOURCES["cuda"], *cuda_units, "csrc/ops/checks.cpp", "csrc/ops/modular_attention.cpp", "csrc/ops/gram.cpp"],
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths("cuda" if missing_cuda is None else "cpu")],
     library_dirs=cpp_extension.library_paths("cuda" if missing_cuda is None else "cpu"),
     libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"],

@@ -59,7 +59,8 @@ def source_tree(tmp_path) -> Path:
     checkout = PACKAGE.parent
     if not (checkout / "setup.py").exists():
         pytest.skip("the package is not in a checkout")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sources.json", "moda_ext/_version.py"):
+    read = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sources.json", "tools/cuda_units.py")
+    for name in (*read, "moda_ext/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(checkout / name, tmp_path / name)
     return tmp_path

@@ -2,9 +2,9 @@
 
 python3 tools/cuda_report.py [--arch 80 90a] [--json FILE] [--check]     needs nvcc, no GPU
 
-Compiles every .cu file of csrc/sources.json and prints a line for each kernel and architecture: registers, bytes
-spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared memory
-(LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
+Compiles every unit of `cuda_units` in csrc/sources.json and prints a line for each kernel and architecture: registers,
+bytes spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared
+memory (LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
 cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memory is what the launch asks for in a call
 with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions; the
 rank is the largest.
@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from cuda_units import write_cuda_units
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-v"]
@@ -175,12 +177,12 @@ def main() -> None:
     if tool("nvcc") is None:
         raise SystemExit("cuda_report.py: nvcc not found. Fix: set CUDA_HOME to a CUDA toolkit.")
     disassembler = tool("cuobjdump")
-    sources = json.loads((ROOT / "csrc/sources.json").read_text())["cuda"]
+    units = write_cuda_units(ROOT, json.loads((ROOT / "csrc/sources.json").read_text())["cuda_units"])
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for source in (s for s in sources if s.endswith(".cu") and arguments.only in s):
+        for source in (unit for unit in units if arguments.only in unit):
             for arch in arguments.arch:
                 for row in compile_and_count(source, arch, Path(folder), disassembler):
                     rows.append(row)

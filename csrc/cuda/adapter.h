@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "cuda/device.h"
 #include "cuda/modular_attention.h"
@@ -35,15 +37,12 @@ inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-// Calls use(Kernels<size>) for the smallest instantiated head size that holds head_dim.
-template <template <int> class Kernels, class Use>
+// Calls use(Kernels<size>{}) for the smallest of kHeadSizes that holds head_dim.
+template <template <int> class Kernels, size_t index = 0, class Use>
 void with_kernels(int64_t head_dim, const Use& use) {
-  if (head_dim <= 32) return use(Kernels<32>{});
-  if (head_dim <= 64) return use(Kernels<64>{});
-  if (head_dim <= 96) return use(Kernels<96>{});
-  if (head_dim <= 128) return use(Kernels<128>{});
-  if (head_dim <= 192) return use(Kernels<192>{});
-  use(Kernels<256>{});
+  if constexpr (index + 1 < std::size(kHeadSizes))
+    if (head_dim > kHeadSizes[index]) return with_kernels<Kernels, index + 1>(head_dim, use);
+  use(Kernels<kHeadSizes[index]>{});
 }
 
 }  // namespace cuda

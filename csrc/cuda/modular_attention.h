@@ -43,7 +43,8 @@ struct BackwardArgs : AttentionArgs {
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
 };
 
-// Kernels for head sizes up to kHeadDim, one of kHeadSizes; each size and direction is a translation unit of its own.
+// Kernels for head sizes up to kHeadDim, one of kHeadSizes (head_sizes in csrc/sources.json, which has a translation
+// unit for each of them and direction).
 // workspace(): device memory, in bytes, that a call needs. `multiprocessors` decides how far few rows are split over
 // the keys. Launches go to `stream` (a cudaStream_t); nothing waits.
 constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};
