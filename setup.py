@@ -1,8 +1,10 @@
-"""Builds the native parts: the operator library `moda_ext._operators` and the pybind11 module `moda_ext._C`.
+"""Builds the native parts: the operator library `moda_ext._operators` and `moda_ext._build_info`, which describes it.
+
+No library uses Python's C API: one wheel, tagged abi3, serves every Python, and the build needs no Python headers.
 
 csrc/sources.json lists the sources; those that instantiate CUDA kernels are made from its table of head sizes. CPU
 kernels include no torch header and are compiled once for each instruction set, as static libraries with flags of their
-own; both extensions link them. Where torch has CUDA and its compiler is there, the CUDA operators become a third
+own, which both libraries link. Where torch has CUDA and its compiler is there, the CUDA operators become a third
 library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation, TORCH_CUDA_ARCH_LIST names the GPU architectures (by default the
@@ -17,7 +19,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +65,6 @@ def check_tree() -> None:
 
 def check_toolchain() -> None:
     """Ends the build with the fix when what pip cannot install is missing."""
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise SystemExit("moda_ext: the headers of this Python are missing. Fix: install them (Debian: python3-dev).")
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
         raise SystemExit("moda_ext: no C++ compiler found. Fix: install one (Debian: g++), or set CXX.")
@@ -143,17 +142,17 @@ def build_summary() -> str:
 
 
 def write_build_info(isas: list[str]) -> None:
-    """Writes what bindings.cpp reports: a header, as the values hold spaces; untouched if equal, or all recompiles."""
+    """Writes the header with what build_info.cpp reports; untouched if equal, or all would be compiled again."""
     values = {
-        "VERSION": VERSION["__version__"],
-        "TORCH": torch.__version__,
-        "CUDA": torch.version.cuda if missing_cuda is None else "",  # of the compiled kernels
-        "CUDA_ARCHS": re.sub("[;,]", " ", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else "",
-        "SUMMARY": build_summary(),
-        "ISAS": " ".join(isas),
+        "version": VERSION["__version__"],
+        "summary": build_summary(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if missing_cuda is None else None,  # of the compiled kernels
+        "cuda_archs": re.findall("[^;, ]+", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else [],
+        "isas": isas,
     }
-    lines = [f"#define MODA_EXT_BUILD_{key} {json.dumps(value)}\n" for key, value in values.items()]
-    text = "".join(["#pragma once\n", *lines])
+    fields = json.dumps(values)[1:-1]
+    text = f"#pragma once\n#define MODA_EXT_BUILD_FIELDS {json.dumps(fields)}\n"
     header = GENERATED / "moda_ext_build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -178,6 +177,16 @@ class BuildExtensions(cpp_extension.BuildExtension):
     def finalize_options(self):
         super().finalize_options()
         self.build_temp = str(OBJECTS)
+
+    def run(self):
+        # What an earlier build left, under other names or with other parts, would go into the wheel.
+        paths = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        built = {path.name for path in paths}
+        for folder in {paths[0].parent, Path(self.build_lib) / "moda_ext"}:
+            for old in folder.glob("*.so"):
+                if old.name not in built:
+                    old.unlink()
+        super().run()
 
 
 check_tree()
@@ -215,7 +224,7 @@ libraries = [
 ]
 
 operators = Extension(
-    "moda_ext._operators",  # no Python inside: moda_ext._ops.library loads it with torch.ops.load_library
+    "moda_ext._operators",  # moda_ext._ops.library loads it with torch.ops.load_library
     SOURCES["operators"],
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
     library_dirs=cpp_extension.library_paths(),
@@ -225,6 +234,7 @@ operators = Extension(
     extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],  # fail here, not at import
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
 cuda_operators = Extension(
@@ -244,16 +254,18 @@ cuda_operators = Extension(
     extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
-bindings = Extension(
-    "moda_ext._C",  # links no torch, so it can be asked what it was built for under any torch
-    SOURCES["bindings"],
-    include_dirs=[str(ROOT / "csrc"), str(GENERATED), *cpp_extension.include_paths()],  # torch's own pybind11 headers
+build_info = Extension(
+    "moda_ext._build_info",  # links no torch, so it can be asked what it was built for under any torch
+    SOURCES["build_info"],
+    include_dirs=[str(ROOT / "csrc"), str(GENERATED)],
     define_macros=macros,
     extra_compile_args=flags,
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
 extras = {
@@ -273,6 +285,7 @@ setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing
     extras_require=extras,
     libraries=libraries,
-    ext_modules=[operators, bindings, *([cuda_operators] if missing_cuda is None else [])],
+    ext_modules=[operators, build_info, *([cuda_operators] if missing_cuda is None else [])],
     cmdclass={"build_clib": BuildKernels, "build_ext": BuildExtensions},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # requires-python of pyproject.toml
 )
