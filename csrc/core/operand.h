@@ -6,9 +6,11 @@
 
 namespace moda_ext {
 
-// Where element (sequence, head, row, 0) of an operand lies: data + batch * sequence.batch + head * h + row * (sequence
-// offset + i). The last dimension (head size, or one number) is contiguous; modality_bias also has a stride over
-// modalities.
+// Where element (sequence, head h, row i, 0) of an operand lies:
+//
+//   data + batch * sequence.batch + head * h + row * (first row of the sequence + i)
+//
+// The last dimension (head size, or one number) is contiguous; modality_bias also has a stride over modalities.
 template <class Pointer>
 struct Operand {
   Pointer data = nullptr;

@@ -15,8 +15,8 @@ struct AttentionInputs {
   const char* op;  // the operator that was called, for errors
   Tensor query, key, value, key_modality;
   std::optional<Tensor> modality_bias, sink;
-  std::optional<Tensor> cu_seqlens_q,
-      cu_seqlens_k;  // present: packed layout (tokens, heads, ...), else (batch, heads, tokens, ...)
+  // Present: packed layout (tokens, heads, ...), else (batch, heads, tokens, ...).
+  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
   int64_t num_modalities;
   bool is_causal;
   double scale;

@@ -11,9 +11,12 @@
 //
 // A work item is one key head. It first walks forward over the keys alone and logs, before each chunk, the states of
 // the modalities that the chunk changes; then it walks back over keys and queries, undoes the changes from the log, and
-// carries the sums over later rows as states of their own: L_{a,m} = sum s x^T d (rank x D; dphi_j = z_j L, dz_j =
-// phi_j L^T) and, for the indicator, sum 2 h q^T q (upper panels). Everything of a query row is read once. The log is
-// one rank x D state for each chunk and view (and one D x D with the indicator): O(N) memory.
+// carries the sums over later rows as states of their own:
+//
+//   L_{a,m} = sum s x^T d  (rank x D)        dphi_j = z_j L        dz_j = phi_j L^T
+//
+// and, for the indicator, sum 2 h q^T q (upper panels). Everything of a query row is read once. The log is one rank x D
+// state for each chunk and view (and one D x D with the indicator): O(N) memory.
 #pragma once
 
 #include "causal_gram.h"

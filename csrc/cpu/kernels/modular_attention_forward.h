@@ -1,7 +1,7 @@
 // Forward pass of modular attention on the CPU (MATH.md sections 2 and 3).
 //
-//   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j    L = log(sum_j exp(S) + exp(c))    mass_m
-//   = sum_{a_j = m} p
+//   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j
+//   L = log(sum_j exp(S) + exp(c))        mass_m = sum_{a_j = m} p
 //
 // Tiling: a block of query rows (kBlockRows) meets key tiles of one modality each. Scores of a tile live in a scratch
 // block in L2; the running maximum, the masses and the unnormalised output are rescaled once a tile (online softmax),
@@ -30,9 +30,9 @@ constexpr int kBlockRows = 96;
 
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
+// Running maximum of a row that has seen nothing; finite.
 template <class T>
-constexpr T kLowest =
-    sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);  // running maximum of a row that has seen nothing; finite
+constexpr T kLowest = sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);
 
 // State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(maximum).
 template <class T>
@@ -135,8 +135,8 @@ void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& sta
 template <class T>
 MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
   constexpr int L = kLanes<T>;
-  Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>),
-                       splat(kLowest<T>)};  // four chains hide the latency
+  // Four chains hide the latency.
+  Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>)};
   int j = 0;
   for (; j + 4 * L <= count; j += 4 * L) {
 #pragma GCC unroll 4

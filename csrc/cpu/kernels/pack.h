@@ -26,8 +26,8 @@ MODA_EXT_INLINE Element* row_of(const Output& operand, const Sequence& sequence,
          operand.row * (first + i);
 }
 
-// Transposes a square of kLanes x kLanes elements held in vectors: each of log2(kLanes) rounds interleaves rows i and i
-// + kLanes/2.
+// Transposes a square of kLanes x kLanes elements held in vectors: each of log2(kLanes) rounds interleaves rows i and
+// i + kLanes / 2.
 template <class T>
 MODA_EXT_INLINE void transpose_square(Vector<T>* rows) {
   constexpr int L = kLanes<T>;

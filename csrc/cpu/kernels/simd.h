@@ -218,9 +218,9 @@ MODA_EXT_INLINE Vector<T> keep_first_or(Vector<T> v, int count, T fill) {
 
 // 2^x for x <= 0 or slightly above; exactly 0 for x <= -127 (float) or x <= -1023 (double), -inf included; NaN stays
 // NaN. A lane that its caller drops may hold any x: the exponent field is added to as unsigned numbers, which wrap.
-// x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f on [-1/2,
-// 1/2] whose constant term is exactly 1, and n added to the exponent field. Relative error 1e-7 (float, degree 5),
-// 2e-16 (double, degree 12).
+// x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f, |f| <= 1/2,
+// whose constant term is exactly 1, and n added to the exponent field. Relative error 1e-7 (float, degree 5), 2e-16
+// (double, degree 12).
 MODA_EXT_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
   typedef Vector<float> V;
   typedef UnsignedBits<float> U;

@@ -88,9 +88,12 @@ MODA_EXT_INLINE void multiply_loaded() {
   if (MT == 2 && NT == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// C = A B for MT x NT tiles and a depth of `steps` steps. Tile (row tile r, step k, part p) of A lies at a + r *
-// a_row_step + (k * PA + p) * kTileWords, of B alike. between() is called num_groups(PA, PB) * steps times, after each
-// group of MT x NT tile instructions: vector work placed there runs while the tile unit is busy.
+// C = A B for MT x NT tiles and a depth of `steps` steps. Tile (row tile r, step k, part p) of A lies at
+//
+//   a + r * a_row_step + (k * PA + p) * kTileWords
+//
+// and of B alike. between() is called num_groups(PA, PB) * steps times, after each group of MT x NT tile instructions:
+// vector work placed there runs while the tile unit is busy.
 MODA_EXT_INLINE constexpr int num_groups(int pa, int pb) {
   return 1 + (pa > 1) + (pb > 1) + (pa > 1 && pb > 1) + (pa > 2) + (pb > 2);
 }
@@ -297,9 +300,9 @@ MODA_EXT_INLINE void multiply_columns(int count, const StripTiles<parts>& strip,
   if (count == 3) multiply_columns<3>(strip, columns, prepare, between);
 }
 
-// One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and r
-// + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one. before(r) runs between
-// those of the first.
+// One strip times `pairs` pairs of column tiles, steps(pair) steps deep. epilogue(pair, product, r) takes rows r and
+// r + 16 of a product (stride kStripRows); it runs between the tile instructions of the next one. before(r) runs
+// between those of the first.
 template <int PA, int PB, class Steps, class Before, class Epilogue>
 MODA_EXT_INLINE void multiply_strip(int pairs, const Steps& steps, const Word* a, int64_t a_row_step, const Word* b,
                                     int64_t b_column_step, float* products, const Before& before,

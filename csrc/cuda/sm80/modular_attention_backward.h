@@ -15,9 +15,12 @@
 //   QueryKernel  dq and db: a block owns rows, and keys stream by
 //
 // Tiling: what a block owns stays in shared memory, 16 rows (or keys) for each warp, with the gradients in registers;
-// what streams by comes in tiles, double-buffered where shared memory allows. KeyKernel computes the transposes S^T =
-// K Q^T and dP^T = V dO^T, so that both kernels find their second operand in the registers of the first product.
-// Memory traffic of a block: what it owns once, what it sees once.
+// what streams by comes in tiles, double-buffered where shared memory allows. KeyKernel computes the transposes
+//
+//   S^T = K Q^T        dP^T = V dO^T
+//
+// so that both kernels find their second operand in the registers of the first product. Memory traffic of a block: what
+// it owns once, what it sees once.
 #pragma once
 
 #include "cuda/sm80/tiles.h"
