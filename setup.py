@@ -239,7 +239,7 @@ operators = Extension(
 
 cuda_operators = Extension(
     "moda_ext._operators_cuda",  # apart, because what links CUDA cannot load in a torch without it
-    [*SOURCES["cuda"], *cuda_units, "csrc/ops/checks.cpp", "csrc/ops/modular_attention.cpp", "csrc/ops/gram.cpp"],
+    [*SOURCES["cuda"], *cuda_units],
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths("cuda" if missing_cuda is None else "cpu")],
     library_dirs=cpp_extension.library_paths("cuda" if missing_cuda is None else "cpu"),
     libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"],

@@ -174,7 +174,7 @@ torch.serialization.add_safe_globals([GramState])
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")
-NORMALIZATIONS = ("trace", "frobenius", "row")  # in the order of csrc/cpu/kernels/gram.h
+NORMALIZATIONS = ("trace", "frobenius", "row")  # in the order of csrc/cpu/kernels/gram_family_kernels.h
 
 
 class DuplexAligner(nn.Module):

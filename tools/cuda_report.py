@@ -40,8 +40,8 @@ INSTRUCTIONS = {
 }
 MAIN = (
     *("ForwardKernel", "KeyKernel", "QueryKernel"),
-    *("GramKernel", "GramBackwardKernel"),
-    *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
+    *("GramKernel", "ModalityGramBackwardKernel"),
+    *("CausalGramProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
     *("LatentKernel", "ViewsKernel", "IndicatorKernel"),
     *("MoveKernel", "QueryGradientKernel", "WeightGradientKernel"),
 )

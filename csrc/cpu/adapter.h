@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels/modular_attention.h"
+#include "cpu/kernels/modular_attention_kernels.h"
 #include "ops/operands.h"
 
 namespace moda_ext {

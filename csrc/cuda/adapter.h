@@ -8,7 +8,7 @@
 #include <iterator>
 
 #include "cuda/device.h"
-#include "cuda/modular_attention.h"
+#include "cuda/modular_attention_kernels.h"
 #include "ops/checks.h"
 
 namespace moda_ext {

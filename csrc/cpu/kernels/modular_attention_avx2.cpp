@@ -2,6 +2,8 @@
 
 namespace moda_ext {
 namespace cpu {
-const AttentionKernels& attention_kernels_avx2(Storage storage) { return avx2::kernels_for(storage); }
+const ModularAttentionKernels& modular_attention_kernels_avx2(Storage storage) {
+  return avx2::modular_attention_kernels_for(storage);
+}
 }  // namespace cpu
 }  // namespace moda_ext

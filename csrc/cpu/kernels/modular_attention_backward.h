@@ -34,12 +34,12 @@ struct BackwardScratch {
 
 // The query gradient can be accumulated in the output itself if that has the compute type and rows of whole vectors.
 template <class Storage, class T>
-bool accumulates_in_place(const BackwardArgs& args) {
+bool accumulates_in_place(const ModularAttentionBackwardArgs& args) {
   return sizeof(Storage) == sizeof(T) && args.head_dim % kLanes<T> == 0;
 }
 
 template <class Storage, class T>
-int64_t backward_scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+int64_t backward_scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
   const int64_t width = round_up_to_panel<T>(args.head_dim);
   int64_t elements = kBackwardTileKeys * 3 * width;
   if (args.grad_query.data != nullptr && !accumulates_in_place<Storage, T>(args))
@@ -60,16 +60,16 @@ struct BlockView {
 // number - L of a row, for its sink and its biases: of ordinary size wherever the number has a part in the row, however
 // large both are, since lse is taken off first and then what rounding took from lse.
 template <class T>
-MODA_EXT_INLINE double natural_exponent(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
-                                        T number) {
+MODA_EXT_INLINE double natural_exponent(const ModularAttentionBackwardArgs& args, const Sequence& sequence,
+                                        int64_t head, int64_t row, T number) {
   const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
   const T residual = *row_of<T>(args.saved_lse_residual, sequence, head, sequence.first_query, row);
   return (static_cast<double>(number) - static_cast<double>(lse)) - static_cast<double>(residual);
 }
 
 template <class T>
-void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row, const T* out,
-                 const T* grad_out) {
+void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
+                 const T* out, const T* grad_out) {
   T delta = 0;
   {
     constexpr int L = kLanes<T>;
@@ -109,7 +109,8 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
 //   D = k sum_m (db_m + Q_m D_i) - dL
 //   db_m <- k (db_m + Q_m (D_i - D))
 template <class T>
-void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row) {
+void finish_bias_gradient(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head,
+                          int64_t row) {
   T* grad = row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row);
   const T* sums = row_of<T>(args.probability_sums, sequence, head, sequence.first_query, row);
   const T* mass = row_of<T>(args.saved_mass, sequence, head, sequence.first_query, row);
@@ -130,7 +131,8 @@ void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, in
 }
 
 template <class T>
-bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile, BlockView<T>& block) {
+bool view_block(const ModularAttentionBackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
+                BlockView<T>& block) {
   block.tile_limit = 0;
   const int64_t offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
   if (visible_keys(sequence.order, tile, args.causal ? block.first_row + block.count - 1 + offset : offset) == 0)
@@ -225,7 +227,7 @@ void accumulate_key_gradient(const BlockView<T>& block, const T* a, const T* b, 
 
 // The five products of one key tile and one row block. query_grad: rows of the query gradient, or null.
 template <class T>
-void differentiate_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
+void differentiate_block(const ModularAttentionBackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
                          const BlockView<T>& block, const T* keys_transposed, const T* values_transposed, const T* keys,
                          T* query_grad, int64_t query_grad_stride, BackwardScratch<T>& scratch) {
   constexpr int kStride = kScratchStride<T>;
@@ -287,8 +289,8 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
 }
 
 template <class Storage, class T>
-void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, const KeyTile& tile,
-                         BackwardScratch<T>& scratch) {
+void write_key_gradients(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item,
+                         const KeyTile& tile, BackwardScratch<T>& scratch) {
   // dk = tau sum dS q; the query came in as tau log2(e) q, see RowExponent.
   const Sequence& sequence = *item.sequence;
   T* partial = static_cast<T*>(item.partial);
@@ -312,7 +314,7 @@ void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, con
 }
 
 template <class Storage, class T>
-void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) {
+void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory) {
   BackwardScratch<T>& scratch = *static_cast<BackwardScratch<T>*>(memory);
   const Sequence& sequence = *item.sequence;
   const int D = args.head_dim;
@@ -417,19 +419,19 @@ template <class StorageType, class ComputeType>
 struct VectorBackward {
   static constexpr int kTileKeys = kBackwardTileKeys;
   static constexpr int kBlockRows = MODA_EXT_TIER::kBlockRows;
-  static int64_t packed_bytes(const BackwardArgs&, int64_t) { return 0; }
-  static void pack_tile(const BackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
-  static int64_t scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+  static int64_t packed_bytes(const ModularAttentionBackwardArgs&, int64_t) { return 0; }
+  static void pack_tile(const ModularAttentionBackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
+  static int64_t scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
     return backward_scratch_bytes<StorageType, ComputeType>(args, num_blocks);
   }
-  static void run(const BackwardArgs& args, const BackwardItem& item, void* scratch) {
+  static void run(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* scratch) {
     backward<StorageType, ComputeType>(args, item, scratch);
   }
 };
 
 template <class Storage, class T>
-void reduce_partials(const BackwardArgs& args, const Sequence& sequence, int64_t kv_head, void* const* partials,
-                     int num_items, int64_t begin, int64_t end) {
+void reduce_partials(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t kv_head,
+                     void* const* partials, int num_items, int64_t begin, int64_t end) {
   T sum[kScratchColumns];
   for (int64_t slot = begin; slot < end; ++slot) {
     for (int part = 0; part < 2; ++part) {

@@ -46,17 +46,17 @@ struct RowState {
 
 // The state that passes between items split over keys: maximum, masses and output of each row, dense.
 template <class T>
-int64_t partial_bytes(const AttentionArgs& args, int64_t num_rows) {
+int64_t partial_bytes(const ModularAttentionArgs& args, int64_t num_rows) {
   return sizeof(T) * num_rows * (1 + args.num_modalities + args.head_dim);
 }
 
 // The rows of an item, enumerated head by head. Addresses are kept as offsets so that sweeps over rows divide nothing.
 struct ItemRows {
-  const ForwardItem& item;
+  const ModularAttentionForwardItem& item;
   int count;
   int32_t head[kBlockRows], row[kBlockRows];
 
-  explicit ItemRows(const ForwardItem& item) : item(item), count(0) {
+  explicit ItemRows(const ModularAttentionForwardItem& item) : item(item), count(0) {
     for (int64_t h = 0; h < item.num_heads; ++h) {
       for (int64_t r = 0; r < item.num_rows; ++r) {
         head[count] = static_cast<int32_t>(item.first_head + h);
@@ -76,7 +76,7 @@ struct ItemRows {
 // large as it.) Differences of close numbers are exact; of distant ones, up to -inf where they overflow, the lower has
 // no weight. All items of a row agree on it, whichever tiles they have.
 template <class T>
-T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
+T row_base(const ModularAttentionArgs& args, const ItemRows& rows, int i, T sink) {
   const Sequence& sequence = *rows.item.sequence;
   const int64_t last = args.causal ? rows.row[i] + sequence.num_keys - sequence.num_queries : sequence.num_keys - 1;
   const T* biases = args.bias.data == nullptr ? nullptr : rows.at<T>(args.bias, i);
@@ -92,14 +92,14 @@ T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
 // Bias of a modality relative to the row's base, in log2 units; -inf where its keys have no weight. Above the base is
 // only what the row does not meet, by any distance.
 template <class T>
-MODA_EXT_INLINE T relative_bias(const AttentionArgs& args, const ItemRows& rows, int i, int modality, T base) {
+MODA_EXT_INLINE T relative_bias(const ModularAttentionArgs& args, const ItemRows& rows, int i, int modality, T base) {
   const T bias = args.bias.data == nullptr ? T(0) : rows.at<T>(args.bias, i)[args.bias.last * modality];
   const T relative = (bias - base) * T(kLog2e);
   return relative > T(0) ? T(-INFINITY) : relative;
 }
 
 template <class T>
-void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
+void initialise_rows(const ModularAttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
     const T sink = args.sink.data == nullptr ? T(-INFINITY) : *rows.at<T>(args.sink, i);
     state.base[i] = row_base(args, rows, i, sink);
@@ -110,7 +110,7 @@ void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T
 }
 
 template <class Storage, class T>
-void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
+void finish_rows(const ModularAttentionForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
     T* output = state.output + i * kScratchStride<T>;
     T seen = 0;
@@ -200,15 +200,15 @@ class VectorEngine {
     // followed by: one query block for each view, then room for one packed tile
   };
 
-  static int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
+  static int64_t packed_elements(const ModularAttentionArgs& args, int64_t num_panels) {
     return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
   }
-  static int64_t scratch_bytes(const AttentionArgs& args) {
+  static int64_t scratch_bytes(const ModularAttentionArgs& args) {
     return sizeof(Scratch) +
            sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> + packed_elements(args, kTileKeys / kPanel<T>));
   }
 
-  static void pack(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
+  static void pack(const ModularAttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
                    T* packed) {
     T rows[kLanes<T> * kScratchColumns];
     pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
@@ -216,7 +216,7 @@ class VectorEngine {
                              packed + packed_value_offset(args, tile));
   }
 
-  VectorEngine(const ForwardArgs& args, void* memory)
+  VectorEngine(const ModularAttentionForwardArgs& args, void* memory)
       : args_(args),
         scratch_(*static_cast<Scratch*>(memory)),
         queries_(reinterpret_cast<T*>(&scratch_ + 1)),
@@ -243,11 +243,11 @@ class VectorEngine {
 
  private:
   // Values of a tile follow its transposed keys.
-  static int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
+  static int64_t packed_value_offset(const ModularAttentionArgs& args, const KeyTile& tile) {
     return round_up_to_panel<T>(tile.length) * args.head_dim;
   }
 
-  const ForwardArgs& args_;
+  const ModularAttentionForwardArgs& args_;
   Scratch& scratch_;
   T* queries_;
   T* own_tile_;
@@ -257,7 +257,7 @@ class VectorEngine {
 template <class Storage, class T>
 void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed) {
   constexpr int kStride = kScratchStride<T>;
-  const ForwardArgs& args = args_;
+  const ModularAttentionForwardArgs& args = args_;
   Scratch& scratch = scratch_;
   const T* queries = queries_ + view * kBlockRows * kStride;
   const Sequence& sequence = *rows.item.sequence;
@@ -334,19 +334,21 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
 
 // Where a tile lies in the packed keys and values of its kv head.
 template <class Engine>
-const typename Engine::Packed* packed_tile(const AttentionArgs& args, const KeyTile& tile, const void* packed) {
+const typename Engine::Packed* packed_tile(const ModularAttentionArgs& args, const KeyTile& tile, const void* packed) {
   return static_cast<const typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel);
 }
 
 template <class Engine>
-void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index, void* packed) {
+void pack_tile(const ModularAttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index,
+               void* packed) {
   const KeyTile& tile = sequence.tiles[index];
   Engine::pack(args, sequence, kv_head, tile,
                static_cast<typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel));
 }
 
 template <class Engine>
-void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem* next, void* memory) {
+void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForwardItem& item,
+             const ModularAttentionForwardItem* next, void* memory) {
   using Storage = typename Engine::Storage;
   using T = typename Engine::T;
   Engine engine(args, memory);
@@ -400,7 +402,8 @@ void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem
 }
 
 template <class Engine>
-void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partials, int num_splits, void* memory) {
+void merge(const ModularAttentionForwardArgs& args, const ModularAttentionForwardItem& item, void* const* partials,
+           int num_splits, void* memory) {
   using T = typename Engine::T;
   Engine engine(args, memory);
   RowState<T>& state = engine.state();

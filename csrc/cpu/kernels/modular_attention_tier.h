@@ -5,8 +5,8 @@
 #include "modular_attention_backward.h"
 #include "modular_attention_forward.h"
 #if defined(__AMX_BF16__)
-#include "modular_attention_tiles_backward.h"
-#include "modular_attention_tiles_forward.h"
+#include "modular_attention_backward_amx.h"
+#include "modular_attention_forward_amx.h"
 #endif
 
 namespace moda_ext {
@@ -14,17 +14,17 @@ namespace cpu {
 namespace MODA_EXT_TIER {
 
 template <class Engine, class Backward>
-const AttentionKernels& kernels() {
+const ModularAttentionKernels& kernels() {
   using Storage = typename Engine::Storage;
   using T = typename Engine::T;
-  static const AttentionKernels table = {
+  static const ModularAttentionKernels table = {
       kPanel<T>,
       Engine::kTileKeys,
       Backward::kTileKeys,
       kBlockRows,
       Backward::kBlockRows,
       static_cast<int>(sizeof(T)),
-      [](const AttentionArgs& args, int64_t num_panels) {
+      [](const ModularAttentionArgs& args, int64_t num_panels) {
         return static_cast<int64_t>(sizeof(typename Engine::Packed)) * Engine::packed_elements(args, num_panels);
       },
       partial_bytes<T>,
@@ -42,7 +42,7 @@ const AttentionKernels& kernels() {
 }
 
 #if !defined(__AMX_BF16__)
-inline const AttentionKernels& kernels_for(cpu::Storage storage) {
+inline const ModularAttentionKernels& modular_attention_kernels_for(cpu::Storage storage) {
   switch (storage) {
     case cpu::Storage::kFloat64:
       return kernels<VectorEngine<double, double>, VectorBackward<double, double>>();
@@ -56,7 +56,7 @@ inline const AttentionKernels& kernels_for(cpu::Storage storage) {
 }
 #else
 // The tile unit has no float64: not asked for.
-inline const AttentionKernels& kernels_for(cpu::Storage storage) {
+inline const ModularAttentionKernels& modular_attention_kernels_for(cpu::Storage storage) {
   switch (storage) {
     case cpu::Storage::kBFloat16:
       return kernels<TileEngine<BFloat16>, TileBackward<BFloat16>>();

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "modular_attention.h"
+#include "modular_attention_kernels.h"
 
 namespace moda_ext {
 namespace cpu {

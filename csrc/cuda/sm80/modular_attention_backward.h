@@ -23,7 +23,7 @@
 // it owns once, what it sees once.
 #pragma once
 
-#include "cuda/sm80/tiles.h"
+#include "cuda/sm80/key_tiles.h"
 
 namespace moda_ext {
 namespace cuda {
@@ -54,7 +54,7 @@ template <>
 struct BackwardTile<1024> : BackwardTileOf<1, 16, 1> {};  // float32: 256
 
 struct BackwardParams {
-  BackwardArgs args;
+  ModularAttentionBackwardArgs args;
   const uint32_t* tiles;  // words of DescribeTiles, for tiles of kStream keys
   int tiles_per_sequence;
   int row_tiles;               // of kStream rows, for each head
@@ -79,7 +79,7 @@ struct RowKernel {
   static size_t shared_bytes(const Params&) { return sizeof(uint32_t) * kWarps; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
-    const BackwardArgs& args = p.args;
+    const ModularAttentionBackwardArgs& args = p.args;
     const int64_t index = block_index();
     const int tile = static_cast<int>(index % p.row_tiles);
     const int head = static_cast<int>(index / p.row_tiles % args.query_heads);
@@ -99,7 +99,7 @@ struct RowKernel {
  private:
   // One warp, one row: returns the modalities that it sees.
   static MODA_EXT_DEVICE uint32_t prepare_row(const Params& p, const Sequence& sequence, int head, int row) {
-    const BackwardArgs& args = p.args;
+    const ModularAttentionBackwardArgs& args = p.args;
     const int64_t token = sequence.first_query + row;
     float sum = 0.0f;
     if (args.grad_out.data != nullptr) {
@@ -361,7 +361,7 @@ class KeyKernel {
   }
 
   const Params& p;
-  const BackwardArgs& args;
+  const ModularAttentionBackwardArgs& args;
   const int g, t, part;  // the lane's row and column pair in a fragment; the warp's part of the columns
   int first_key, kv_head, group, warp_keys;
   int first_tile, end_tile;
@@ -642,7 +642,7 @@ class QueryKernel {
   }
 
   const Params& p;
-  const BackwardArgs& args;
+  const ModularAttentionBackwardArgs& args;
   const int g, t;  // the lane's row and column pair in a fragment
   int block_row, first_row, head, kv_head, end_tile;
   int64_t sequence_index;
@@ -661,7 +661,7 @@ struct BackwardPlan {
   int64_t tiles_at, words_at, exponent_at, shift_at, delta_at, bytes;  // workspace
 };
 
-inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream) {
+inline BackwardPlan plan_backward(const ModularAttentionBackwardArgs& args, int own, int stream) {
   BackwardPlan plan{};
   plan.row_tiles = static_cast<int>(divide_up(args.num_queries, stream));
   plan.row_blocks = static_cast<int>(divide_up(args.num_queries, own));
@@ -678,13 +678,13 @@ inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream)
 }
 
 template <class Element, int kHeadDim>
-int64_t backward_workspace(const BackwardArgs& args) {
+int64_t backward_workspace(const ModularAttentionBackwardArgs& args) {
   using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   return plan_backward(args, Tile::kOwn, Tile::kStream).bytes;
 }
 
 template <class Element, int kHeadDim>
-void backward(const BackwardArgs& args, void* workspace, void* stream) {
+void backward(const ModularAttentionBackwardArgs& args, void* workspace, void* stream) {
   using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   const BackwardPlan plan = plan_backward(args, Tile::kOwn, Tile::kStream);
   char* memory = static_cast<char*>(workspace);
@@ -712,12 +712,14 @@ void backward(const BackwardArgs& args, void* workspace, void* stream) {
 }
 
 template <int kHeadDim>
-int64_t BackwardKernels<kHeadDim>::workspace(const BackwardArgs& args, Storage storage) {
+int64_t ModularAttentionBackwardKernels<kHeadDim>::workspace(const ModularAttentionBackwardArgs& args,
+                                                             Storage storage) {
   return storage == Storage::kFloat32 ? backward_workspace<float, kHeadDim>(args)
                                       : backward_workspace<BFloat16, kHeadDim>(args);
 }
 template <int kHeadDim>
-void BackwardKernels<kHeadDim>::run(const BackwardArgs& args, Storage storage, void* workspace, void* stream) {
+void ModularAttentionBackwardKernels<kHeadDim>::run(const ModularAttentionBackwardArgs& args, Storage storage,
+                                                    void* workspace, void* stream) {
   if (storage == Storage::kBFloat16) return backward<BFloat16, kHeadDim>(args, workspace, stream);
   if (storage == Storage::kFloat16) return backward<Float16, kHeadDim>(args, workspace, stream);
   backward<float, kHeadDim>(args, workspace, stream);

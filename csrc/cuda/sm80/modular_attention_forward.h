@@ -23,7 +23,7 @@
 // Memory traffic for each block: its queries and outputs once, the keys and values it sees once.
 #pragma once
 
-#include "cuda/sm80/tiles.h"
+#include "cuda/sm80/key_tiles.h"
 
 namespace moda_ext {
 namespace cuda {
@@ -55,7 +55,7 @@ template <>
 struct ForwardTile<1024> : ForwardTileOf<3, 1, 16> {};  // float32: 256
 
 struct ForwardParams {
-  ForwardArgs args;
+  ModularAttentionForwardArgs args;
   const uint32_t* tiles;  // words of DescribeTiles
   int tiles_per_sequence;
   int packed_heads;  // query heads whose rows share a block: row r is query r / packed_heads, head r % packed_heads
@@ -78,8 +78,8 @@ MODA_EXT_DEVICE float at_most(float limit, float x) { return x > limit ? limit :
 
 // Writes lse = base + log_sum, and what rounding takes from it (Knuth's two-sum): beside a large base, all there is to
 // know of the sum.
-MODA_EXT_DEVICE void write_lse(const ForwardArgs& args, const Sequence& sequence, int head, int64_t token, float base,
-                               float log_sum) {
+MODA_EXT_DEVICE void write_lse(const ModularAttentionForwardArgs& args, const Sequence& sequence, int head,
+                               int64_t token, float base, float log_sum) {
   const float lse = base + log_sum, rest = lse - base;
   const float residual = (base - (lse - rest)) + (log_sum - rest);
   const bool finite = lse - lse == 0.0f;
@@ -510,7 +510,7 @@ class ForwardKernel {
   }
 
   const Params& p;
-  const ForwardArgs& args;
+  const ModularAttentionForwardArgs& args;
   const int g, t;  // the lane's row and column pair in a fragment
   int split, first_head, kv_head, num_rows, block_row, first_row;
   Sequence sequence;
@@ -535,7 +535,7 @@ struct MergeKernel {
   static size_t shared_bytes(const Params&) { return 0; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char*) {
-    const ForwardArgs& args = p.args;
+    const ModularAttentionForwardArgs& args = p.args;
     const int64_t rows = p.rows;
     const int64_t index = block_index() * (kThreads / 32) + warp_index();
     if (index >= rows) return;
@@ -584,7 +584,8 @@ struct ForwardPlan {
 
 // Heads of a group are packed into blocks where that makes fewer of them, and few blocks are split over the keys until
 // every multiprocessor has two, in pieces of at least four tiles: below that the merge costs more than it brings.
-inline ForwardPlan plan_forward(const ForwardArgs& args, int block_rows, int tile_keys, int multiprocessors) {
+inline ForwardPlan plan_forward(const ModularAttentionForwardArgs& args, int block_rows, int tile_keys,
+                                int multiprocessors) {
   ForwardPlan plan{};
   const int group = args.query_heads / args.kv_heads;
   const int64_t apart = group * divide_up(args.num_queries, block_rows);
@@ -612,13 +613,13 @@ inline ForwardPlan plan_forward(const ForwardArgs& args, int block_rows, int til
 }
 
 template <class Element, int kHeadDim>
-int64_t forward_workspace(const ForwardArgs& args, int multiprocessors) {
+int64_t forward_workspace(const ModularAttentionForwardArgs& args, int multiprocessors) {
   using Kernel = ForwardKernel<Element, kHeadDim>;
   return plan_forward(args, Kernel::kRows, Kernel::kKeys, multiprocessors).bytes;
 }
 
 template <class Element, int kHeadDim>
-void forward(const ForwardArgs& args, int multiprocessors, void* workspace, void* stream) {
+void forward(const ModularAttentionForwardArgs& args, int multiprocessors, void* workspace, void* stream) {
   using Kernel = ForwardKernel<Element, kHeadDim>;
   const ForwardPlan plan = plan_forward(args, Kernel::kRows, Kernel::kKeys, multiprocessors);
   char* memory = static_cast<char*>(workspace);
@@ -646,13 +647,14 @@ void forward(const ForwardArgs& args, int multiprocessors, void* workspace, void
 }
 
 template <int kHeadDim>
-int64_t ForwardKernels<kHeadDim>::workspace(const ForwardArgs& args, Storage storage, int multiprocessors) {
+int64_t ModularAttentionForwardKernels<kHeadDim>::workspace(const ModularAttentionForwardArgs& args, Storage storage,
+                                                            int multiprocessors) {
   return storage == Storage::kFloat32 ? forward_workspace<float, kHeadDim>(args, multiprocessors)
                                       : forward_workspace<BFloat16, kHeadDim>(args, multiprocessors);
 }
 template <int kHeadDim>
-void ForwardKernels<kHeadDim>::run(const ForwardArgs& args, Storage storage, int multiprocessors, void* workspace,
-                                   void* stream) {
+void ModularAttentionForwardKernels<kHeadDim>::run(const ModularAttentionForwardArgs& args, Storage storage,
+                                                   int multiprocessors, void* workspace, void* stream) {
   if (storage == Storage::kBFloat16) return forward<BFloat16, kHeadDim>(args, multiprocessors, workspace, stream);
   if (storage == Storage::kFloat16) return forward<Float16, kHeadDim>(args, multiprocessors, workspace, stream);
   forward<float, kHeadDim>(args, multiprocessors, workspace, stream);
