@@ -205,8 +205,8 @@ headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
 depends = [*headers, "csrc/sources.json", "setup.py"]
 kernels = [group for group in SOURCES["kernels"] if compiles_here(group)]
 isas = [group["isa"] for group in kernels if group["isa"] != "any"]
-macros = [("MODA_EXT_X86_TIERS", "1")] if "avx512" in isas else []
-macros += [("MODA_EXT_AMX_TIER", "1")] if "amx" in isas else []
+macros = [("MODA_EXT_X86_ISAS", "1")] if "avx512" in isas else []
+macros += [("MODA_EXT_AMX_ISA", "1")] if "amx" in isas else []
 
 libraries = [
     (

@@ -1,10 +1,11 @@
-// CPU adapter of duplex_attention: duplex_query_views and modular_attention in one pass, number for number the same as
-// both. The views, num_modalities times the query, are by far the largest tensor of the two: writing them into fresh
-// memory takes as long as computing them. Here a few key heads have theirs at a time, all in the same memory.
+// Launches the CPU kernels of duplex_attention: duplex_query_views and modular_attention in one pass, number for number
+// the same as both. The views, num_modalities times the query, are by far the largest tensor of the two: writing them
+// into fresh memory takes as long as computing them. Here a few key heads have theirs at a time, all in the same
+// memory.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/adapter.h"
 #include "cpu/gram_family_launch.h"
+#include "cpu/launch.h"
 #include "cpu/modular_attention_launch.h"
 
 namespace moda_ext {
@@ -43,7 +44,7 @@ class DuplexQueryViews : public QueryViews {
         weights_(kernels_, args_),
         bias_(input(bias, false, Last::kPresent)),
         condition_(input(condition, false, Last::kPresent)) {
-    args_.past_caches = true;  // those of a key head are several megabytes; stores through the caches measured slower
+    args_.nontemporal = true;  // those of a key head are several megabytes; stores through the caches measured slower
     args_.indicator = conditioned_bias;
   }
 

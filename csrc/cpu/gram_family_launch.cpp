@@ -1,4 +1,4 @@
-// CPU adapter of the alignment operators: modality_gram, causal_gram_projection and duplex_query_views.
+// Launches the CPU kernels of the alignment operators: modality_gram, causal_gram_projection and duplex_query_views.
 //
 // A causal operator has one work item for each (batch, key head), which walks along its sequence; modality_gram also
 // cuts the sequence. How many pieces there are depends on shapes alone, and pieces are summed in order: results do not
@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/adapter.h"
 #include "cpu/isa.h"
+#include "cpu/launch.h"
 #include "ops/gram_family_operators.h"
 
 namespace moda_ext {
@@ -35,11 +35,11 @@ Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPres
 
 const GramFamilyKernels& select_gram_family_kernels(const Tensor& key, [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = storage_of(key.scalar_type());
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64 && rows_per_key_head >= kTileRowsWanted)
     return gram_family_kernels_amx(storage);
 #endif
-  return MODA_EXT_VECTOR_TIER(gram_family_kernels)(storage);
+  return MODA_EXT_VECTOR_ISA(gram_family_kernels)(storage);
 }
 
 void check_ids(const char* op, const char* argument, const Tensor& modality, int64_t num_modalities) {
@@ -109,7 +109,7 @@ int64_t largest(int64_t batch, const Bytes& bytes) {
   return most;
 }
 
-bool past_caches(const Tensor& result) {
+bool nontemporal(const Tensor& result) {
   return result.numel() * static_cast<int64_t>(result.element_size()) > kCachedBytes;
 }
 
@@ -201,7 +201,7 @@ struct CpuGramFamily {
     DuplexQueryViewsForwardArgs args;
     fill_args(in, shape, args);
     args.views = rows_out(views);
-    args.past_caches = past_caches(views);
+    args.nontemporal = nontemporal(views);
     if (indicator != nullptr) args.indicator = rows_out(*indicator);
     if (gram != nullptr) args.gram = gram->mutable_data_ptr();
     const GramFamilyKernels& kernels = select_gram_family_kernels(in.key, args.num_queries * args.group);
@@ -269,7 +269,7 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
   fill_args(static_cast<const DuplexWeights&>(in), shape, args);
   args.normalization = static_cast<Normalization>(normalization);
   args.aligned = rows_out(aligned);
-  args.past_caches = past_caches(aligned);
+  args.nontemporal = nontemporal(aligned);
   args.members = args.modality;
   args.members_batch = args.modality_batch;
   args.members_token = args.modality_token;

@@ -1,8 +1,8 @@
-// What the CPU adapters of the alignment operators share.
+// What the CPU launches of the alignment operators share.
 #pragma once
 
-#include "cpu/adapter.h"
 #include "cpu/kernels/gram_family_kernels.h"
+#include "cpu/launch.h"
 #include "ops/gram_family_checks.h"
 
 namespace moda_ext {

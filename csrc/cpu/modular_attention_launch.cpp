@@ -1,5 +1,5 @@
-// CPU adapter of modular_attention: plans the keys, cuts the work into items, hands items to threads, owns all
-// workspace.
+// Launches the CPU kernels of modular_attention: plans the keys, cuts the work into items, hands items to threads, owns
+// all workspace.
 //
 // Items are taken from a shared counter, those of one kv head together (its packed keys stay in cache) and the largest
 // of them first, so threads stay busy whatever the causal triangle or the machine does; every number is written by one
@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "core/runs.h"
-#include "cpu/adapter.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/modular_attention_kernels.h"
+#include "cpu/launch.h"
 #include "ops/modular_attention_operators.h"
 
 namespace moda_ext {
@@ -52,12 +52,12 @@ constexpr int64_t tile_rows_wanted(Storage storage, Direction direction) {
 const ModularAttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]] Direction direction,
                                               [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = storage_of(dtype);
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64 &&
       rows_per_key_head >= tile_rows_wanted(storage, direction))
     return modular_attention_kernels_amx(storage);
 #endif
-  return MODA_EXT_VECTOR_TIER(modular_attention_kernels)(storage);
+  return MODA_EXT_VECTOR_ISA(modular_attention_kernels)(storage);
 }
 
 // Query rows that share a key head, of a sequence of average length.

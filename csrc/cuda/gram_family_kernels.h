@@ -1,4 +1,4 @@
-// Interface between the adapter (cuda/gram_family_launch.cpp) and the Gram kernels: plain structs and device pointers,
+// Interface between the launch (cuda/gram_family_launch.cpp) and the Gram kernels: plain structs and device pointers,
 // no libtorch, as in cuda/modular_attention_kernels.h, whose arguments describe keys and their modalities here too.
 #pragma once
 

@@ -1,5 +1,5 @@
-// CUDA adapter of the alignment operators, as cuda/modular_attention_launch.cpp. Ids out of range count as padding:
-// looking at them would make the host wait.
+// Launches the CUDA kernels of the alignment operators, as cuda/modular_attention_launch.cpp. Ids out of range count as
+// padding: looking at them would make the host wait.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/adapter.h"
 #include "cuda/gram_family_kernels.h"
+#include "cuda/launch.h"
 #include "ops/gram_family_operators.h"
 #include "ops/operands.h"
 
@@ -65,7 +65,7 @@ void fill_args(const DuplexQueryViewsInputs& in, const GramShape& shape, const T
 // Launches kernels that need no more than their arguments and a workspace.
 template <template <int> class Kernels, class Args>
 void run(const Tensor& key, const Args& args) {
-  const Storage storage = storage_of(key);
+  const Storage storage = storage_of(key.scalar_type());
   with_kernels<Kernels>(args.head_dim, [&](auto kernels) {
     const Tensor workspace = new_workspace(key, kernels.workspace(args, storage));
     kernels.run(args, storage, workspace.mutable_data_ptr(), current_stream(key.get_device_index()));
@@ -97,7 +97,7 @@ struct CudaGramFamily {
     ModalityGramArgs args;
     fill_args(in, shape, key, args);
     args.gram = numbers(gram);
-    const Storage storage = storage_of(key);
+    const Storage storage = storage_of(key.scalar_type());
     with_kernels<ModalityGramForwardKernels>(shape.head_dim, [&](auto kernels) {
       const int multiprocessors = multiprocessor_count(device);
       const Tensor workspace = new_workspace(key, kernels.workspace(args, storage, multiprocessors));

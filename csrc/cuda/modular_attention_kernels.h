@@ -1,15 +1,14 @@
-// Interface between the adapter (cuda/modular_attention_launch.cpp) and the kernels: plain structs and device pointers,
+// Interface between the launch (cuda/modular_attention_launch.cpp) and the kernels: plain structs and device pointers,
 // no libtorch. Everything a kernel needs to know of the call is in its arguments, by value.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/operand.h"
+#include "core/storage.h"
 
 namespace moda_ext {
 namespace cuda {
-
-enum class Storage { kBFloat16, kFloat16, kFloat32 };
 
 // Pointers and strides of query, key, value, out and their gradients are multiples of 16 bytes, save those of the last
 // dimension, which is contiguous. bias, sink, lse, mass and their gradients are float32.

@@ -1,5 +1,5 @@
-// CUDA adapter of modular_attention: tensors to device pointers, workspace from torch's allocator, launches on the
-// current stream of the query's device. Nothing here reads device memory or waits for the device.
+// Launches the CUDA kernels of modular_attention: tensors to device pointers, workspace from torch's allocator,
+// launches on the current stream of the query's device. Nothing here reads device memory or waits for the device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/adapter.h"
+#include "cuda/launch.h"
 #include "cuda/modular_attention_kernels.h"
 #include "ops/modular_attention_operators.h"
 #include "ops/operands.h"
@@ -63,7 +63,7 @@ struct Operands {
 ModularAttentionOutputs forward(const ModularAttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const ModularAttentionShape shape = check_modular_attention(in);
   check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
-  const Storage storage = storage_of(in.query);
+  const Storage storage = storage_of(in.query.scalar_type());
   const ModularAttentionOutputs outputs = empty_outputs(in, shape);
   if (outputs.lse.numel() == 0) return outputs;
 
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const ModularAttenti
                                                             int64_t max_seqlen_k) {
   const ModularAttentionShape shape = check_modular_attention(in);
   check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
-  const Storage storage = storage_of(in.query);
+  const Storage storage = storage_of(in.query.scalar_type());
   check_modular_attention_saved(in, shape, saved);
   const bool packed = in.packed();
   const int32_t device = in.query.get_device_index();

@@ -1,5 +1,5 @@
-// The alignment kernels of the instruction set tier in use, against plain loops in double. ctest runs this program once
-// for each tier of the machine (ATEN_CPU_CAPABILITY).
+// The alignment kernels of the instruction set in use, against plain loops in double. ctest runs this program once
+// for each instruction set of the machine (ATEN_CPU_CAPABILITY).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,10 +17,10 @@ namespace cpu {
 namespace {
 
 const GramFamilyKernels& kernels(Storage storage) {
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return gram_family_kernels_amx(storage);
 #endif
-  return MODA_EXT_VECTOR_TIER(gram_family_kernels)(storage);
+  return MODA_EXT_VECTOR_ISA(gram_family_kernels)(storage);
 }
 
 template <class T>
@@ -223,7 +223,7 @@ TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
         const std::vector<T> first(result, result + tokens * D);
         std::fill_n(result, tokens * D, T(99));
         overwrite_stack();
-        args.past_caches = true;
+        args.nontemporal = true;
         this->k.duplex_aligned_keys(args, {0, 0, 0}, scratch.data());
         ASSERT_EQ(std::vector<T>(result, result + tokens * D), first) << D << " wide, rank " << r;
 

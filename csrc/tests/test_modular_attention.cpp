@@ -1,5 +1,5 @@
-// The building blocks and the whole kernels of the instruction set tier in use, against plain loops in double. ctest
-// runs this program once for each tier of the machine (ATEN_CPU_CAPABILITY).
+// The building blocks and the whole kernels of the instruction set in use, against plain loops in double. ctest
+// runs this program once for each instruction set of the machine (ATEN_CPU_CAPABILITY).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -26,21 +26,21 @@ template <class T>
 const Primitives<T>& primitives();
 template <>
 const Primitives<float>& primitives<float>() {
-  return MODA_EXT_VECTOR_TIER(primitives32)();
+  return MODA_EXT_VECTOR_ISA(primitives32)();
 }
 template <>
 const Primitives<double>& primitives<double>() {
-  return MODA_EXT_VECTOR_TIER(primitives64)();
+  return MODA_EXT_VECTOR_ISA(primitives64)();
 }
-const Conversions& conversions() { return MODA_EXT_VECTOR_TIER(conversions)(); }
+const Conversions& conversions() { return MODA_EXT_VECTOR_ISA(conversions)(); }
 const ModularAttentionKernels& kernels(Storage storage) {
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return modular_attention_kernels_amx(storage);
 #endif
-  return MODA_EXT_VECTOR_TIER(modular_attention_kernels)(storage);
+  return MODA_EXT_VECTOR_ISA(modular_attention_kernels)(storage);
 }
 
-TEST(Tier, IsTheOneAskedFor) {
+TEST(Isa, IsTheOneAskedFor) {
   const char* asked = std::getenv("MODA_EXT_TEST_ISA");
   if (asked == nullptr) GTEST_SKIP() << "MODA_EXT_TEST_ISA is not set; testing " << isa_name(active_isa());
   EXPECT_STREQ(isa_name(active_isa()), asked);
@@ -183,7 +183,7 @@ TYPED_TEST(Block, RowMaximumOfEveryLength) {
   for (int count = 1; count <= 256; ++count) {
     std::vector<T> x = random_values<T>(256 + this->p.panel);
     for (size_t j = count; j < x.size(); ++j) x[j] = T(1e6);  // must not count
-    EXPECT_EQ(this->p.row_maximum(x.data(), count), *std::max_element(x.begin(), x.begin() + count));
+    EXPECT_EQ(this->p.row_max(x.data(), count), *std::max_element(x.begin(), x.begin() + count));
   }
 }
 TYPED_TEST(Block, ExponentiateRowOfEveryLength) {
@@ -276,8 +276,8 @@ TEST(Conversion, Float16RoundsToNearestEven) {
   EXPECT_EQ(to, (std::vector<uint16_t>{0x3c00, 0x3c02, 0x7bff, 0x7c00, 0x0000, 0x0002, 0x7c00, 0xfc00}));
 }
 
-#if defined(MODA_EXT_AMX_TIER)  // ctest runs these in the AMX tier alone (cmake/Tests.cmake)
-class Tiles : public testing::Test {
+#if defined(MODA_EXT_AMX_ISA)  // ctest runs these with AMX alone (cmake/Tests.cmake)
+class Amx : public testing::Test {
  protected:
   void SetUp() override { ASSERT_EQ(active_isa(), Isa::amx); }  // which also asks for the right to use tiles
   // Of kDepth terms, `step` elements apart.
@@ -302,7 +302,7 @@ class Tiles : public testing::Test {
   }
 };
 
-TEST_F(Tiles, PartsAddUpExactly) {
+TEST_F(Amx, PartsAddUpExactly) {
   for (float x : random_values<float>(10000, -1e3, 1e3)) {
     float part[3];
     tile_products().split(x, 3, part);
@@ -318,7 +318,7 @@ TEST_F(Tiles, PartsAddUpExactly) {
     ASSERT_NEAR(double{part[0]} + part[1], x, std::ldexp(std::fabs(x), -16));
   }
 }
-TEST_F(Tiles, PartsKeepInfinityAndNaN) {
+TEST_F(Amx, PartsKeepInfinityAndNaN) {
   float part[3];
   tile_products().split(std::numeric_limits<float>::infinity(), 1, part);
   EXPECT_EQ(part[0], std::numeric_limits<float>::infinity());
@@ -328,7 +328,7 @@ TEST_F(Tiles, PartsKeepInfinityAndNaN) {
   }
 }
 // What is below the bits of a subnormal part must not reach its neighbour in the word.
-TEST_F(Tiles, TinyNumbersStayTiny) {
+TEST_F(Amx, TinyNumbersStayTiny) {
   const int stride = tile_products().stride;
   for (double size : {1e-30, 1e-36, 1e-38, 1e-40, 1e-44}) {
     const std::vector<float> a = random_values<float>(32 * stride, -size, size), b(32 * stride, 1.0f);
@@ -342,7 +342,7 @@ TEST_F(Tiles, TinyNumbersStayTiny) {
   }
 }
 // As accurate as a float product: half a unit in the last place of the sum of magnitudes, and a little.
-TEST_F(Tiles, ProductOverColumns) {
+TEST_F(Amx, ProductOverColumns) {
   const int stride = tile_products().stride;
   for (int parts : {1, 2, 3}) {
     const std::vector<float> a = random_matrix(parts, 32), b = random_matrix(parts, 32);
@@ -356,7 +356,7 @@ TEST_F(Tiles, ProductOverColumns) {
     }
   }
 }
-TEST_F(Tiles, ProductOverRowsOfEveryBlockShape) {
+TEST_F(Amx, ProductOverRowsOfEveryBlockShape) {
   const int stride = tile_products().stride, depth = TileProducts::kDepth;
   for (int parts : {1, 2, 3}) {
     const std::vector<float> a = random_matrix(parts, depth), b = random_matrix(parts, depth);

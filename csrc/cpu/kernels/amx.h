@@ -1,8 +1,8 @@
-// Matrix products of the AMX tier: float32 accuracy from bfloat16 tile instructions.
+// Matrix products with AMX: float32 accuracy from bfloat16 tile instructions.
 //
 // A float is the exact sum of three bfloat16 numbers x = x0 + x1 + x2 (8 bits of mantissa each), a half of two, a
 // bfloat16 of one. A product of two such sums keeps the terms x_i y_j with i + j <= 2: what is dropped is below 2^-25
-// of |x||y|. The tile unit does 1024 operations a cycle against 64 of a core's two AVX-512 units, so six terms still
+// of |x||y|. The AMX unit does 1024 operations a cycle against 64 of a core's two AVX-512 units, so six terms still
 // leave 2.7 times the rate. The small terms are summed first, over the whole depth, and x0 y0 last: the accumulator is
 // then rounded at its final magnitude only as often as in an ordinary float product.
 //
@@ -22,7 +22,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 constexpr int kTileRows = 16;              // of a tile register; also words in a row
 constexpr int kTileDepth = 32;             // bfloat16 numbers in a row of a first operand
@@ -49,10 +49,10 @@ constexpr int kFullWords = kFullParts * kTileWords;
 MODA_EXT_INLINE constexpr int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 MODA_EXT_INLINE constexpr int steps_of(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 
-// The tile unit, configured for whole tiles; released afterwards, so that the operating system saves no tile data.
-class TileUnit {
+// The AMX unit, configured for whole tiles; released afterwards, so that the operating system saves no tile data.
+class AmxTileConfig {
  public:
-  TileUnit() {
+  AmxTileConfig() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -61,9 +61,9 @@ class TileUnit {
     __asm__ volatile("" : : "r"(&config) : "memory");  // GCC believes that only eight bytes of it are read
     _tile_loadconfig(&config);
   }
-  ~TileUnit() { _tile_release(); }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
+  ~AmxTileConfig() { _tile_release(); }
+  AmxTileConfig(const AmxTileConfig&) = delete;
+  AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 };
 
 // GCC's tile loads do not say that they read memory: what was stored before must not be moved behind them.
@@ -93,7 +93,7 @@ MODA_EXT_INLINE void multiply_loaded() {
 //   a + r * a_row_step + (k * PA + p) * kTileWords
 //
 // and of B alike. between() is called num_groups(PA, PB) * steps times, after each group of MT x NT tile instructions:
-// vector work placed there runs while the tile unit is busy.
+// vector work placed there runs while the AMX unit is busy.
 MODA_EXT_INLINE constexpr int num_groups(int pa, int pb) {
   return 1 + (pa > 1) + (pb > 1) + (pa > 1 && pb > 1) + (pa > 2) + (pb > 2);
 }
@@ -179,7 +179,7 @@ __attribute__((noinline)) void multiply_tiles(int row_tiles, int column_tiles, i
 }
 
 // Calls row(0) .. row(15), spread evenly over the first `groups` groups of a tile product: vector work that runs while
-// the tile unit is busy.
+// the AMX unit is busy.
 template <class Row>
 class Slices {
  public:
@@ -399,6 +399,6 @@ MODA_EXT_INLINE void make_pair_tiles(const float* rows, int column_tiles, Word* 
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

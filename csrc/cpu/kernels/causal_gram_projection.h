@@ -14,7 +14,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 struct CausalGramProjectionScratch {
@@ -74,13 +74,13 @@ void causal_gram_projection(const CausalGramProjectionForwardArgs& args, int64_t
     const RowBlock block = rows_of(args, chunk);
     load_scale(args, batch, kv_head, block, s.scale);
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
-      load_block(at<Storage>(args.query, batch, head, block.row), args.query.row, block.count, args.head_dim, T(1),
+      load_block(row_of<Storage>(args.query, batch, head, block.row), args.query.row, block.count, args.head_dim, T(1),
                  s.query);
       score_block(chunk, block, args.head_dim, s.query, s.transposed, kKeyStride<T>, s.scores);
       mask_scores<T>(chunk, block, -1, nullptr, s.scores);
       for (int m = 0; m < args.num_modalities; ++m) {
         project_rows(args, chunk, block, m, s.state, s.features.rows, s.query, s.scores, s.out);
-        Storage* out = at<Storage>(args.projection, batch, head, block.row) + args.projection.view * m;
+        Storage* out = row_of<Storage>(args.projection, batch, head, block.row) + args.projection.view * m;
         for (int i = 0; i < block.count; ++i)
           store_row(s.out + i * kStride, s.scale[i][m], out + i * args.projection.row, args.head_dim);
       }
@@ -181,12 +181,12 @@ void causal_gram_projection_backward(const CausalGramProjectionBackwardArgs& arg
     const RowBlock block = rows_of(args, chunk);
     load_scale(args, batch, kv_head, block, s.scale);
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
-      load_block(at<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
+      load_block(row_of<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
       score_block(chunk, block, D, s.query, s.transposed, kKeyStride<T>, s.scores);
       mask_scores<T>(chunk, block, -1, s.scale, s.scores);
       clear_rows(block.count, s.grad_query);
       for (int m = 0; m < args.num_modalities; ++m) {
-        load_block(at<Storage>(args.grad_projection, batch, head, block.row) + args.grad_projection.view * m,
+        load_block(row_of<Storage>(args.grad_projection, batch, head, block.row) + args.grad_projection.view * m,
                    args.grad_projection.row, block.count, D, T(1), s.grad_out);
         if (chunk.keys_of(m) > 0) {
           score_block(chunk, block, D, s.grad_out, s.transposed, kKeyStride<T>, s.grad_scores);
@@ -195,7 +195,7 @@ void causal_gram_projection_backward(const CausalGramProjectionBackwardArgs& arg
         project_rows(args, chunk, block, m, s.state, s.features.rows, s.grad_out, s.grad_scores, s.out);
         for (int i = 0; i < block.count; ++i) {
           add_scaled(s.scale[i][m], s.out + i * kStride, s.grad_query + i * kStride, D);
-          T* grad_scale = at<T>(args.grad_row_scale, batch, kv_head, block.row + i) + m * args.grad_row_scale.last;
+          T* grad_scale = row_of<T>(args.grad_row_scale, batch, kv_head, block.row + i) + m * args.grad_row_scale.last;
           *grad_scale =
               (head == kv_head * args.group ? T(0) : *grad_scale) + dot(s.query + i * kStride, s.out + i * kStride, D);
         }
@@ -213,7 +213,7 @@ void causal_gram_projection_backward(const CausalGramProjectionBackwardArgs& arg
         multiply<T, Order::kColumnMajor, Accumulate::kAdd>(D, D, block.count, s.out, s.grad_out, kStride, later_of(m),
                                                            kStride);
       }
-      Storage* grad_query = at<Storage>(args.grad_query, batch, head, block.row);
+      Storage* grad_query = row_of<Storage>(args.grad_query, batch, head, block.row);
       for (int i = 0; i < block.count; ++i)
         store_row(s.grad_query + i * kStride, T(1), grad_query + i * args.grad_query.row, D);
     }
@@ -230,6 +230,6 @@ void causal_gram_projection_backward(const CausalGramProjectionBackwardArgs& arg
             (later_of(m)[i * kStride + j] + later_of(m)[j * kStride + i]) / 2;
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

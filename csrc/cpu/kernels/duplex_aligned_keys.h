@@ -12,7 +12,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // s_d of a Gram: what its rows are multiplied with. Nothing, in a modality without tokens, stays nothing.
 template <class T>
@@ -92,7 +92,7 @@ void copy_padding(const DuplexAlignedKeysArgs& args, int64_t batch, int64_t kv_h
   const int32_t* modality = args.members + batch * args.members_batch;
   for (int64_t j = 0; j < args.num_keys; ++j)
     if (modality[j * args.members_token] < 0)
-      memcpy(at<Storage>(args.aligned, batch, kv_head, j), at<Storage>(args.key, batch, kv_head, j),
+      memcpy(row_of<Storage>(args.aligned, batch, kv_head, j), row_of<Storage>(args.key, batch, kv_head, j),
              sizeof(Storage) * static_cast<size_t>(args.head_dim));
 }
 
@@ -119,7 +119,7 @@ void duplex_aligned_keys(const DuplexAlignedKeysArgs& args, const DuplexAlignedK
   for (int64_t first = 0; first < args.num_keys; first += kChunk) {
     plan_chunk(members, batch, first, args.num_keys, chunk);
     for (int j = 0; j < chunk.count; ++j)
-      load_row(at<Storage>(args.key, batch, kv_head, first + chunk.position[j]), T(1), s.rows + j * kStride, D);
+      load_row(row_of<Storage>(args.key, batch, kv_head, first + chunk.position[j]), T(1), s.rows + j * kStride, D);
     for (int p = 0; p < chunk.num_present; ++p) {
       const int a = chunk.present[p], count = chunk.keys_of(a), begin = chunk.begin[a];
       multiply<T, Order::kRowMajor, Accumulate::kStore>(
@@ -128,13 +128,14 @@ void duplex_aligned_keys(const DuplexAlignedKeysArgs& args, const DuplexAlignedK
           count, D, 2 * R, s.low_rank, ViewWeights<T>::of(args, a, args.weights).back, kStride, s.update, kStride);
       for (int j = 0; j < count; ++j)
         store_sum(s.rows + (begin + j) * kStride, s.update + j * kStride,
-                  at<Storage>(args.aligned, batch, kv_head, first + chunk.position[begin + j]), D, args.past_caches);
+                  row_of<Storage>(args.aligned, batch, kv_head, first + chunk.position[begin + j]), D,
+                  args.nontemporal);
     }
   }
   copy_padding<Storage>(args, batch, kv_head);
-  stream_fence();
+  nontemporal_fence();
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

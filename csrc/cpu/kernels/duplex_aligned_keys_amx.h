@@ -1,4 +1,4 @@
-// duplex_aligned_keys.h on the tile unit (see amx.h for operands and accuracy).
+// duplex_aligned_keys.h with AMX (see amx.h for operands and accuracy).
 //
 // Normalised by its trace, a Gram is needed for A2_a^T G^m alone, which is made of the keys without it:
 //
@@ -21,7 +21,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // Sizes, in steps of 32 and in words, that follow from the arguments.
 struct DuplexAlignedKeysAmxShape {
@@ -198,7 +198,7 @@ struct KeyRows {
   KeyRows(const DuplexAlignedKeysArgs& args, int64_t batch, int64_t kv_head, const KeyPlan& plan, const float* zeros)
       : args(args),
         plan(plan),
-        keys(at<Storage>(args.key, batch, kv_head, 0)),
+        keys(row_of<Storage>(args.key, batch, kv_head, 0)),
         zeros(zeros),
         direct(sizeof(Storage) == sizeof(float) && args.head_dim % kTileDepth == 0) {}
   MODA_EXT_INLINE const Storage* key(const Visit& visit, int i) const {
@@ -343,7 +343,7 @@ void update_strip(const DuplexAlignedKeysArgs& args, const DuplexAlignedKeysAmxS
                                    s.latent_tiles + tile * s.up_step(shape) + step * kFullWords, kTileRows);
     }
   const int32_t* tokens = s.plan.tokens + visit.first;
-  const bool direct = sizeof(Storage) == sizeof(float) && args.past_caches && args.head_dim % kStripRows == 0 &&
+  const bool direct = sizeof(Storage) == sizeof(float) && args.nontemporal && args.head_dim % kStripRows == 0 &&
                       reinterpret_cast<uintptr_t>(out) % MODA_EXT_VECTOR_BYTES == 0 &&
                       args.aligned.row % kTileRows == 0;
   multiply_strip<kFullParts, kFullParts>(
@@ -359,8 +359,8 @@ void update_strip(const DuplexAlignedKeysArgs& args, const DuplexAlignedKeysAmxS
           const Vector<float> high = load(key + kTileRows) + load(product + row * kStripRows + kTileRows);
           if (direct) {
             float* to = reinterpret_cast<float*>(out + tokens[row] * args.aligned.row) + pair * kStripRows;
-            stream(to, low);
-            stream(to + kTileRows, high);
+            store_nontemporal(to, low);
+            store_nontemporal(to + kTileRows, high);
           } else {
             store(s.view + at, low);
             store(s.view + at + kTileRows, high);
@@ -385,7 +385,7 @@ void duplex_aligned_keys_amx(const DuplexAlignedKeysArgs& args, const DuplexAlig
     alignment = factors.alignment;
   }
   DuplexAlignedKeysAmxScratch<kInputParts<Storage>> s(args, shape, arena);
-  const TileUnit unit;
+  const AmxTileConfig unit;
   const KeyPlan& plan = s.plan;
   if (item.batch_before != batch) s.plan.make(args, batch, shape.by_rank);
   if (item.batch_before < 0) {
@@ -398,7 +398,7 @@ void duplex_aligned_keys_amx(const DuplexAlignedKeysArgs& args, const DuplexAlig
     load_weights(args, alignment, shape.M * shape.rank, s.alignment);
   }
   const KeyRows<Storage> keys(args, batch, kv_head, plan, s.zeros);
-  Storage* out = at<Storage>(args.aligned, batch, kv_head, 0);
+  Storage* out = row_of<Storage>(args.aligned, batch, kv_head, 0);
   LoadedStrip loaded[2];
   const auto split = [&](int64_t v, int step, int r) {
     if (v == plan.num_visits()) return;
@@ -449,9 +449,9 @@ void duplex_aligned_keys_amx(const DuplexAlignedKeysArgs& args, const DuplexAlig
           out, s);
   }
   copy_padding<Storage>(args, batch, kv_head);
-  stream_fence();
+  nontemporal_fence();
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -25,7 +25,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 struct DuplexQueryViewsBackwardScratch {
@@ -292,8 +292,8 @@ void differentiate_indicator(const DuplexQueryViewsBackwardArgs& args, int64_t b
   for (int i = 0; i < block.count; ++i) {
     const T* query = s.query + i * kStride;
     const T norm = dot(query, query, D), inverse = norm > 0 ? 1 / norm : T(0);
-    const T* indicator = at<T>(args.indicator, batch, head, block.row + i);
-    const T* grad = at<T>(args.grad_indicator, batch, head, block.row + i);
+    const T* indicator = row_of<T>(args.indicator, batch, head, block.row + i);
+    const T* grad = row_of<T>(args.grad_indicator, batch, head, block.row + i);
     T sum = 0;
     for (int m = 0; m < M; ++m) {
       factor[i][m] = 2 * inverse * grad[m * args.grad_indicator.last];
@@ -391,18 +391,18 @@ void duplex_query_views_backward(const DuplexQueryViewsBackwardArgs& args, int64
     load_scale(args, batch, kv_head, block, s.scale);
     memset(s.grad_scale, 0, sizeof(T) * kMaxModalities * static_cast<size_t>(block.count));
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
-      load_block(at<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
+      load_block(row_of<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
       if (head + 1 < (kv_head + 1) * args.group)
-        prefetch_rows(at<Storage>(args.query, batch, head + 1, block.row), args.query.row, block.count, D);
+        prefetch_rows(row_of<Storage>(args.query, batch, head + 1, block.row), args.query.row, block.count, D);
       for (int a = 0; a < M; ++a) {
         // The next view's rows come in from memory while this one's are computed with.
         const bool last = a + 1 == M;
         if (!last || head + 1 < (kv_head + 1) * args.group)
-          prefetch_rows(at<Storage>(args.grad_views, batch, last ? head + 1 : head, block.row) +
+          prefetch_rows(row_of<Storage>(args.grad_views, batch, last ? head + 1 : head, block.row) +
                             args.grad_views.view * (last ? 0 : a + 1),
                         args.grad_views.row, block.count, D);
-        load_block(at<Storage>(args.grad_views, batch, head, block.row) + args.grad_views.view * a, args.grad_views.row,
-                   block.count, D, T(1), s.grad_view);
+        load_block(row_of<Storage>(args.grad_views, batch, head, block.row) + args.grad_views.view * a,
+                   args.grad_views.row, block.count, D, T(1), s.grad_view);
         if (a == 0) clear_rows(block.count, s.grad_query);
         for (int i = 0; i < block.count; ++i)
           add_scaled(T(1), s.grad_view + i * kStride, s.grad_query + i * kStride, D);
@@ -410,13 +410,14 @@ void duplex_query_views_backward(const DuplexQueryViewsBackwardArgs& args, int64
       }
       if (DuplexQueryViewsBackwardScratch<T>::with_indicator(args))
         differentiate_indicator(args, batch, head, chunk, block, seen, s);
-      Storage* grad_query = at<Storage>(args.grad_query, batch, head, block.row);
+      Storage* grad_query = row_of<Storage>(args.grad_query, batch, head, block.row);
       for (int i = 0; i < block.count; ++i)
         store_row(s.grad_query + i * kStride, T(1), grad_query + i * args.grad_query.row, D);
     }
     for (int i = 0; i < block.count; ++i)
       for (int m = 0; m < M; ++m)
-        at<T>(args.grad_row_scale, batch, kv_head, block.row + i)[m * args.grad_row_scale.last] = s.grad_scale[i][m];
+        row_of<T>(args.grad_row_scale, batch, kv_head, block.row + i)[m * args.grad_row_scale.last] =
+            s.grad_scale[i][m];
 
     for (int a = 0; a < M; ++a) {
       const T* grad_latent = s.grad_latent + int64_t{a} * kChunk * kStride;
@@ -456,6 +457,6 @@ void reduce_weight_gradients(const DuplexArgs& args, const void* partials, int64
         }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

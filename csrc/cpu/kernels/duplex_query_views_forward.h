@@ -15,7 +15,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // Ranks are padded with zeros to whole vectors, so that blocks side by side never share one.
 template <class T>
@@ -128,11 +128,12 @@ int64_t duplex_query_views_scratch_bytes(const DuplexQueryViewsForwardArgs& args
 
 // A row q + view as the output's row.
 template <class Storage, class T>
-MODA_EXT_INLINE void store_sum(const T* query, const T* view, Storage* out, int count, bool past_caches) {
+MODA_EXT_INLINE void store_sum(const T* query, const T* view, Storage* out, int count, bool nontemporal) {
   constexpr int L = kLanes<T>;
-  if (past_caches && sizeof(Storage) == sizeof(T) && count % L == 0 &&
+  if (nontemporal && sizeof(Storage) == sizeof(T) && count % L == 0 &&
       reinterpret_cast<uintptr_t>(out) % MODA_EXT_VECTOR_BYTES == 0) {
-    for (int d = 0; d < count; d += L) stream(reinterpret_cast<T*>(out) + d, load(query + d) + load(view + d));
+    for (int d = 0; d < count; d += L)
+      store_nontemporal(reinterpret_cast<T*>(out) + d, load(query + d) + load(view + d));
     return;
   }
   T sum[kScratchColumns];
@@ -283,18 +284,18 @@ void duplex_query_views(const DuplexQueryViewsForwardArgs& args, int64_t batch, 
     const RowBlock block = rows_of(args, chunk);
     load_scale(args, batch, kv_head, block, s.scale);
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
-      load_block(at<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
+      load_block(row_of<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
       for (int a = 0; a < M; ++a) {
         make_view(args, chunk, block, a, seen, s);
-        Storage* out = at<Storage>(args.views, batch, head, block.row) + args.views.view * a;
+        Storage* out = row_of<Storage>(args.views, batch, head, block.row) + args.views.view * a;
         for (int i = 0; i < block.count; ++i)
-          store_sum(s.query + i * kStride, s.view + i * kStride, out + i * args.views.row, D, args.past_caches);
+          store_sum(s.query + i * kStride, s.view + i * kStride, out + i * args.views.row, D, args.nontemporal);
       }
       if (args.indicator.data == nullptr) continue;
       quadratic_form(args, chunk, block, s.state, s.query, s.transposed, s.view, s.square);
       for (int i = 0; i < block.count; ++i) {
         const T norm = dot(s.query + i * kStride, s.query + i * kStride, D);
-        T* out = at<T>(args.indicator, batch, head, block.row + i);
+        T* out = row_of<T>(args.indicator, batch, head, block.row + i);
         for (int m = 0; m < M; ++m) out[m * args.indicator.last] = norm > 0 ? s.square[i][m] / norm : T(0);
       }
     }
@@ -310,10 +311,10 @@ void duplex_query_views(const DuplexQueryViewsForwardArgs& args, int64_t batch, 
               kStride, s.stack + (int64_t{a} * M + term_of_modality(a, m)) * R * kStride, kStride);
     }
   }
-  stream_fence();
+  nontemporal_fence();
   if (args.gram != nullptr) store_state(args, s.state, grams_of<T>(args, args.gram, batch, kv_head));
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -1,4 +1,4 @@
-// Forward pass of duplex_query_views_forward.h on the tile unit (see amx.h for operands and accuracy).
+// Forward pass of duplex_query_views_forward.h with AMX (see amx.h for operands and accuracy).
 //
 // With q the rows of a strip and the keys of the chunk up to them, all of it is five tile products:
 //
@@ -19,13 +19,13 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
-constexpr int kTileChunk = 2 * kStripRows;
-constexpr int kKeySteps = kTileChunk / kTileDepth;
+constexpr int kAmxChunk = 2 * kStripRows;
+constexpr int kKeySteps = kAmxChunk / kTileDepth;
 
 // The keys of a chunk by position, and what is known of their modalities.
-struct TileChunk {
+struct AmxChunk {
   int64_t first;
   int tokens;
   int num_present;
@@ -34,12 +34,12 @@ struct TileChunk {
   int steps() const { return steps_of(tokens); }
   bool has_others(int m) const { return num_present > 1 || (num_present == 1 && present[0] != m); }
 };
-static_assert(kTileChunk == 64, "a chunk is a word of bits");
+static_assert(kAmxChunk == 64, "a chunk is a word of bits");
 
-inline void plan_chunk(const GramArgs& args, int64_t batch, int64_t first, TileChunk& chunk) {
+inline void plan_chunk(const GramArgs& args, int64_t batch, int64_t first, AmxChunk& chunk) {
   const int32_t* modality = args.modality + batch * args.modality_batch + first * args.modality_token;
   chunk.first = first;
-  chunk.tokens = static_cast<int>(args.num_keys - first < kTileChunk ? args.num_keys - first : kTileChunk);
+  chunk.tokens = static_cast<int>(args.num_keys - first < kAmxChunk ? args.num_keys - first : kAmxChunk);
   for (int m = 0; m < args.num_modalities; ++m) chunk.keys[m] = 0;
   for (int i = 0; i < chunk.tokens; ++i)
     if (modality[i * args.modality_token] >= 0) chunk.keys[modality[i * args.modality_token]] |= uint64_t{1} << i;
@@ -53,7 +53,7 @@ MODA_EXT_INLINE __mmask16 lanes_of(uint64_t keys, int tile) {
   return static_cast<__mmask16>(keys >> (tile * kTileRows));
 }
 // Bits of the keys that a position sees.
-MODA_EXT_INLINE uint64_t seen_from(int position) { return ~uint64_t{0} >> (kTileChunk - 1 - position); }
+MODA_EXT_INLINE uint64_t seen_from(int position) { return ~uint64_t{0} >> (kAmxChunk - 1 - position); }
 MODA_EXT_INLINE Vector<float> keep_lanes(__mmask16 lanes, Vector<float> v) {
   return (Vector<float>)_mm512_maskz_mov_ps(lanes, (__m512)v);
 }
@@ -70,16 +70,16 @@ MODA_EXT_INLINE Vector<float> reduce_rows(const float* rows) {
 
 // Keys of a chunk as rows (stride kScratchColumns), up to whole steps; zero for padding and beyond.
 template <class Storage>
-void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const TileChunk& chunk, float* rows) {
+void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const AmxChunk& chunk, float* rows) {
   uint64_t keys = 0;
   for (int p = 0; p < chunk.num_present; ++p) keys |= chunk.keys[chunk.present[p]];
-  for (int j = 0; j < kTileChunk; ++j) {
+  for (int j = 0; j < kAmxChunk; ++j) {
     float* row = rows + j * kScratchColumns;
     if ((keys >> j & 1) == 0) {
       memset(row, 0, sizeof(float) * static_cast<size_t>(steps_of(args.head_dim) * kTileDepth));
       continue;
     }
-    const Storage* key = at<Storage>(args.key, batch, kv_head, chunk.first + j);
+    const Storage* key = row_of<Storage>(args.key, batch, kv_head, chunk.first + j);
     float factor;
     bool normalised;
     load_feature(args, key, row, &factor, &normalised);
@@ -89,7 +89,7 @@ void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const T
 
 // Rows of the chunk's keys that have one modality, the others zero.
 MODA_EXT_INLINE void select_rows(uint64_t keys, int columns, const float* from, float* to) {
-  for (int j = 0; j < kTileChunk; ++j) {
+  for (int j = 0; j < kAmxChunk; ++j) {
     if (keys >> j & 1) {
       memcpy(to + j * kScratchColumns, from + j * kScratchColumns, sizeof(float) * static_cast<size_t>(columns));
     } else {
@@ -198,7 +198,7 @@ struct GramTiles {
 
 // What both directions keep of one key head: the weights and the keys of a chunk as operands, and the states.
 struct DuplexQueryViewsAmxScratch {
-  float *keys, *selected;             // [kTileChunk] rows: phi; of one modality
+  float *keys, *selected;             // [kAmxChunk] rows: phi; of one modality
   float *query, *low_rank, *weights;  // [kStripRows] rows
   float* view;                        // [kStripRows] rows
   float* products;                    // two blocks
@@ -223,8 +223,8 @@ struct DuplexQueryViewsAmxScratch {
     const auto rows = [&](int count) { return arena.take(int64_t{count} * kScratchColumns); };
     const auto words = [&](int64_t count) { return arena.template take<Word>(count); };
     const int M = shape.M;
-    keys = rows(kTileChunk);
-    selected = rows(kTileChunk);
+    keys = rows(kAmxChunk);
+    selected = rows(kAmxChunk);
     query = rows(kStripRows);
     low_rank = rows(kStripRows);
     weights = rows(kStripRows);
@@ -234,7 +234,7 @@ struct DuplexQueryViewsAmxScratch {
     latent = rows(shape.terms * kTileDepth);
     key_latent = rows(shape.rank_steps * kTileDepth);
     forms = arena.take(int64_t{M + 1} * kStripRows * kTileRows);
-    scale = arena.template take<float[kMaxModalities]>(kTileChunk);
+    scale = arena.template take<float[kMaxModalities]>(kAmxChunk);
     query_tiles = words(2 * shape.depth_step());
     term_tiles = words(2 * shape.up_step());
     down = words(M * down_words(shape));
@@ -310,7 +310,7 @@ inline void make_stack_tiles(const DuplexQueryViewsAmxShape& shape, int a, Duple
 }
 
 // The keys of a chunk as operands.
-inline void make_key_tiles(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const TileChunk& chunk,
+inline void make_key_tiles(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const AmxChunk& chunk,
                            DuplexQueryViewsAmxScratch& s) {
   make_row_tiles<kFullParts, true>(s.keys, 2 * kKeySteps, shape.depth, s.key_scores);
   for (int step = 0; step < kKeySteps; ++step)
@@ -350,7 +350,7 @@ inline void make_key_tiles(const DuplexArgs& args, const DuplexQueryViewsAmxShap
 }
 
 // States after the chunk.
-inline void add_chunk(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const TileChunk& chunk,
+inline void add_chunk(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const AmxChunk& chunk,
                       bool needs_gram, DuplexQueryViewsAmxScratch& s) {
   for (int a = 0; a < args.num_modalities; ++a) {
     if (!chunk.has_others(a)) continue;
@@ -400,7 +400,7 @@ struct StripRows {
 
 // T_a as tiles, and with keys W_a behind it.
 template <int kQueryParts, class Between>
-void make_terms(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const TileChunk& chunk,
+void make_terms(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, const AmxChunk& chunk,
                 const StripRows& strip, int a, DuplexQueryViewsAmxScratch& s, const Between& between) {
   const int R = shape.rank;
   for (int pair = 0; pair < R / kTileRows; ++pair) {
@@ -445,14 +445,14 @@ void make_terms(const DuplexArgs& args, const DuplexQueryViewsAmxShape& shape, c
   }
 }
 
-// between(0) .. between(15): work to do while the tile unit is busy.
+// between(0) .. between(15): work to do while the AMX unit is busy.
 template <class Storage, int kQueryParts, class Between>
-void make_view(const DuplexQueryViewsForwardArgs& args, const DuplexQueryViewsAmxShape& shape, const TileChunk& chunk,
+void make_view(const DuplexQueryViewsForwardArgs& args, const DuplexQueryViewsAmxShape& shape, const AmxChunk& chunk,
                const StripRows& strip, int a, Storage* out, DuplexQueryViewsAmxScratch& s, const Between& between) {
   make_terms<kQueryParts>(args, shape, chunk, strip, a, s, between);
   const int steps = shape.terms + (chunk.has_others(a) ? strip.position / kTileDepth + 1 : 0);
   const Word* up = s.up + a * DuplexQueryViewsAmxScratch::up_words(shape);
-  const bool direct = sizeof(Storage) == sizeof(float) && args.past_caches && args.head_dim % kStripRows == 0 &&
+  const bool direct = sizeof(Storage) == sizeof(float) && args.nontemporal && args.head_dim % kStripRows == 0 &&
                       reinterpret_cast<uintptr_t>(out) % MODA_EXT_VECTOR_BYTES == 0 && args.views.row % kTileRows == 0;
   if (direct) {
     float* to = reinterpret_cast<float*>(out);
@@ -465,8 +465,8 @@ void make_view(const DuplexQueryViewsForwardArgs& args, const DuplexQueryViewsAm
             if (row < strip.begin || row >= strip.end) continue;
             const float* query = s.query + row * kScratchColumns + pair * kStripRows;
             float* view = to + row * args.views.row + pair * kStripRows;
-            stream(view, load(query) + load(product + row * kStripRows));
-            stream(view + kTileRows, load(query + kTileRows) + load(product + row * kStripRows + kTileRows));
+            store_nontemporal(view, load(query) + load(product + row * kStripRows));
+            store_nontemporal(view + kTileRows, load(query + kTileRows) + load(product + row * kStripRows + kTileRows));
           }
         });
     return;
@@ -487,7 +487,7 @@ void make_view(const DuplexQueryViewsForwardArgs& args, const DuplexQueryViewsAm
 // The indicator of a strip: out[row * args.indicator.row + m * args.indicator.last].
 template <int kQueryParts>
 void make_indicator(const DuplexQueryViewsForwardArgs& args, const DuplexQueryViewsAmxShape& shape,
-                    const TileChunk& chunk, const StripRows& strip, float* out, DuplexQueryViewsAmxScratch& s) {
+                    const AmxChunk& chunk, const StripRows& strip, float* out, DuplexQueryViewsAmxScratch& s) {
   const int M = args.num_modalities;
   const int64_t query_step = int64_t{shape.depth} * kQueryParts * kTileWords;
   const auto form = [&](int m, int row) { return s.forms + (m * kStripRows + row) * kTileRows; };
@@ -548,7 +548,7 @@ void make_indicator(const DuplexQueryViewsForwardArgs& args, const DuplexQueryVi
 }
 
 // The rows of the query that lie in a chunk, as gram_family_chunk.h has them.
-inline RowBlock rows_of(const CausalGramArgs& args, const TileChunk& chunk) {
+inline RowBlock rows_of(const CausalGramArgs& args, const AmxChunk& chunk) {
   Chunk positions;
   positions.first = chunk.first;
   positions.tokens = chunk.tokens;
@@ -558,7 +558,7 @@ inline RowBlock rows_of(const CausalGramArgs& args, const TileChunk& chunk) {
 // Calls work(head, strip, next_head, next) for the strips of a chunk that have rows, of all heads of the group. The
 // rows of `next` will probably be read next.
 template <class Work>
-void for_each_strip(const CausalGramArgs& args, int64_t kv_head, const RowBlock& block, const TileChunk& chunk,
+void for_each_strip(const CausalGramArgs& args, int64_t kv_head, const RowBlock& block, const AmxChunk& chunk,
                     const Work& work) {
   StripRows strips[kKeySteps];
   int count = 0;
@@ -610,7 +610,7 @@ void load_strip(const StripRows& strip, const Storage* row_zero, int64_t row_str
 // s_{i,m} by position; 0 for positions without a row.
 inline void load_scale_by_position(const CausalGramArgs& args, int64_t batch, int64_t kv_head, const RowBlock& block,
                                    float (*scale)[kMaxModalities]) {
-  memset(scale, 0, sizeof(float) * kTileChunk * kMaxModalities);
+  memset(scale, 0, sizeof(float) * kAmxChunk * kMaxModalities);
   load_scale(args, batch, kv_head, block, scale + block.first);
 }
 
@@ -622,45 +622,46 @@ void duplex_query_views_amx(const DuplexQueryViewsForwardArgs& args, int64_t bat
   const bool needs_gram = DuplexQueryViewsScratch<float>::needs_gram(args);
   Arena<float> arena(memory);
   DuplexQueryViewsAmxScratch s(shape, needs_gram, arena);
-  const TileUnit unit;
+  const AmxTileConfig unit;
   const float* initial = grams_of<float>(args, args.initial, batch, kv_head);
   start_tiles(args, shape, initial, s);
   for (int a = 0; a < shape.M; ++a) make_stack_tiles(shape, a, s);
   if (needs_gram) s.gram.start(shape, args.head_dim, initial);
 
-  TileChunk chunk;
-  for (int64_t first = 0; first < args.num_keys; first += kTileChunk) {
+  AmxChunk chunk;
+  for (int64_t first = 0; first < args.num_keys; first += kAmxChunk) {
     plan_chunk(args, batch, first, chunk);
     load_features<Storage>(args, batch, kv_head, chunk, s.keys);
     make_key_tiles(args, shape, chunk, s);
     const RowBlock block = rows_of(args, chunk);
     if (block.count > 0) load_scale_by_position(args, batch, kv_head, block, s.scale);
-    for_each_strip(
-        args, kv_head, block, chunk,
-        [&](int64_t head, const StripRows& strip, int64_t next_head, const StripRows& next) {
-          load_strip(strip, at<Storage>(args.query, batch, head, strip.first), args.query.row, args.head_dim, s.query);
-          make_row_tiles<kQueryParts, false>(s.query, 2, shape.depth, s.query_tiles);
-          const Storage* next_rows = at<Storage>(args.query, batch, next_head, next.first);
-          // Half of the next strip for each of two views: requests queue up for the core's few fill buffers.
-          const int rows_per_view = shape.M > 1 ? kTileRows : kStripRows;
-          for (int a = 0; a < shape.M; ++a)
-            make_view<Storage, kQueryParts>(
-                args, shape, chunk, strip, a, at<Storage>(args.views, batch, head, strip.first) + args.views.view * a,
-                s, [&](int r) {
-                  const int first = a * rows_per_view;
-                  for (int row = first + r; row < kStripRows && row < first + rows_per_view; row += kTileRows)
-                    prefetch_strip_row(next, next_rows, args.query.row, args.head_dim, row);
-                });
-          if (args.indicator.data != nullptr)
-            make_indicator<kQueryParts>(args, shape, chunk, strip, at<float>(args.indicator, batch, head, strip.first),
-                                        s);
-        });
+    for_each_strip(args, kv_head, block, chunk,
+                   [&](int64_t head, const StripRows& strip, int64_t next_head, const StripRows& next) {
+                     load_strip(strip, row_of<Storage>(args.query, batch, head, strip.first), args.query.row,
+                                args.head_dim, s.query);
+                     make_row_tiles<kQueryParts, false>(s.query, 2, shape.depth, s.query_tiles);
+                     const Storage* next_rows = row_of<Storage>(args.query, batch, next_head, next.first);
+                     // Half of the next strip for each of two views: requests queue up for few fill buffers.
+                     const int rows_per_view = shape.M > 1 ? kTileRows : kStripRows;
+                     for (int a = 0; a < shape.M; ++a)
+                       make_view<Storage, kQueryParts>(
+                           args, shape, chunk, strip, a,
+                           row_of<Storage>(args.views, batch, head, strip.first) + args.views.view * a, s, [&](int r) {
+                             const int first = a * rows_per_view;
+                             for (int row = first + r; row < kStripRows && row < first + rows_per_view;
+                                  row += kTileRows)
+                               prefetch_strip_row(next, next_rows, args.query.row, args.head_dim, row);
+                           });
+                     if (args.indicator.data != nullptr)
+                       make_indicator<kQueryParts>(args, shape, chunk, strip,
+                                                   row_of<float>(args.indicator, batch, head, strip.first), s);
+                   });
     add_chunk(args, shape, chunk, needs_gram, s);
   }
-  stream_fence();
+  nontemporal_fence();
   if (args.gram != nullptr) s.gram.write(shape, args.head_dim, grams_of<float>(args, args.gram, batch, kv_head));
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -1,4 +1,4 @@
-#include "gram_family_tier.h"
+#include "gram_family_isa.h"
 
 namespace moda_ext {
 namespace cpu {

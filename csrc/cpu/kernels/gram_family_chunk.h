@@ -14,10 +14,10 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // Scores within a chunk cost C per row, the states D^2 / C per key and key head: 48 is a whole number of register
-// blocks in every tier, and 10 % faster than 64 and 96.
+// blocks in every instruction set, and 10 % faster than 64 and 96.
 constexpr int kChunk = 48;
 // Leading dimension of a transposed chunk: a cache line more than kChunk, so that rows fall into different sets.
 template <class T>
@@ -48,15 +48,6 @@ int64_t scratch_bytes(const Args&... args) {
   Arena<T> arena(nullptr);
   Scratch scratch(args..., arena);
   return arena.used();
-}
-
-template <class Element>
-MODA_EXT_INLINE const Element* at(const Input& operand, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const Element*>(operand.data) + operand.batch * batch + operand.head * head + operand.row * row;
-}
-template <class Element>
-MODA_EXT_INLINE Element* at(const Output& operand, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<Element*>(operand.data) + operand.batch * batch + operand.head * head + operand.row * row;
 }
 
 MODA_EXT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
@@ -235,7 +226,7 @@ MODA_EXT_INLINE void load_feature(const GramArgs& args, const Storage* key, T* r
 template <class Storage, class T>
 void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const Chunk& chunk, Features<T>& features) {
   for (int j = 0; j < chunk.count; ++j) {
-    const Storage* key = at<Storage>(args.key, batch, kv_head, chunk.first + chunk.position[j]);
+    const Storage* key = row_of<Storage>(args.key, batch, kv_head, chunk.first + chunk.position[j]);
     load_feature(args, key, features.rows + j * kScratchStride<T>, &features.factor[j], &features.normalised[j]);
   }
   for (int j = chunk.count; j % kLanes<T> != 0; ++j)
@@ -268,13 +259,13 @@ void store_key_gradient(const GramArgs& args, const Output& grad_key, int64_t ba
   if (chunk.count < chunk.tokens) {
     T zero[kScratchColumns] = {};
     for (int i = 0; i < chunk.tokens; ++i)
-      store_row(zero, T(1), at<Storage>(grad_key, batch, kv_head, chunk.first + i), args.head_dim);
+      store_row(zero, T(1), row_of<Storage>(grad_key, batch, kv_head, chunk.first + i), args.head_dim);
   }
   for (int j = 0; j < chunk.count; ++j) {
     T* grad = grads + j * kScratchStride<T>;
     const T* row = features.rows + j * kScratchStride<T>;
     if (features.normalised[j]) add_scaled(-dot(grad, row, args.head_dim), row, grad, args.head_dim);
-    store_row(grad, features.factor[j], at<Storage>(grad_key, batch, kv_head, chunk.first + chunk.position[j]),
+    store_row(grad, features.factor[j], row_of<Storage>(grad_key, batch, kv_head, chunk.first + chunk.position[j]),
               args.head_dim);
   }
 }
@@ -360,7 +351,7 @@ template <class T>
 void load_scale(const CausalGramArgs& args, int64_t batch, int64_t kv_head, const RowBlock& block,
                 T (*scale)[kMaxModalities]) {
   for (int i = 0; i < block.count; ++i) {
-    const T* row = at<T>(args.row_scale, batch, kv_head, block.row + i);
+    const T* row = row_of<T>(args.row_scale, batch, kv_head, block.row + i);
     for (int m = 0; m < args.num_modalities; ++m) scale[i][m] = row[m * args.row_scale.last];
   }
 }
@@ -444,6 +435,6 @@ void store_state(const GramArgs& args, GramState<T>& state, T* out) {
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

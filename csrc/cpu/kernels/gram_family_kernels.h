@@ -1,4 +1,4 @@
-// Interface between the adapters (cpu/gram_family_launch.cpp) and the alignment kernels of one instruction set tier:
+// Interface between the launch (cpu/gram_family_launch.cpp) and the alignment kernels of one instruction set:
 // plain structs and raw pointers, as in modular_attention_kernels.h.
 #pragma once
 
@@ -60,7 +60,7 @@ struct DuplexArgs : CausalGramArgs {
 
 struct DuplexQueryViewsForwardArgs : DuplexArgs {
   Output views;              // view stride: modality
-  bool past_caches = false;  // the views are too large to be found in a cache later
+  bool nontemporal = false;  // the views are too large to be found in a cache later
   Output indicator;          // (B, Hq, Nq, M); data null: not wanted
   void* gram = nullptr;      // (B, Hkv, M, D, D); null: not wanted
 };
@@ -83,7 +83,7 @@ struct DuplexAlignedKeysArgs : DuplexArgs {
   const int32_t* members = nullptr;
   int64_t members_batch = 0, members_token = 0;
   Output aligned;
-  bool past_caches = false;  // as in DuplexQueryViewsForwardArgs
+  bool nontemporal = false;  // as in DuplexQueryViewsForwardArgs
 };
 
 // The keys of one (batch, kv head). What the tokens' modalities and the weights give stays in the scratch: batch_before

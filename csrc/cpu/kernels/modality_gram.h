@@ -10,7 +10,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 struct ModalityGramScratch {
@@ -84,6 +84,6 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, int64_t batch,
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

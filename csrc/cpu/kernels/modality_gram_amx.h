@@ -1,4 +1,4 @@
-// modality_gram.h on the tile unit (see amx.h for operands and accuracy).
+// modality_gram.h with AMX (see amx.h for operands and accuracy).
 //
 // Keys are collected for each modality until there are kGramKeys, so that however modalities alternate, every product
 // is full but the last. Of the symmetric sum only the blocks on and above the diagonal are made.
@@ -9,7 +9,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 struct ModalityGramAmxScratch {
   static constexpr int kKeys = 128, kSteps = kKeys / kTileDepth;  // 200 KB with the operands: they stay in L2
@@ -85,7 +85,7 @@ template <class Storage>
 void modality_gram_amx(const GramArgs& args, const ModalityGramItem& item, void* memory) {
   Arena<float> arena(memory);
   ModalityGramAmxScratch s(args, arena);
-  const TileUnit unit;
+  const AmxTileConfig unit;
   memset(s.sums, 0, sizeof(float) * static_cast<size_t>(args.num_modalities * s.sum_elements()));
   const int32_t* modality = args.modality + item.batch * args.modality_batch;
   int counts[kMaxModalities] = {};
@@ -94,7 +94,7 @@ void modality_gram_amx(const GramArgs& args, const ModalityGramItem& item, void*
     if (m < 0) continue;
     float factor;
     bool normalised;
-    load_feature(args, at<Storage>(args.key, item.batch, item.kv_head, token),
+    load_feature(args, row_of<Storage>(args.key, item.batch, item.kv_head, token),
                  s.keys_of(m) + counts[m] * kScratchColumns, &factor, &normalised);
     if (++counts[m] < ModalityGramAmxScratch::kKeys) continue;
     add_keys(args, m, counts[m], s);
@@ -106,6 +106,6 @@ void modality_gram_amx(const GramArgs& args, const ModalityGramItem& item, void*
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

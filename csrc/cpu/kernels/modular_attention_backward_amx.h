@@ -1,4 +1,4 @@
-// Backward pass on the tile unit (equations in modular_attention_backward.h, operands in amx.h).
+// Backward pass with AMX (equations in modular_attention_backward.h, operands in amx.h).
 //
 // As in the forward pass everything is transposed, keys down the rows and queries across:
 //
@@ -19,10 +19,10 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class StorageType>
-class TileBackward {
+class AmxBackward {
  public:
   using Storage = StorageType;
   static constexpr int kTileKeys = 128;
@@ -78,7 +78,7 @@ class TileBackward {
   }
 
   static void run(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory) {
-    TileBackward(args, item, memory).run();
+    AmxBackward(args, item, memory).run();
   }
 
  private:
@@ -123,7 +123,7 @@ class TileBackward {
   }
   static int64_t view_words(const ModularAttentionArgs& args) { return form_words(args) + query_grad_words(args); }
 
-  TileBackward(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory)
+  AmxBackward(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory)
       : args_(args),
         item_(item),
         sequence_(*item.sequence),
@@ -160,7 +160,7 @@ class TileBackward {
 
   template <class Element, class Operand>
   auto at(const Operand& operand, int i) const {
-    return row_of<Element>(operand, sequence_, head_, sequence_.first_query, first_row_ + i);
+    return row_of<Element>(operand, sequence_.batch, head_, sequence_.first_query + first_row_ + i);
   }
 
   void differentiate_block() {
@@ -401,7 +401,7 @@ class TileBackward {
   // P and dS of keys r and r + 16 of a step and a strip, from scores to rows of tiles.
   template <bool masked>
   MODA_EXT_INLINE void sweep_row(int step, int r, int strip, const StripView& seen, SweepState& state) {
-    const Vector<float> scale = splat(static_cast<float>(score_scale(args_)));
+    const Vector<float> scale = splat(static_cast<float>(softmax_scale_log2(args_)));
     Word* const probability_tiles = scratch_.probability + 2 * step * kRowTileStep + strip * kInner * kTileWords;
     Word* const grad_tiles = scratch_.grad_score + 2 * step * kRowTileStep + strip * kInner * kTileWords;
     Word* const grad_pairs = scratch_.grad_score_pairs + step * kInner * kTileWords;
@@ -458,9 +458,9 @@ class TileBackward {
   const int columns_, depth_;  // tiles of 16 and steps of 32 columns
   int64_t head_ = 0, first_row_ = 0;
   int count_ = 0, strips_ = 0;
-  TileUnit unit_;
+  AmxTileConfig unit_;
 };
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

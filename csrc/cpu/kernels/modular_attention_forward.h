@@ -17,7 +17,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // Query rows of a work item. Vector kernels: a multiple of kRows (12 or 6), 8 or 16 register blocks. Tiles: whole
 // strips of 32, and many, because each item streams all packed keys and values past its rows, at D = 128 and N = 2048
@@ -34,11 +34,11 @@ constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);
 
-// State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(maximum).
+// State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(row_max).
 template <class T>
 struct RowState {
   T output[kBlockRows * kScratchStride<T>];
-  T maximum[kBlockRows];
+  T row_max[kBlockRows];
   T mass[kMaxModalities][kBlockRows];
   T base[kBlockRows];  // row_base; what follows and the maximum are relative to it, in log2 units
   T sink[kBlockRows];  // -inf without one
@@ -66,7 +66,7 @@ struct ItemRows {
   }
   template <class Element, class Operand>
   MODA_EXT_INLINE auto at(const Operand& operand, int i) const {
-    return row_of<Element>(operand, *item.sequence, head[i], item.sequence->first_query, row[i]);
+    return row_of<Element>(operand, item.sequence->batch, head[i], item.sequence->first_query + row[i]);
   }
 };
 
@@ -104,7 +104,7 @@ void initialise_rows(const ModularAttentionArgs& args, const ItemRows& rows, Row
     const T sink = args.sink.data == nullptr ? T(-INFINITY) : *rows.at<T>(args.sink, i);
     state.base[i] = row_base(args, rows, i, sink);
     state.sink[i] = (sink - state.base[i]) * T(kLog2e);
-    state.maximum[i] = state.sink[i] > kLowest<T> ? state.sink[i] : kLowest<T>;
+    state.row_max[i] = state.sink[i] > kLowest<T> ? state.sink[i] : kLowest<T>;
   }
   memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
 }
@@ -115,12 +115,12 @@ void finish_rows(const ModularAttentionForwardArgs& args, const ItemRows& rows, 
     T* output = state.output + i * kScratchStride<T>;
     T seen = 0;
     for (int m = 0; m < args.num_modalities; ++m) seen += state.mass[m][i];
-    const T total = seen + exp2_nonpositive(state.sink[i] - state.maximum[i]);
+    const T total = seen + exp2_nonpositive(state.sink[i] - state.row_max[i]);
     const T inverse = total == T(0) ? T(0) : T(1) / total;
     // lse = base + log of the sum, in double. The backward's probabilities inherit its error as a common factor of
     // their row, which beside a large base may be anything: what rounding takes (Knuth's two-sum) goes along.
     const double base = state.base[i];
-    const double log_sum = (static_cast<double>(state.maximum[i]) + log2(static_cast<double>(total))) * kLn2;
+    const double log_sum = (static_cast<double>(state.row_max[i]) + log2(static_cast<double>(total))) * kLn2;
     const T lse = total == T(0) ? T(-INFINITY) : static_cast<T>(base + log_sum);
     const double rest = static_cast<double>(lse) - base;
     const T residual = static_cast<T>((base - (static_cast<double>(lse) - rest)) + (log_sum - rest));
@@ -133,7 +133,7 @@ void finish_rows(const ModularAttentionForwardArgs& args, const ItemRows& rows, 
 }
 
 template <class T>
-MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
+MODA_EXT_INLINE T row_max(const T* scores, int count) {
   constexpr int L = kLanes<T>;
   // Four chains hide the latency.
   Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>)};
@@ -193,7 +193,7 @@ class VectorEngine {
     RowState<T> state;
     T scores[kBlockRows * kScratchStride<T>];
     T bias[kBlockRows];       // relative_bias of the tile's modality
-    T best[kBlockRows];       // maximum of the tile's scores, without bias
+    T tile_max[kBlockRows];   // maximum of the tile's scores, without bias
     T shift[kBlockRows];      // bias - running maximum
     T reference[kBlockRows];  // what is taken off the scores first
     T rescale[kBlockRows];    // 2^(old - new running maximum)
@@ -295,15 +295,15 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   // Softmax in three sweeps, each free of dependencies between neighbours: maxima of rows, running state of all rows in
   // vectors, exponentials of rows.
   for (int i = 0; i < count; ++i)
-    scratch.best[i] = visible[i] > 0 ? row_maximum(scratch.scores + i * kStride, visible[i]) : kLowest<T>;
+    scratch.tile_max[i] = visible[i] > 0 ? row_max(scratch.scores + i * kStride, visible[i]) : kLowest<T>;
   for (int i = 0; i < count; i += kLanes<T>) {
-    const Vector<T> before = load(state.maximum + i), b = load(bias + i);
-    const Vector<T> now = maximum(load(scratch.best + i) + b, before);
+    const Vector<T> before = load(state.row_max + i), b = load(bias + i);
+    const Vector<T> now = maximum(load(scratch.tile_max + i) + b, before);
     const Vector<T> rescale = exp2_nonpositive(before - now);
-    store(state.maximum + i, now);
+    store(state.row_max + i, now);
     // What rounding leaves of the largest score. Where it is large, because they are, scores are taken relative to the
     // largest, and what is left is bounded.
-    const Vector<T> top = load(scratch.best + i), left = top + (b - now);
+    const Vector<T> top = load(scratch.tile_max + i), left = top + (b - now);
     const Bits<T> far = (left > splat(T(kSlack))) | ((now > before) & (left < splat(T(-kSlack))));
     store(scratch.reference + i, choose<T>(far, top, Vector<T>{}));
     store(scratch.shift + i, choose<T>(far, within_slack<T>(left), b - now));
@@ -363,8 +363,8 @@ void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForw
     for (int i = 0; i < rows.count; ++i) prefetch_rows(rows.at<Storage>(args.out, i), 0, 1, args.head_dim);
   if (next != nullptr && args.num_views == 1)
     for (int64_t h = 0; h < next->num_heads; ++h)
-      prefetch_rows(row_of<Storage>(args.query, *next->sequence, next->first_head + h, next->sequence->first_query,
-                                    next->first_row),
+      prefetch_rows(row_of<Storage>(args.query, next->sequence->batch, next->first_head + h,
+                                    next->sequence->first_query + next->first_row),
                     args.query.row, next->num_rows, args.head_dim);
   const int64_t last_position =
       args.causal ? item.first_row + item.num_rows - 1 + sequence.num_keys - sequence.num_queries : sequence.num_keys;
@@ -394,7 +394,7 @@ void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForw
   }
   T* partial = static_cast<T*>(item.partial);
   for (int i = 0; i < rows.count; ++i) {
-    *partial++ = state.maximum[i];
+    *partial++ = state.row_max[i];
     for (int m = 0; m < args.num_modalities; ++m) *partial++ = state.mass[m][i];
     memcpy(partial, state.output + i * kScratchStride<T>, sizeof(T) * args.head_dim);
     partial += args.head_dim;
@@ -413,13 +413,13 @@ void merge(const ModularAttentionForwardArgs& args, const ModularAttentionForwar
   for (int i = 0; i < rows.count; ++i) {
     for (int s = 0; s < num_splits; ++s) {
       const T maximum = static_cast<const T*>(partials[s])[i * width];
-      state.maximum[i] = maximum > state.maximum[i] ? maximum : state.maximum[i];
+      state.row_max[i] = maximum > state.row_max[i] ? maximum : state.row_max[i];
     }
     T* output = state.output + i * kScratchStride<T>;
     memset(output, 0, sizeof(T) * args.head_dim);
     for (int s = 0; s < num_splits; ++s) {
       const T* partial = static_cast<const T*>(partials[s]) + i * width;
-      const T rescale = exp2_nonpositive(partial[0] - state.maximum[i]);
+      const T rescale = exp2_nonpositive(partial[0] - state.row_max[i]);
       for (int m = 0; m < args.num_modalities; ++m) state.mass[m][i] += rescale * partial[1 + m];
       for (int d = 0; d < args.head_dim; ++d) output[d] += rescale * partial[1 + args.num_modalities + d];
     }
@@ -427,6 +427,6 @@ void merge(const ModularAttentionForwardArgs& args, const ModularAttentionForwar
   finish_rows<typename Engine::Storage, T>(args, rows, state);
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

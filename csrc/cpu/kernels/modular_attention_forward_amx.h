@@ -1,4 +1,4 @@
-// Forward pass on the tile unit: the engine of the AMX tier (see amx.h for operands and accuracy).
+// Forward pass with AMX (see amx.h for operands and accuracy).
 //
 // Everything is transposed with respect to VectorEngine: S^T = K Q^T and O^T = V^T P^T, keys (or head dimensions) down
 // the rows, queries across. Running maximum, masses, bias and visibility are then vectors over 16 queries: no
@@ -15,7 +15,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 constexpr int kStrip = 2 * kTileRows;  // queries that one block of tile products covers
 constexpr int kStrips = kBlockRows / kStrip;
@@ -23,7 +23,7 @@ static_assert(kBlockRows % kStrip == 0, "a block is whole strips");
 
 // Scores are S = q . k times this in log2 units; its sign goes into the queries, so that a maximum over keys stays a
 // maximum.
-MODA_EXT_INLINE double score_scale(const ModularAttentionArgs& args) { return fabs(args.scale) * kLog2e; }
+MODA_EXT_INLINE double softmax_scale_log2(const ModularAttentionArgs& args) { return fabs(args.scale) * kLog2e; }
 MODA_EXT_INLINE float score_sign(const ModularAttentionArgs& args) { return args.scale < 0 ? -1.0f : 1.0f; }
 
 // 32 keys (or values) of a tile from slot `first` on, zero-padded.
@@ -33,7 +33,7 @@ MODA_EXT_INLINE void load_keys(const Input& operand, const ModularAttentionArgs&
   const int32_t* order = sequence.order + tile.start;
   clear_rows(rows, kTileDepth, args.head_dim, tile.length - first);
   for (int j = first; j < tile.length && j < first + kTileDepth; ++j)
-    load_row(row_of<Storage>(operand, sequence, kv_head, sequence.first_key, order[j]), 1.0f,
+    load_row(row_of<Storage>(operand, sequence.batch, kv_head, sequence.first_key + order[j]), 1.0f,
              rows + (j - first) * kScratchColumns, args.head_dim);
 }
 
@@ -81,7 +81,7 @@ MODA_EXT_INLINE void transpose_columns(const float* from, int columns, float* to
 }
 
 template <class StorageType>
-class TileEngine {
+class AmxEngine {
  public:
   using Storage = StorageType;
   using T = float;
@@ -125,7 +125,7 @@ class TileEngine {
     }
   }
 
-  TileEngine(const ModularAttentionForwardArgs& args, void* memory)
+  AmxEngine(const ModularAttentionForwardArgs& args, void* memory)
       : args_(args),
         scratch_(*static_cast<Scratch*>(memory)),
         queries_(reinterpret_cast<Word*>(&scratch_ + 1)),
@@ -190,14 +190,15 @@ class TileEngine {
     const int depth = steps_of(args_.head_dim);
     const Word* queries = queries_ + view * query_words(args_) + first / kTileRows * depth * kInput * kTileWords;
     const int64_t row_step = static_cast<int64_t>(depth) * kInput * kTileWords;
-    const Vector<float> scale = splat(static_cast<float>(score_scale(args_)));
-    Vector<float> maximum_before[2], bias[2], shift[2], best[2], mass[2] = {}, rescale[2] = {splat(1.0f), splat(1.0f)};
+    const Vector<float> scale = splat(static_cast<float>(softmax_scale_log2(args_)));
+    Vector<float> row_max_before[2], bias[2], shift[2], tile_max[2], mass[2] = {},
+                                                                     rescale[2] = {splat(1.0f), splat(1.0f)};
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
-      maximum_before[q] = load(state().maximum + first + q * kTileRows);
+      row_max_before[q] = load(state().row_max + first + q * kTileRows);
       bias[q] = load(scratch_.bias + first + q * kTileRows);
-      shift[q] = bias[q] - maximum_before[q];
-      best[q] = splat(kLowest<float>);
+      shift[q] = bias[q] - row_max_before[q];
+      tile_max[q] = splat(kLowest<float>);
     }
 
     // Scores of 32 keys at a time. As long as none exceeds the running maximum by more than 2^kSlack, the maximum
@@ -220,8 +221,8 @@ class TileEngine {
         if (s > 0 && keep) exponentiate(s - 1, strip, scale, shift, mass);
         multiply_tiles<kInput, kInput>(2, query_tiles, depth, keys, row_step, queries, row_step, scores, kStrip);
       }
-      row_maxima(s, strip, best);
-      keep = keep && !any(exceeds(best[0] * scale + shift[0])) && !any(exceeds(best[1] * scale + shift[1]));
+      update_tile_max(s, strip, tile_max);
+      keep = keep && !any(exceeds(tile_max[0] * scale + shift[0])) && !any(exceeds(tile_max[1] * scale + shift[1]));
     }
     const bool interleaves_last = keep && steps > 1 && interleaves(steps - 1);
     if (!keep) {
@@ -229,17 +230,17 @@ class TileEngine {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q) {
         // Each query for itself: no row may depend, not even in its rounding, on what others in the strip see.
-        const Bits<float> moves = exceeds(best[q] * scale + shift[q]);
-        const Vector<float> top = maximum(maximum_before[q], best[q] * scale + bias[q]);
-        const Vector<float> now = choose<float>(moves, top, maximum_before[q]);
-        rescale[q] = exp2_nonpositive(maximum_before[q] - now);
+        const Bits<float> moves = exceeds(tile_max[q] * scale + shift[q]);
+        const Vector<float> top = maximum(row_max_before[q], tile_max[q] * scale + bias[q]);
+        const Vector<float> now = choose<float>(moves, top, row_max_before[q]);
+        rescale[q] = exp2_nonpositive(row_max_before[q] - now);
         // What the rounding of `now` and of the shift leaves of the largest score. It is large where they are: scores
         // are therefore taken relative to the largest, and what is left is bounded.
-        const Vector<float> left = best[q] * scale + (bias[q] - now);
-        reference[q] = choose<float>(moves, best[q], Vector<float>{});
+        const Vector<float> left = tile_max[q] * scale + (bias[q] - now);
+        reference[q] = choose<float>(moves, tile_max[q], Vector<float>{});
         shift[q] = choose<float>(moves, within_slack<float>(left), shift[q]);
         mass[q] = Vector<float>{};
-        store(state().maximum + first + q * kTileRows, now);
+        store(state().row_max + first + q * kTileRows, now);
         for (int m = 0; m < args_.num_modalities; ++m) {
           float* total = state().mass[m] + first + q * kTileRows;
           store(total, load(total) * rescale[q]);
@@ -281,22 +282,23 @@ class TileEngine {
     }
   }
 
-  // best <- the largest of it and of the visible scores of 32 keys.
-  MODA_EXT_INLINE void row_maxima(int step, const StripView& strip, Vector<float>* best) const {
+  // tile_max <- the largest of it and of the visible scores of 32 keys.
+  MODA_EXT_INLINE void update_tile_max(int step, const StripView& strip, Vector<float>* tile_max) const {
     const float* scores = scratch_.scores + step * kTileDepth * kStrip;
     if ((step + 1) * kTileDepth <= strip.full) {
 #pragma GCC unroll 4
       for (int j = 0; j < kTileDepth; ++j) {
-        best[0] = maximum(best[0], load(scores + j * kStrip));
-        best[1] = maximum(best[1], load(scores + j * kStrip + kTileRows));
+        tile_max[0] = maximum(tile_max[0], load(scores + j * kStrip));
+        tile_max[1] = maximum(tile_max[1], load(scores + j * kStrip + kTileRows));
       }
       return;
     }
     for (int j = 0; j < kTileDepth; ++j) {
 #pragma GCC unroll 2
       for (int q = 0; q < 2; ++q)
-        best[q] = maximum(best[q], choose<float>(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
-                                                 load(scores + j * kStrip + q * kTileRows), splat(kLowest<float>)));
+        tile_max[q] =
+            maximum(tile_max[q], choose<float>(sees(strip.visible + q * kTileRows, step * kTileDepth + j),
+                                               load(scores + j * kStrip + q * kTileRows), splat(kLowest<float>)));
     }
   }
 
@@ -348,9 +350,9 @@ class TileEngine {
   Scratch& scratch_;
   Word* queries_;
   Word* own_tile_;
-  TileUnit unit_;
+  AmxTileConfig unit_;
 };
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -1,4 +1,4 @@
-// Interface between the adapters (cpu/modular_attention_launch.cpp) and the kernels of one instruction set tier: plain
+// Interface between the launch (cpu/modular_attention_launch.cpp) and the kernels of one instruction set: plain
 // structs and raw pointers, no libtorch and no STL containers, because the kernels are compiled with special flags (see
 // simd.h).
 #pragma once
@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "core/operand.h"
+#include "core/storage.h"
 #include "core/tile.h"
 
 namespace moda_ext {
@@ -72,7 +73,7 @@ struct ModularAttentionBackwardItem {
                        // themselves
 };
 
-// The kernels of one instruction set tier for one storage type.
+// The kernels of one instruction set for one storage type.
 struct ModularAttentionKernels {
   int panel_keys;  // keys in a packed panel
   int forward_tile_keys, backward_tile_keys;
@@ -103,8 +104,6 @@ struct ModularAttentionKernels {
   void (*reduce_partials)(const ModularAttentionBackwardArgs&, const Sequence&, int64_t kv_head, void* const* partials,
                           int num_items, int64_t begin, int64_t end);
 };
-
-enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 const ModularAttentionKernels& modular_attention_kernels_baseline(Storage);
 const ModularAttentionKernels& modular_attention_kernels_avx2(Storage);

@@ -17,7 +17,7 @@
 //
 // The operands of LaterKernel take the place of those of RowGradientKernel.
 //
-// What the forms are, the kernels' Params say: Forms, `args` (CausalGramArgs and CausalGramGradients) and
+// What the forms are, the kernels' Params say: BilinearForms, `args` (CausalGramArgs and CausalGramGradients) and
 //
 //   kExact                      16-bit operands of float32 results come in two parts
 //   parts<Element>(form)        so do the form's x and dx: their number
@@ -35,14 +35,14 @@ namespace moda_ext {
 namespace cuda {
 
 // The part of the kernels' Params that does not depend on what the forms are.
-struct Forms {
+struct BilinearForms {
   States states;
   int first_block, blocks;  // RowGradientKernel: of kRows positions; KeyGradientKernel: of kRows keys
   float* later;             // LaterKernel: (batch, kv head, modality, segment, D, D)
 };
 
 template <class Element>
-struct FormRows {
+struct FormOperand {
   const Element* first;
   int64_t stride;
 };
@@ -55,10 +55,10 @@ MODA_EXT_DEVICE bool has_query(const CausalGramArgs& args, int query) { return q
 
 MODA_EXT_DEVICE float scale_of(const CausalGramArgs& args, const Sequence& sequence, int kv_head, int query,
                                int modality) {
-  return row_of<float>(args.row_scale, sequence, kv_head, query)[modality * args.row_scale.last];
+  return row_of<float>(args.row_scale, sequence.batch, kv_head, query)[modality * args.row_scale.last];
 }
 
-struct CausalGramProjectionForms : Forms {
+struct CausalGramProjectionForms : BilinearForms {
   CausalGramProjectionBackwardArgs args;
   static constexpr bool kExact = true;  // ds is float32
   template <class Element>
@@ -75,31 +75,31 @@ struct CausalGramProjectionForms : Forms {
   }
   static MODA_EXT_DEVICE bool wants_scale(int) { return true; }
   template <class Element>
-  MODA_EXT_DEVICE FormRows<Element> left(const Sequence& sequence, int kv_head, int form, int, int query) const {
-    return {row_of<Element>(args.query, sequence, head_of(kv_head, form), query), args.query.row};
+  MODA_EXT_DEVICE FormOperand<Element> left(const Sequence& sequence, int kv_head, int form, int, int query) const {
+    return {row_of<Element>(args.query, sequence.batch, head_of(kv_head, form), query), args.query.row};
   }
   template <class Element>
-  MODA_EXT_DEVICE FormRows<Element> right(const Sequence& sequence, int kv_head, int form, int query,
-                                          int modality) const {
-    return {row_of<Element>(args.grad_projection, sequence, head_of(kv_head, form), query) +
+  MODA_EXT_DEVICE FormOperand<Element> right(const Sequence& sequence, int kv_head, int form, int query,
+                                             int modality) const {
+    return {row_of<Element>(args.grad_projection, sequence.batch, head_of(kv_head, form), query) +
                 modality * args.grad_projection.view,
             args.grad_projection.row};
   }
   template <class Element>
   MODA_EXT_DEVICE Element* grad_left(const Sequence& sequence, int kv_head, int form, int, int query) const {
-    return row_of<Element>(args.grad_query, sequence, head_of(kv_head, form), query);
+    return row_of<Element>(args.grad_query, sequence.batch, head_of(kv_head, form), query);
   }
 };
 
-// Products take scales relative to the largest of a set: those of long sequences are below float16. Sums of several
-// sets follow one another in the same registers, in units of the set that was last.
-struct ScaleUnit {
+// Products take scales relative to the largest magnitude of a set (amax): those of long sequences are below float16.
+// Sums of several sets follow one another in the same registers, relative to the amax of the last.
+struct AmaxScale {
   float value = 0.0f;
 
   // To the largest magnitude of the set's scales of queries [first, end); returns the factor for sums so far. `words`:
   // one for each warp.
   template <int kThreads, class Params>
-  MODA_EXT_DEVICE float change(const Params& p, const Sequence& sequence, int kv_head, int set, int modality, int first,
+  MODA_EXT_DEVICE float update(const Params& p, const Sequence& sequence, int kv_head, int set, int modality, int first,
                                int end, float* words) {
     float largest = 0.0f;
     for (int query = first + thread_index(); query < end; query += kThreads)
@@ -116,7 +116,7 @@ struct ScaleUnit {
   MODA_EXT_DEVICE float relative(float scale) const { return value > 0.0f ? scale / value : 0.0f; }
 
  private:
-  static constexpr float kSmallest = 1e-30f;  // of the unit before: the factor stays finite
+  static constexpr float kSmallest = 1e-30f;  // of the amax before: the factor stays finite
 };
 
 // The rows of a part of x and of y_m that belong to queries [query, query + kRows) into shared memory, x first. Every
@@ -124,8 +124,8 @@ struct ScaleUnit {
 template <class Element, int kHeadDim, int kRows, int kThreads, class Params, class HasRow>
 MODA_EXT_DEVICE void bring_form(const Params& p, const Sequence& sequence, int kv_head, int form, int part,
                                 int modality, int query, char* target, const HasRow& has_row) {
-  const FormRows<Element> left = p.template left<Element>(sequence, kv_head, form, part, query);
-  const FormRows<Element> right = p.template right<Element>(sequence, kv_head, form, query, modality);
+  const FormOperand<Element> left = p.template left<Element>(sequence, kv_head, form, part, query);
+  const FormOperand<Element> right = p.template right<Element>(sequence, kv_head, form, query, modality);
   sync_threads();  // everyone is done with the buffers
   copy_rows<Element, kHeadDim, kRows, kThreads, 1>(target, thread_index(), left.first, left.stride, p.args.head_dim,
                                                    has_row);
@@ -183,7 +183,7 @@ class RowGradientKernel {
     for (int i = lane_index(); i < 16 * args.num_modalities; i += 32) {
       const int m = i % args.num_modalities, query = at.warp_query() + i / args.num_modalities;
       if (has_query(args, query))
-        row_of<float>(p.args.grad_row_scale, at.sequence, at.kv_head, query)[m * p.args.grad_row_scale.last] =
+        row_of<float>(p.args.grad_row_scale, at.sequence.batch, at.kv_head, query)[m * p.args.grad_row_scale.last] =
             table_of_warp(args, shared)[i];
     }
   }
@@ -219,7 +219,8 @@ class RowGradientKernel {
   static MODA_EXT_DEVICE void project(const Params& p, int form, int modality, char* shared,
                                       typename Projection::Sums& out) {
     const Place at(p);
-    const FormRows<Element> right = p.template right<Element>(at.sequence, at.kv_head, form, at.first_query, modality);
+    const FormOperand<Element> right =
+        p.template right<Element>(at.sequence, at.kv_head, form, at.first_query, modality);
     sync_threads();  // everyone is done with the rows
     copy_rows<Element, kHeadDim, kRows, kThreads, 1>(shared, thread_index(), right.first, right.stride, p.args.head_dim,
                                                      [&](int row) { return has_query(p.args, at.first_query + row); });
@@ -231,7 +232,7 @@ class RowGradientKernel {
   // The warp's rows of x take the place of those of y.
   static MODA_EXT_DEVICE void copy_own_left(const Params& p, const Place& at, int form, int part, char* shared) {
     const int warp_query = at.warp_query();
-    const FormRows<Element> left = p.template left<Element>(at.sequence, at.kv_head, form, part, warp_query);
+    const FormOperand<Element> left = p.template left<Element>(at.sequence, at.kv_head, form, part, warp_query);
     sync_warp();  // every lane is done with the rows
     copy_rows<Element, kHeadDim, 16, 32, 1>(rows_of_warp(shared), lane_index(), left.first, left.stride,
                                             p.args.head_dim,
@@ -353,16 +354,16 @@ class LaterKernel {
 
     typename Part::Sums sum;
     set_zero(sum);
-    ScaleUnit unit;
+    AmaxScale amax;
     for (int set = 0; set < p.sets(); ++set) {
       const float factor =
-          unit.template change<kThreads>(p, sequence, kv_head, set, modality, first, end,
+          amax.template update<kThreads>(p, sequence, kv_head, set, modality, first, end,
                                          reinterpret_cast<float*>(shared + kBuffers * kRows * kStride));
       if (set > 0) {
 #pragma unroll
-        for (int r = 0; r < Part::kRowTiles; ++r)
+        for (int r = 0; r < Part::kRowFragments; ++r)
 #pragma unroll
-          for (int n = 0; n < Part::kColumnTiles; ++n)
+          for (int n = 0; n < Part::kColumnFragments; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[r][n][i] *= factor;
       }
@@ -376,7 +377,7 @@ class LaterKernel {
             wait_copies<0>();
             sync_threads();
             scale_rows<Element, kHeadDim, kRows, kThreads>(shared, rest, [&](int row) {
-              return has_row(row) ? unit.relative(p.scale(sequence, kv_head, set, query + row, modality)) : 0.0f;
+              return has_row(row) ? amax.relative(p.scale(sequence, kv_head, set, query + row, modality)) : 0.0f;
             });
             sync_threads();
             Products::template multiply_columns<kRows>(sum, shared + row_at, rights + column_at);
@@ -386,7 +387,7 @@ class LaterKernel {
         }
       }
     }
-    part.write(sum, unit.value, args.head_dim, later);
+    part.write(sum, amax.value, args.head_dim, later);
   }
 };
 
@@ -440,7 +441,7 @@ class KeyGradientKernel {
   MODA_EXT_DEVICE void run() {
     const Place at(p);
     copy_rows<Element, kHeadDim, kRows, kThreads>(
-        keys, thread_index(), row_of<Element>(args.key, at.sequence, at.kv_head, at.first_key), args.key.row,
+        keys, thread_index(), row_of<Element>(args.key, at.sequence.batch, at.kv_head, at.first_key), args.key.row,
         args.head_dim, [&](int row) { return modality_of(args, at.sequence, at.first_key + row) >= 0; });
     commit_copies();
     uint32_t present = find_keys(at);
@@ -472,23 +473,23 @@ class KeyGradientKernel {
   MODA_EXT_DEVICE void add_own_segment(int m) {
     const int first_key = Place(p).first_key;
     const int end_position = minimum((first_key / kSegment + 1) * kSegment, args.num_keys);
-    ScaleUnit unit;
+    AmaxScale amax;
     for (int set = 0; set < p.sets(); ++set) {
-      const float factor = change_unit(m, set, end_position, unit);
+      const float factor = update_amax(m, set, end_position, amax);
       if (set > 0) scale_gradient(m, factor);
       for (int form = p.first_form(set); form < p.first_form(set + 1); ++form) {
         if (!p.meets(form, m)) continue;
         for (int position = first_key; position < end_position; position += kStream)
-          if (query_at(args, position + kStream) > 0) add_rows(m, set, form, position, unit);
+          if (query_at(args, position + kStream) > 0) add_rows(m, set, form, position, amax);
       }
     }
-    scale_gradient(m, unit.value);
+    scale_gradient(m, amax.value);
   }
 
-  MODA_EXT_DEVICE float change_unit(int m, int set, int end_position, ScaleUnit& unit) const {
+  MODA_EXT_DEVICE float update_amax(int m, int set, int end_position, AmaxScale& amax) const {
     const Place at(p);
     const int first_query = maximum(query_at(args, at.first_key / kSegment * kSegment), 0);
-    return unit.template change<kThreads>(p, at.sequence, at.kv_head, set, m, first_query, query_at(args, end_position),
+    return amax.template update<kThreads>(p, at.sequence, at.kv_head, set, m, first_query, query_at(args, end_position),
                                           reinterpret_cast<float*>(words));
   }
 
@@ -505,7 +506,7 @@ class KeyGradientKernel {
   }
 
   // The four products of a tile of rows with the block's keys: fragments hold keys x rows.
-  MODA_EXT_DEVICE void add_rows(int m, int set, int form, int position, const ScaleUnit& unit) {
+  MODA_EXT_DEVICE void add_rows(int m, int set, int form, int position, const AmaxScale& amax) {
     const Place at(p);
     const int query = query_at(args, position);
     const auto has_row = [&](int row) { return has_query(args, query + row); };
@@ -514,7 +515,7 @@ class KeyGradientKernel {
     static_assert(kStream <= kThreads, "a thread for each row");
     const int row = thread_index();
     if (row < kStream)
-      scales[row] = has_row(row) ? unit.relative(p.scale(at.sequence, at.kv_head, set, query + row, m)) : 0.0f;
+      scales[row] = has_row(row) ? amax.relative(p.scale(at.sequence, at.kv_head, set, query + row, m)) : 0.0f;
     wait_copies<0>();
     sync_threads();
 #pragma unroll 1
@@ -554,9 +555,9 @@ class KeyGradientKernel {
         ((at.sequence.batch * args.kv_heads + at.kv_head) * args.num_modalities + m) * p.states.segments + segment;
     Product::run(static_cast<const Element*>(p.states.before) + matrix * args.head_dim * args.head_dim, nullptr,
                  p.states.largest + matrix * args.head_dim, args.head_dim, keys + warp_index() * 16 * kStride, stream(),
-                 [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
+                 [&](int first, const float (&c)[1][Product::kSliceFragments][4]) {
 #pragma unroll
-                   for (int n = 0; n < Product::kSliceTiles; ++n)
+                   for (int n = 0; n < Product::kSliceFragments; ++n)
 #pragma unroll
                      for (int i = 0; i < 4; ++i)
                        if (modality[i / 2] == m) gradient[0][first + n][i] += c[0][n][i];

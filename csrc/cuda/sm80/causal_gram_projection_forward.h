@@ -115,9 +115,9 @@ class RowProjection {
       Product::run(static_cast<const Element*>(states.before) + matrix * elements,
                    kExact && rest != nullptr ? rest + matrix * elements : nullptr,
                    states.largest + matrix * args.head_dim, args.head_dim, rows, stream,
-                   [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
+                   [&](int first, const float (&c)[1][Product::kSliceFragments][4]) {
 #pragma unroll
-                     for (int n = 0; n < Product::kSliceTiles; ++n)
+                     for (int n = 0; n < Product::kSliceFragments; ++n)
 #pragma unroll
                        for (int i = 0; i < 4; ++i) out[0][first + n][i] = c[0][n][i];
                    });
@@ -142,7 +142,8 @@ class RowProjection {
       const int first_key = tile * kKeys;
       sync_threads();  // everyone is done with the buffer
       copy_rows<Element, kHeadDim, kKeys, kThreads, 1>(
-          stream, thread_index(), row_of<Element>(args.key, sequence, kv_head, first_key), args.key.row, args.head_dim,
+          stream, thread_index(), row_of<Element>(args.key, sequence.batch, kv_head, first_key), args.key.row,
+          args.head_dim,
           [&](int row) { return (modality_bit(modality_of(args, sequence, first_key + row)) & wanted) != 0; });
       commit_copies();
       wait_copies<0>();
@@ -248,9 +249,9 @@ struct CausalGramProjectionKernel {
     const CausalGramProjectionForwardArgs& args = p.args;
     const ModalityRows at(p, kRows);
     const auto has_row = [&](int row) { return at.has_row(row); };
-    copy_rows<Element, kHeadDim, kRows, kThreads>(shared, thread_index(),
-                                                  row_of<Element>(args.query, at.sequence, at.head, at.first_query),
-                                                  args.query.row, args.head_dim, has_row);
+    copy_rows<Element, kHeadDim, kRows, kThreads>(
+        shared, thread_index(), row_of<Element>(args.query, at.sequence.batch, at.head, at.first_query), args.query.row,
+        args.head_dim, has_row);
     commit_copies();
     typename Projection::Sums out;
     Projection::run(args, p.states, at.sequence, at.sequence_index, at.kv_head, at.modality, at.first_position, shared,
@@ -263,7 +264,7 @@ struct CausalGramProjectionKernel {
     for (int h = 0; h < 2; ++h) {
       const int own = h * 8 + g;
       const float scale = has_row(warp_row + own)
-                              ? row_of<float>(args.row_scale, at.sequence, at.kv_head,
+                              ? row_of<float>(args.row_scale, at.sequence.batch, at.kv_head,
                                               at.first_query + warp_row + own)[at.modality * args.row_scale.last]
                               : 0.0f;
 #pragma unroll
@@ -274,7 +275,7 @@ struct CausalGramProjectionKernel {
     sync_warp();
     store_rows<Element, kHeadDim, 16>(rows, 0, args.head_dim, [&](int own) -> Element* {
       if (!has_row(warp_row + own)) return nullptr;
-      return row_of<Element>(args.projection, at.sequence, at.head, at.first_query + warp_row + own) +
+      return row_of<Element>(args.projection, at.sequence.batch, at.head, at.first_query + warp_row + own) +
              at.modality * args.projection.view;
     });
   }

@@ -17,7 +17,7 @@
 //   QueryGradientKernel   dx, dy and dq
 //   WeightGradientKernel  the gradients of the weights for stretches of the rows, which ReduceWeights adds up in order
 //
-// Forms are met with whole D x D Grams, which all views share, and not through rank x D states for each pair of
+// The forms are met with whole D x D Grams, which all views share, and not through rank x D states for each pair of
 // modalities, as the forward pass has them: D / rank times the work for rows of earlier segments, but for two
 // modalities and D = 128 still less than a row's own segment takes. Memory: w and v are as large as the views in
 // float32.
@@ -34,7 +34,7 @@ namespace cuda {
 
 // View M is the indicator: a set for every query head, because its scales are those of one head. Before it come the
 // views in one set, whose scales are of the key head.
-struct DuplexQueryViewsForms : Forms {
+struct DuplexQueryViewsForms : BilinearForms {
   DuplexQueryViewsBackwardArgs args;
   PackedWeights weights;
   int row_blocks;            // of queries of a head
@@ -63,33 +63,35 @@ struct DuplexQueryViewsForms : Forms {
   static MODA_EXT_DEVICE bool wants_scale(int set) { return set == 0; }
   MODA_EXT_DEVICE float scale(const Sequence& sequence, int kv_head, int set, int query, int modality) const {
     if (set == 0) return scale_of(args, sequence, kv_head, query, modality);
-    return row_of<float>(form_scale, sequence, kv_head * group() + set - 1, query)[modality];
+    return row_of<float>(form_scale, sequence.batch, kv_head * group() + set - 1, query)[modality];
   }
   template <class Element>
-  MODA_EXT_DEVICE FormRows<Element> left(const Sequence& sequence, int kv_head, int form, int part, int query) const {
+  MODA_EXT_DEVICE FormOperand<Element> left(const Sequence& sequence, int kv_head, int form, int part,
+                                            int query) const {
     const int head = head_of(kv_head, form), view = view_of(form);
-    if (view == args.num_modalities) return {row_of<Element>(args.query, sequence, head, query), args.query.row};
-    return {row_of<Element>(moved, sequence, head, query) + (part * args.num_modalities + view) * moved.view,
+    if (view == args.num_modalities) return {row_of<Element>(args.query, sequence.batch, head, query), args.query.row};
+    return {row_of<Element>(moved, sequence.batch, head, query) + (part * args.num_modalities + view) * moved.view,
             moved.row};
   }
   template <class Element>
-  MODA_EXT_DEVICE FormRows<Element> right(const Sequence& sequence, int kv_head, int form, int query, int) const {
+  MODA_EXT_DEVICE FormOperand<Element> right(const Sequence& sequence, int kv_head, int form, int query, int) const {
     const int head = head_of(kv_head, form), view = view_of(form);
-    if (view == args.num_modalities) return {row_of<Element>(args.query, sequence, head, query), args.query.row};
-    return {row_of<Element>(args.grad_views, sequence, head, query) + view * args.grad_views.view, args.grad_views.row};
+    if (view == args.num_modalities) return {row_of<Element>(args.query, sequence.batch, head, query), args.query.row};
+    return {row_of<Element>(args.grad_views, sequence.batch, head, query) + view * args.grad_views.view,
+            args.grad_views.row};
   }
   template <class Element>
   MODA_EXT_DEVICE Element* grad_left(const Sequence& sequence, int kv_head, int form, int part, int query) const {
     const int view = view_of(form), modalities = args.num_modalities;
     const int64_t at = view < modalities ? part * modalities + view : indicator_view<Element>();
-    return row_of<Element>(grad_moved, sequence, head_of(kv_head, form), query) + at * grad_moved.view;
+    return row_of<Element>(grad_moved, sequence.batch, head_of(kv_head, form), query) + at * grad_moved.view;
   }
 
   template <class Element>
   MODA_EXT_DEVICE Element* factor_row(const Sequence& sequence, int head, int query, int part, Weight weight,
                                       int view) const {
     const int64_t matrix = (part * kWeights + static_cast<int64_t>(weight)) * args.num_modalities + view;
-    return row_of<Element>(factors, sequence, head, query) + matrix * factors.view;
+    return row_of<Element>(factors, sequence.batch, head, query) + matrix * factors.view;
   }
 };
 
@@ -132,7 +134,7 @@ struct MoveKernel {
         return p.factor_row<Element>(at.sequence, at.head, at.first_query + row, part, weight, view);
       });
     };
-    rows.copy(row_of<Element>(args.query, at.sequence, at.head, at.first_query), args.query.row,
+    rows.copy(row_of<Element>(args.query, at.sequence.batch, at.head, at.first_query), args.query.row,
               [&](int row) { return at.has_row(row); });
     rows.reduce(rows.weight(Weight::kB1, view));
     store_factor(Weight::kA1);
@@ -145,7 +147,7 @@ struct MoveKernel {
       rows.take(out);
       rows.store([&](int row) -> Element* {
         if (!at.has_row(row)) return nullptr;
-        return row_of<Element>(p.moved, at.sequence, at.head, at.first_query + row) +
+        return row_of<Element>(p.moved, at.sequence.batch, at.head, at.first_query + row) +
                (part * args.num_modalities + view) * p.moved.view;
       });
     }
@@ -168,14 +170,14 @@ struct FormScaleKernel {
     const int64_t sequence_index = index / args.num_queries / args.query_heads;
     if (sequence_index >= args.num_sequences) return;
     const Sequence sequence = batch_element(args, sequence_index);
-    const Element* row = row_of<Element>(args.query, sequence, head, query);
+    const Element* row = row_of<Element>(args.query, sequence.batch, head, query);
     float square = 0.0f;
     for (int d = lane_index(); d < args.head_dim; d += 32) square += to_float(row[d]) * to_float(row[d]);
     square = warp_sum(square);
     const int m = lane_index();
     if (m >= args.num_modalities) return;
-    const float grad = row_of<float>(args.grad_indicator, sequence, head, query)[m * args.grad_indicator.last];
-    row_of<float>(p.form_scale, sequence, head, query)[m] = square > 0.0f ? grad / square : 0.0f;
+    const float grad = row_of<float>(args.grad_indicator, sequence.batch, head, query)[m * args.grad_indicator.last];
+    row_of<float>(p.form_scale, sequence.batch, head, query)[m] = square > 0.0f ? grad / square : 0.0f;
   }
 };
 
@@ -203,7 +205,7 @@ class QueryGradientKernel {
   MODA_EXT_DEVICE void run() {
     set_zero(sums);
     for (int view = 0; view < args.num_modalities; ++view) {
-      copy(row_of<Element>(args.grad_views, at.sequence, at.head, at.first_query) + view * args.grad_views.view,
+      copy(row_of<Element>(args.grad_views, at.sequence.batch, at.head, at.first_query) + view * args.grad_views.view,
            args.grad_views.row);
       rows.reduce(rows.weight(Weight::kA1, view));
       rows.add_rows([](int) { return 1.0f; }, sums);
@@ -218,12 +220,12 @@ class QueryGradientKernel {
     rows.take(sums);
     rows.store([&](int row) -> Element* {
       if (!at.has_row(row)) return nullptr;
-      return row_of<Element>(args.grad_query, at.sequence, at.head, at.first_query + row);
+      return row_of<Element>(args.grad_query, at.sequence.batch, at.head, at.first_query + row);
     });
   }
 
   MODA_EXT_DEVICE const Element* grad_moved(int view) const {
-    return row_of<Element>(p.grad_moved, at.sequence, at.head, at.first_query) + view * p.grad_moved.view;
+    return row_of<Element>(p.grad_moved, at.sequence.batch, at.head, at.first_query) + view * p.grad_moved.view;
   }
 
   MODA_EXT_DEVICE void copy(const Element* first, int64_t row_stride) const {
@@ -245,15 +247,15 @@ class QueryGradientKernel {
     wait_copies<0>();
     sync_threads();
     rows.add_rows([](int) { return 2.0f; }, sums);
-    copy(row_of<Element>(args.query, at.sequence, at.head, at.first_query), args.query.row);
+    copy(row_of<Element>(args.query, at.sequence.batch, at.head, at.first_query), args.query.row);
     wait_copies<0>();
     sync_threads();
     rows.add_rows(
         [&](int row) {
           if (!at.has_row(row)) return 0.0f;
           const int query = at.first_query + row;
-          const float* scale = row_of<float>(p.form_scale, at.sequence, at.head, query);
-          const float* indicator = row_of<float>(args.indicator, at.sequence, at.head, query);
+          const float* scale = row_of<float>(p.form_scale, at.sequence.batch, at.head, query);
+          const float* indicator = row_of<float>(args.indicator, at.sequence.batch, at.head, query);
           float along = 0.0f;
           for (int m = 0; m < args.num_modalities; ++m) along += scale[m] * indicator[m * args.indicator.last];
           return -2.0f * along;
@@ -314,7 +316,7 @@ struct WeightGradientKernel {
       const int row_parts = weight == Weight::kA2 ? kParts : 1;
       for (int i = 0; i < row_parts; ++i) {
         sync_threads();  // everyone is done with the buffers
-        const FormRows<Element> rows = rows_of(p, at, weight, i, view);
+        const FormOperand<Element> rows = rows_of(p, at, weight, i, view);
         copy_rows<Element, kHeadDim, kRows, kThreads, 1>(shared, thread_index(), rows.first, rows.stride, args.head_dim,
                                                          has_row);
         for (int j = 0; i == 0 && j < kParts; ++j)
@@ -346,16 +348,17 @@ struct WeightGradientKernel {
 
  private:
   // What the factors of a weight's gradient are multiplied with.
-  static MODA_EXT_DEVICE FormRows<Element> rows_of(const DuplexQueryViewsForms& p, const QueryBlock<kRows>& at,
-                                                   Weight weight, int part, int view) {
+  static MODA_EXT_DEVICE FormOperand<Element> rows_of(const DuplexQueryViewsForms& p, const QueryBlock<kRows>& at,
+                                                      Weight weight, int part, int view) {
     if (weight == Weight::kA1)
-      return {row_of<Element>(p.args.grad_views, at.sequence, at.head, at.first_query) + view * p.args.grad_views.view,
+      return {row_of<Element>(p.args.grad_views, at.sequence.batch, at.head, at.first_query) +
+                  view * p.args.grad_views.view,
               p.args.grad_views.row};
     if (weight == Weight::kA2)
-      return {row_of<Element>(p.grad_moved, at.sequence, at.head, at.first_query) +
+      return {row_of<Element>(p.grad_moved, at.sequence.batch, at.head, at.first_query) +
                   (part * p.args.num_modalities + view) * p.grad_moved.view,
               p.grad_moved.row};
-    return {row_of<Element>(p.args.query, at.sequence, at.head, at.first_query), p.args.query.row};
+    return {row_of<Element>(p.args.query, at.sequence.batch, at.head, at.first_query), p.args.query.row};
   }
 };
 

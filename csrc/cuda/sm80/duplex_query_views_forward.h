@@ -104,9 +104,9 @@ struct LatentKernel {
     float magnitude = 0.0f;
     Product::run(static_cast<const Element*>(p.states.before) + matrix * args.head_dim * args.head_dim, nullptr,
                  p.states.largest + matrix * args.head_dim, args.head_dim, rows, slice,
-                 [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
+                 [&](int first, const float (&c)[1][Product::kSliceFragments][4]) {
 #pragma unroll
-                   for (int n = 0; n < Product::kSliceTiles; ++n) {
+                   for (int n = 0; n < Product::kSliceFragments; ++n) {
 #pragma unroll
                      for (int i = 0; i < 4; ++i) {
                        out[0][first + n][i] = c[0][n][i];
@@ -210,7 +210,7 @@ class ViewsKernel {
     rows.take(out);
     rows.store([&](int row) -> Element* {
       if (!has_row(row)) return nullptr;
-      return row_of<Element>(args.views, sequence, head, first_query() + row) + view * args.views.view;
+      return row_of<Element>(args.views, sequence.batch, head, first_query() + row) + view * args.views.view;
     });
   }
 
@@ -229,7 +229,7 @@ class ViewsKernel {
     float* target = scales_of(row);
     float largest = 0.0f;
     const float* source =
-        has_row(row) ? row_of<float>(args.row_scale, sequence, kv_head(), first_query() + row) : nullptr;
+        has_row(row) ? row_of<float>(args.row_scale, sequence.batch, kv_head(), first_query() + row) : nullptr;
     const auto scale = [&](int m) { return source == nullptr || m == view ? 0.0f : source[m * args.row_scale.last]; };
     for (int m = 0; m < args.num_modalities; ++m) largest = maximum(largest, fabsf(scale(m)));
     for (int m = 0; m < args.num_modalities; ++m) target[m] = largest > 0.0f ? scale(m) / largest : 0.0f;
@@ -237,7 +237,7 @@ class ViewsKernel {
   }
 
   MODA_EXT_DEVICE void copy_queries() {
-    rows.copy(row_of<Element>(args.query, sequence, head, first_query()), args.query.row,
+    rows.copy(row_of<Element>(args.query, sequence.batch, head, first_query()), args.query.row,
               [&](int row) { return has_row(row); });
   }
 
@@ -303,9 +303,9 @@ struct IndicatorKernel {
     const DuplexQueryViewsForwardArgs& args = p.args;
     const ModalityRows at(p, kRows);
     const auto has_row = [&](int row) { return at.has_row(row); };
-    copy_rows<Element, kHeadDim, kRows, kThreads>(shared, thread_index(),
-                                                  row_of<Element>(args.query, at.sequence, at.head, at.first_query),
-                                                  args.query.row, args.head_dim, has_row);
+    copy_rows<Element, kHeadDim, kRows, kThreads>(
+        shared, thread_index(), row_of<Element>(args.query, at.sequence.batch, at.head, at.first_query), args.query.row,
+        args.head_dim, has_row);
     commit_copies();
     typename Projection::Sums out;
     Projection::run(args, p.states, at.sequence, at.sequence_index, at.kv_head, at.modality, at.first_position, shared,
@@ -326,8 +326,8 @@ struct IndicatorKernel {
       form = quad_sum(form);
       square = quad_sum(square);
       if (t != 0 || !has_row(row)) continue;
-      row_of<float>(args.indicator, at.sequence, at.head, at.first_query + row)[at.modality * args.indicator.last] =
-          square > 0.0f ? form / square : 0.0f;
+      row_of<float>(args.indicator, at.sequence.batch, at.head,
+                    at.first_query + row)[at.modality * args.indicator.last] = square > 0.0f ? form / square : 0.0f;
     }
   }
 };

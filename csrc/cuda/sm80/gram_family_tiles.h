@@ -87,35 +87,35 @@ MODA_EXT_DEVICE void make_features(const GramArgs& args, char* keys, char* rest,
   });
 }
 
-// How blocks share a D x D sum: above 128 columns four of them have a quarter each. It is in registers, 16 kRowTiles
-// rows of it for each warp.
+// How blocks share a D x D sum: above 128 columns four of them have a quarter each. It is in registers, 16
+// kRowFragments rows of it for each warp.
 template <int kHeadDim>
 struct SumPart {
   static constexpr int kParts = kHeadDim > 128 ? 2 : 1, kPart = kHeadDim / kParts;
-  static constexpr int kRowTiles = kPart > 64 ? 2 : 1, kColumnTiles = kPart / 8;
-  static constexpr int kThreads = 32 * kPart / (16 * kRowTiles);
-  using Sums = float[kRowTiles][kColumnTiles][4];
+  static constexpr int kRowFragments = kPart > 64 ? 2 : 1, kColumnFragments = kPart / 8;
+  static constexpr int kThreads = 32 * kPart / (16 * kRowFragments);
+  using Sums = float[kRowFragments][kColumnFragments][4];
   int row, column;  // first of the warp
 
   // Takes the part's place out of a block index.
   MODA_EXT_DEVICE explicit SumPart(int64_t& index) {
     column = static_cast<int>(index % kParts) * kPart;
     index /= kParts;
-    row = static_cast<int>(index % kParts) * kPart + warp_index() * 16 * kRowTiles;
+    row = static_cast<int>(index % kParts) * kPart + warp_index() * 16 * kRowFragments;
     index /= kParts;
   }
 
   MODA_EXT_DEVICE void write(const Sums& sums, float factor, int head_dim, float* matrix) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kRowFragments; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = row + r * 16 + h * 8 + g;
         if (i >= head_dim) continue;
         char* target = reinterpret_cast<char*>(matrix + i * head_dim);
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
+        for (int n = 0; n < kColumnFragments; ++n) {
           const int j = column + n * 8 + 2 * t;
           if (j < head_dim)
             Fragments<float, kHeadDim>::store_pair(target, j, sums[r][n][2 * h] * factor,
@@ -176,9 +176,9 @@ class GramKernel {
     const auto copy = [&](int tile, char* target) {
       if (tile < end)
         copy_rows<Element, kHeadDim, kKeys, kThreads>(
-            target, thread_index(), row_of<Element>(args.key, sequence, kv_head, static_cast<int64_t>(tile) * kKeys),
-            args.key.row, args.head_dim,
-            [&](int row) { return modality_of(args, sequence, tile * kKeys + row) == modality; });
+            target, thread_index(),
+            row_of<Element>(args.key, sequence.batch, kv_head, static_cast<int64_t>(tile) * kKeys), args.key.row,
+            args.head_dim, [&](int row) { return modality_of(args, sequence, tile * kKeys + row) == modality; });
       commit_copies();
     };
 
@@ -306,7 +306,7 @@ template <class Element, int kHeadDim, int kThreads>
 struct SymmetricProduct {
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kSlice = GramTile<Element, kHeadDim>::kSlice;
-  static constexpr int kSlices = kHeadDim / kSlice, kSliceTiles = kSlice / 8;
+  static constexpr int kSlices = kHeadDim / kSlice, kSliceFragments = kSlice / 8;
 
   // take(first column tile, c) for each slice, c in the C layout.
   template <class Take>
@@ -315,7 +315,7 @@ struct SymmetricProduct {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      float c[1][kSliceTiles][4];
+      float c[1][kSliceFragments][4];
       set_zero(c);
       for (const Element* operand = matrix; operand != nullptr; operand = operand == matrix ? rest : nullptr) {
         sync_threads();  // everyone is done with the buffer
@@ -326,7 +326,7 @@ struct SymmetricProduct {
       }
       if (sizeof(Element) == 2) {
 #pragma unroll
-        for (int n = 0; n < kSliceTiles; ++n) {
+        for (int n = 0; n < kSliceFragments; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const float factor =
@@ -336,7 +336,7 @@ struct SymmetricProduct {
           }
         }
       }
-      take(s * kSliceTiles, c);
+      take(s * kSliceFragments, c);
     }
   }
 
@@ -389,7 +389,7 @@ MODA_EXT_DEVICE void write_key_gradient(const Output& grad_key, const GramArgs& 
   store_rows<Element, kHeadDim, 16>(rows, 0, args.head_dim, [&](int own) -> Element* {
     const int key = first_key + warp_row + own;
     if (key >= sequence.num_keys) return nullptr;
-    return row_of<Element>(grad_key, sequence, kv_head, key);
+    return row_of<Element>(grad_key, sequence.batch, kv_head, key);
   });
 }
 

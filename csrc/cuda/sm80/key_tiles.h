@@ -6,7 +6,7 @@
 // else, and takes the path of plain attention with one number added per row.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/launch_kernel.h"
 #include "cuda/modular_attention_kernels.h"
 #include "cuda/sm80/fragments.h"
 
@@ -57,16 +57,6 @@ MODA_EXT_DEVICE Sequence locate_sequence(const ModularAttentionArgs& args, int64
   sequence.num_queries = static_cast<int>(clamp(end_query - sequence.first_query, 0, args.num_queries));
   sequence.num_keys = static_cast<int>(clamp(end_key - sequence.first_key, 0, args.num_keys));
   return sequence;
-}
-
-template <class T>
-MODA_EXT_DEVICE const T* row_of(const Input& operand, const Sequence& sequence, int head, int64_t token) {
-  return static_cast<const T*>(operand.data) + sequence.batch * operand.batch + head * operand.head +
-         token * operand.row;
-}
-template <class T>
-MODA_EXT_DEVICE T* row_of(const Output& operand, const Sequence& sequence, int head, int64_t token) {
-  return static_cast<T*>(operand.data) + sequence.batch * operand.batch + head * operand.head + token * operand.row;
 }
 
 // Position of a query row in workspace arrays of one number for each row.
@@ -153,13 +143,13 @@ struct Columns {
   MODA_EXT_DEVICE int id(int column) const { return static_cast<int>(ids >> 4 * column) & 15; }
   MODA_EXT_DEVICE bool takes(int column) const { return taken >> column & 1; }
 };
-template <int kKeyTiles>
+template <int kKeyFragments>
 MODA_EXT_DEVICE Columns find_columns(const ModularAttentionArgs& args, const Sequence& sequence, int first_key,
                                      int modality) {
-  static_assert(kKeyTiles <= 8, "16 columns of 4 bits fill the word");
+  static_assert(kKeyFragments <= 8, "16 columns of 4 bits fill the word");
   Columns columns{0, 0};
 #pragma unroll 1
-  for (int i = 0; i < 2 * kKeyTiles; ++i) {
+  for (int i = 0; i < 2 * kKeyFragments; ++i) {
     const int id = modality_of(args, sequence, first_key + i / 2 * 8 + 2 * (lane_index() % 4) + i % 2);
     const bool taken = modality == kMixed ? id >= 0 : id == modality;
     if (!taken) continue;

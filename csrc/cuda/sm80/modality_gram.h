@@ -101,8 +101,8 @@ class ModalityGramBackwardKernel {
     uint32_t* words = reinterpret_cast<uint32_t*>(norms + kRows);
 
     copy_rows<Element, kHeadDim, kRows, kThreads>(
-        keys, thread_index(), row_of<Element>(args.key, sequence, kv_head, first_key), args.key.row, args.head_dim,
-        [&](int row) { return modality_of(args, sequence, first_key + row) >= 0; });
+        keys, thread_index(), row_of<Element>(args.key, sequence.batch, kv_head, first_key), args.key.row,
+        args.head_dim, [&](int row) { return modality_of(args, sequence, first_key + row) >= 0; });
     commit_copies();
     const int warp_row = warp_index() * 16 + lane_index() / 4;
     const int modality[2] = {modality_of(args, sequence, first_key + warp_row),
@@ -123,9 +123,9 @@ class ModalityGramBackwardKernel {
       const int64_t matrix = (sequence_index * args.kv_heads + kv_head) * args.num_modalities + m;
       Product::run(static_cast<const Element*>(p.sums) + matrix * args.head_dim * args.head_dim, nullptr,
                    p.largest + matrix * args.head_dim, args.head_dim, rows, slice,
-                   [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
+                   [&](int first, const float (&c)[1][Product::kSliceFragments][4]) {
 #pragma unroll
-                     for (int n = 0; n < Product::kSliceTiles; ++n)
+                     for (int n = 0; n < Product::kSliceFragments; ++n)
 #pragma unroll
                        for (int i = 0; i < 4; ++i)
                          if (modality[i / 2] == m) gradient[0][first + n][i] = c[0][n][i];

@@ -1,4 +1,4 @@
-// The table of alignment kernels of one instruction set tier; included by gram_{baseline,avx2,avx512,amx}.cpp, which
+// The table of alignment kernels of one instruction set; included by gram_family_{baseline,avx2,avx512,amx}.cpp, which
 // differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
@@ -14,13 +14,13 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class Storage, class T>
 const GramFamilyKernels& gram_family_kernels() {
   static const GramFamilyKernels table = {
 #if defined(__AMX_BF16__)
-      kTileChunk,
+      kAmxChunk,
       static_cast<int>(sizeof(T)),
       modality_gram_amx_scratch_bytes,
       modality_gram_amx<Storage>,
@@ -59,21 +59,21 @@ const GramFamilyKernels& gram_family_kernels() {
   return table;
 }
 
-inline const GramFamilyKernels& gram_family_kernels_for(cpu::Storage storage) {
+inline const GramFamilyKernels& gram_family_kernels_for(moda_ext::Storage storage) {
   switch (storage) {
-#if !defined(__AMX_BF16__)  // the tile unit has no float64: not asked for
-    case cpu::Storage::kFloat64:
+#if !defined(__AMX_BF16__)  // AMX has no float64: not asked for
+    case moda_ext::Storage::kFloat64:
       return gram_family_kernels<double, double>();
 #endif
-    case cpu::Storage::kBFloat16:
+    case moda_ext::Storage::kBFloat16:
       return gram_family_kernels<BFloat16, float>();
-    case cpu::Storage::kFloat16:
+    case moda_ext::Storage::kFloat16:
       return gram_family_kernels<Float16, float>();
     default:
       return gram_family_kernels<float, float>();
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

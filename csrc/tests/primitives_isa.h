@@ -1,4 +1,4 @@
-// Defines the tables of primitives.h for the tier this file is compiled for.
+// Defines the tables of primitives.h for the instruction set this file is compiled for.
 #pragma once
 
 #include "cpu/kernels/modular_attention_forward.h"
@@ -6,7 +6,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T, Order order>
 void multiply_in_order(Product mode, int rows, int columns, int depth, const T* a, const T* b, T* c,
@@ -40,7 +40,7 @@ const Primitives<T>& primitives() {
       },
       [](const T* x) { return reduce_add<T>(load(x)); },
       [](const T* x) { return reduce_max<T>(load(x)); },
-      [](const T* x, int count) { return row_maximum(x, count); },
+      [](const T* x, int count) { return row_max(x, count); },
       [](T* x, int count, T shift) { return exponentiate_row(x, count, shift); },
       [](T* square) {
         Vector<T> rows[kLanes<T>];
@@ -66,15 +66,15 @@ inline const Conversions& conversions() {
   return table;
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext
 
-#define MODA_EXT_DEFINE_PRIMITIVES(tier)                                                 \
-  namespace moda_ext {                                                                   \
-  namespace cpu {                                                                        \
-  const Primitives<float>& primitives32_##tier() { return tier::primitives<float>(); }   \
-  const Primitives<double>& primitives64_##tier() { return tier::primitives<double>(); } \
-  const Conversions& conversions_##tier() { return tier::conversions(); }                \
-  }                                                                                      \
+#define MODA_EXT_DEFINE_PRIMITIVES(isa)                                                \
+  namespace moda_ext {                                                                 \
+  namespace cpu {                                                                      \
+  const Primitives<float>& primitives32_##isa() { return isa::primitives<float>(); }   \
+  const Primitives<double>& primitives64_##isa() { return isa::primitives<double>(); } \
+  const Conversions& conversions_##isa() { return isa::conversions(); }                \
+  }                                                                                    \
   }

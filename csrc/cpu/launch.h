@@ -1,4 +1,4 @@
-// What the CPU adapters share: threads and workspace.
+// What the CPU launches share: threads and workspace.
 #pragma once
 
 #if defined(__linux__)
@@ -24,13 +24,6 @@ namespace cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Storage storage_of(ScalarType dtype) {
-  return dtype == ScalarType::Double     ? Storage::kFloat64
-         : dtype == ScalarType::BFloat16 ? Storage::kBFloat16
-         : dtype == ScalarType::Half     ? Storage::kFloat16
-                                         : Storage::kFloat32;
-}
 
 inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 

@@ -1,4 +1,4 @@
-// The kernel table of one instruction set tier; included by modular_attention_{baseline,avx2,avx512,amx}.cpp, which
+// The kernel table of one instruction set; included by modular_attention_{baseline,avx2,avx512,amx}.cpp, which
 // differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class Engine, class Backward>
 const ModularAttentionKernels& kernels() {
@@ -42,32 +42,32 @@ const ModularAttentionKernels& kernels() {
 }
 
 #if !defined(__AMX_BF16__)
-inline const ModularAttentionKernels& modular_attention_kernels_for(cpu::Storage storage) {
+inline const ModularAttentionKernels& modular_attention_kernels_for(moda_ext::Storage storage) {
   switch (storage) {
-    case cpu::Storage::kFloat64:
+    case moda_ext::Storage::kFloat64:
       return kernels<VectorEngine<double, double>, VectorBackward<double, double>>();
-    case cpu::Storage::kBFloat16:
+    case moda_ext::Storage::kBFloat16:
       return kernels<VectorEngine<BFloat16, float>, VectorBackward<BFloat16, float>>();
-    case cpu::Storage::kFloat16:
+    case moda_ext::Storage::kFloat16:
       return kernels<VectorEngine<Float16, float>, VectorBackward<Float16, float>>();
     default:
       return kernels<VectorEngine<float, float>, VectorBackward<float, float>>();
   }
 }
 #else
-// The tile unit has no float64: not asked for.
-inline const ModularAttentionKernels& modular_attention_kernels_for(cpu::Storage storage) {
+// AMX has no float64: not asked for.
+inline const ModularAttentionKernels& modular_attention_kernels_for(moda_ext::Storage storage) {
   switch (storage) {
-    case cpu::Storage::kBFloat16:
-      return kernels<TileEngine<BFloat16>, TileBackward<BFloat16>>();
-    case cpu::Storage::kFloat16:
-      return kernels<TileEngine<Float16>, TileBackward<Float16>>();
+    case moda_ext::Storage::kBFloat16:
+      return kernels<AmxEngine<BFloat16>, AmxBackward<BFloat16>>();
+    case moda_ext::Storage::kFloat16:
+      return kernels<AmxEngine<Float16>, AmxBackward<Float16>>();
     default:
-      return kernels<TileEngine<float>, TileBackward<float>>();
+      return kernels<AmxEngine<float>, AmxBackward<float>>();
   }
 }
 #endif
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext
