@@ -172,7 +172,21 @@ struct ForwardPlan {
   };
   std::vector<Head> heads;
   std::vector<ModularAttentionForwardItem> blocks;  // row blocks, not yet split over keys
+  int64_t splits = 1;                               // of a block over its keys, at most
+
+  // Pieces of a block: of at least four tiles.
+  int64_t pieces_of(const ModularAttentionForwardItem& block) const {
+    return std::min<int64_t>(splits, std::max<int64_t>(1, block.last_tile / 4));
+  }
 };
+
+int64_t forward_block_rows(const ModularAttentionKernels& kernels, const ModularAttentionShape& shape,
+                           const Batch& batch) {
+  int64_t rows = 0, block_rows = kernels.forward_block_rows;
+  for (const Sequence& sequence : batch.sequences) rows += shape.query_heads * sequence.num_queries;
+  while (block_rows >= 2 * kFewestBlockRows && rows < 4 * num_threads() * block_rows) block_rows /= 2;
+  return block_rows;
+}
 
 ForwardPlan plan_forward(const Batch& batch, const ModularAttentionShape& shape, int64_t group, int64_t block_rows) {
   ForwardPlan plan;
@@ -200,106 +214,149 @@ ForwardPlan plan_forward(const Batch& batch, const ModularAttentionShape& shape,
       plan.heads.push_back({&sequence, kv_head, first, last, last - first > 1});
     }
   }
+  // Few blocks: each is split over its keys.
+  const int64_t num_blocks = static_cast<int64_t>(plan.blocks.size());
+  const int64_t wanted = std::max(kForwardItems, 2 * num_threads());
+  if (num_blocks > 0 && num_blocks < wanted / 2) plan.splits = (wanted + num_blocks - 1) / num_blocks;
   return plan;
+}
+
+// The views of as many kv heads as fit in their budget, or as there are threads to make them.
+class MadeViews {
+ public:
+  MadeViews(QueryViews* views, size_t num_heads) : views_(views), num_heads_(num_heads) {
+    if (views == nullptr) end_ = num_heads;
+  }
+  // Those of head `begin`, and of others that follow it.
+  void make(size_t begin, Input& query) {
+    if (begin < end_) return;
+    const int64_t bytes = std::max<int64_t>(1, views_->bytes_per_head());
+    const int64_t left = static_cast<int64_t>(num_heads_ - begin);
+    const int64_t count = std::min(left, std::max(num_threads(), kViewsBudget / bytes));
+    memory_.reset();
+    memory_.emplace(count * bytes);
+    views_->make(static_cast<int64_t>(begin), count, memory_->at(), query);
+    end_ = begin + static_cast<size_t>(count);
+  }
+  size_t end() const { return end_; }  // heads before it have their views
+
+ private:
+  QueryViews* views_;
+  size_t num_heads_, end_ = 0;
+  std::optional<Workspace> memory_;
+};
+
+// Heads [begin, end) of a plan, computed together, and the memory that they need.
+struct ForwardWave {
+  size_t begin, end;
+  std::vector<int64_t> packed_at;  // of each head: where its packed keys go
+  int64_t packed_bytes = 0, partial_bytes = 0;
+};
+
+int64_t partial_bytes_of(const ModularAttentionKernels& kernels, const ModularAttentionForwardArgs& args,
+                         const ModularAttentionForwardItem& item) {
+  return round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
+}
+
+// As many heads, of those before `limit`, as have packed keys that fit in the budget.
+ForwardWave plan_forward_wave(const ModularAttentionKernels& kernels, const ModularAttentionForwardArgs& args,
+                              const ForwardPlan& plan, size_t begin, size_t limit) {
+  ForwardWave wave{begin, begin, {}};
+  for (; wave.end < limit; ++wave.end) {
+    const ForwardPlan::Head& head = plan.heads[wave.end];
+    const int64_t bytes = head.packs ? round_up(kernels.packed_bytes(args, head.sequence->num_panels)) : 0;
+    if (wave.end > begin && wave.packed_bytes + bytes > kPackedBudget) break;
+    wave.packed_at.push_back(wave.packed_bytes);
+    wave.packed_bytes += bytes;
+    for (int64_t b = head.first_block; b < head.last_block; ++b) {
+      const int64_t pieces = plan.pieces_of(plan.blocks[b]);
+      if (pieces > 1) wave.partial_bytes += pieces * partial_bytes_of(kernels, args, plan.blocks[b]);
+    }
+  }
+  return wave;
+}
+
+// What the kernels are called with for one wave.
+struct ForwardWork {
+  struct Pack {
+    const ForwardPlan::Head* head;
+    int64_t tile;
+    void* packed;
+  };
+  struct Split {
+    ModularAttentionForwardItem block;
+    std::vector<void*> partials;
+  };
+  std::vector<Pack> packs;
+  std::vector<ModularAttentionForwardItem> items;
+  std::vector<Split> splits;
+};
+
+ForwardWork assign_forward(const ModularAttentionKernels& kernels, const ModularAttentionForwardArgs& args,
+                           const ForwardPlan& plan, const ForwardWave& wave, const Workspace& packed,
+                           const Workspace& partials) {
+  ForwardWork work;
+  for (size_t h = wave.begin; h < wave.end; ++h) {
+    const ForwardPlan::Head& head = plan.heads[h];
+    char* at = packed.at(wave.packed_at[h - wave.begin]);
+    for (int64_t tile = 0; head.packs && tile < head.sequence->num_tiles; ++tile)
+      work.packs.push_back({&head, tile, at});
+    for (int64_t b = head.first_block; b < head.last_block; ++b) {
+      ModularAttentionForwardItem block = plan.blocks[b];
+      block.packed = head.packs ? at : nullptr;
+      const int64_t pieces = plan.pieces_of(block);
+      if (pieces == 1) {
+        work.items.push_back(block);
+      } else {
+        work.splits.push_back({block, std::vector<void*>(pieces)});
+      }
+    }
+  }
+  int64_t partial_at = 0;
+  for (ForwardWork::Split& split : work.splits) {
+    const int64_t pieces = static_cast<int64_t>(split.partials.size());
+    for (int64_t s = 0; s < pieces; ++s) {
+      ModularAttentionForwardItem item = split.block;
+      item.first_tile = split.block.last_tile * s / pieces;
+      item.last_tile = split.block.last_tile * (s + 1) / pieces;
+      item.partial = split.partials[s] = partials.at(partial_at);
+      partial_at += partial_bytes_of(kernels, args, item);
+      work.items.push_back(item);
+    }
+  }
+  return work;
+}
+
+void launch_forward(const ModularAttentionKernels& kernels, const ModularAttentionForwardArgs& args,
+                    const ForwardWork& work, const Scratch& scratch) {
+  run_items(static_cast<int64_t>(work.packs.size()), [&](int64_t i, int64_t) {
+    const ForwardWork::Pack& pack = work.packs[i];
+    kernels.pack_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
+  });
+  const std::vector<ModularAttentionForwardItem>& items = work.items;
+  const int64_t count = static_cast<int64_t>(items.size()), stride = num_threads();
+  run_items(count, [&](int64_t i, int64_t thread) {
+    kernels.forward(args, items[i], i + stride < count ? &items[i + stride] : nullptr, scratch.of(thread));
+  });
+  run_items(static_cast<int64_t>(work.splits.size()), [&](int64_t i, int64_t thread) {
+    const ForwardWork::Split& split = work.splits[i];
+    kernels.merge(args, split.block, split.partials.data(), static_cast<int>(split.partials.size()),
+                  scratch.of(thread));
+  });
 }
 
 void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForwardArgs args,
                  const ModularAttentionShape& shape, const Batch& batch, QueryViews* views) {
-  int64_t rows = 0, block_rows = kernels.forward_block_rows;
-  for (const Sequence& sequence : batch.sequences) rows += shape.query_heads * sequence.num_queries;
-  while (block_rows >= 2 * kFewestBlockRows && rows < 4 * num_threads() * block_rows) block_rows /= 2;
-  const ForwardPlan plan = plan_forward(batch, shape, args.group, block_rows);
-  const int64_t num_blocks = static_cast<int64_t>(plan.blocks.size());
-  if (num_blocks == 0) return;
-
-  // Few blocks: split each over its keys, into pieces of at least four tiles.
-  const int64_t wanted = std::max(kForwardItems, 2 * num_threads());
-  const int64_t splits_wanted = num_blocks >= wanted / 2 ? 1 : (wanted + num_blocks - 1) / num_blocks;
-  const Scratch scratch(kernels.forward_scratch_bytes(args), num_blocks * splits_wanted);
-
-  // Views of as many kv heads as fit in their budget, or as there are threads to make them.
-  const int64_t views_bytes = views == nullptr ? 0 : std::max<int64_t>(1, views->bytes_per_head());
-  std::optional<Workspace> made;
-  size_t made_end = views == nullptr ? plan.heads.size() : 0;
-  const auto make_views = [&](size_t begin) {
-    const int64_t left = static_cast<int64_t>(plan.heads.size() - begin);
-    const int64_t count = std::min(left, std::max(num_threads(), kViewsBudget / views_bytes));
-    made.reset();
-    made.emplace(count * views_bytes);
-    views->make(static_cast<int64_t>(begin), count, made->at(), args.query);
-    made_end = begin + static_cast<size_t>(count);
-  };
-
-  // Waves of kv heads whose packed keys fit in the budget.
+  const ForwardPlan plan = plan_forward(batch, shape, args.group, forward_block_rows(kernels, shape, batch));
+  if (plan.blocks.empty()) return;
+  const Scratch scratch(kernels.forward_scratch_bytes(args), static_cast<int64_t>(plan.blocks.size()) * plan.splits);
+  MadeViews made(views, plan.heads.size());
   for (size_t begin = 0; begin < plan.heads.size();) {
-    if (begin == made_end) make_views(begin);
-    size_t end = begin;
-    int64_t packed_bytes = 0;
-    std::vector<int64_t> packed_at;
-    while (end < made_end) {
-      const ForwardPlan::Head& head = plan.heads[end];
-      const int64_t bytes = head.packs ? round_up(kernels.packed_bytes(args, head.sequence->num_panels)) : 0;
-      if (end > begin && packed_bytes + bytes > kPackedBudget) break;
-      packed_at.push_back(packed_bytes);
-      packed_bytes += bytes;
-      ++end;
-    }
-    const Workspace packed(packed_bytes);
-
-    struct PackItem {
-      const ForwardPlan::Head* head;
-      int64_t tile;
-      void* packed;
-    };
-    std::vector<PackItem> packs;
-    std::vector<ModularAttentionForwardItem> items;
-    struct Split {
-      ModularAttentionForwardItem item;
-      std::vector<void*> partials;
-    };
-    std::vector<Split> splits;
-    int64_t partial_bytes = 0;
-    for (size_t h = begin; h < end; ++h) {
-      const ForwardPlan::Head& head = plan.heads[h];
-      char* at = packed.at(packed_at[h - begin]);
-      for (int64_t tile = 0; head.packs && tile < head.sequence->num_tiles; ++tile) packs.push_back({&head, tile, at});
-      for (int64_t b = head.first_block; b < head.last_block; ++b) {
-        ModularAttentionForwardItem item = plan.blocks[b];
-        item.packed = head.packs ? at : nullptr;
-        const int64_t pieces = std::min<int64_t>(splits_wanted, std::max<int64_t>(1, item.last_tile / 4));
-        if (pieces == 1) {
-          items.push_back(item);
-          continue;
-        }
-        splits.push_back({item, std::vector<void*>(pieces)});
-        partial_bytes += pieces * round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
-      }
-    }
-    const Workspace partials(partial_bytes);
-    int64_t partial_at = 0;
-    for (Split& split : splits) {
-      const int64_t pieces = static_cast<int64_t>(split.partials.size());
-      for (int64_t s = 0; s < pieces; ++s) {
-        ModularAttentionForwardItem item = split.item;
-        item.first_tile = split.item.last_tile * s / pieces;
-        item.last_tile = split.item.last_tile * (s + 1) / pieces;
-        item.partial = split.partials[s] = partials.at(partial_at);
-        partial_at += round_up(kernels.partial_bytes(args, item.num_heads * item.num_rows));
-        items.push_back(item);
-      }
-    }
-    run_items(static_cast<int64_t>(packs.size()), [&](int64_t i, int64_t) {
-      kernels.pack_tile(args, *packs[i].head->sequence, packs[i].head->kv_head, packs[i].tile, packs[i].packed);
-    });
-    const int64_t count = static_cast<int64_t>(items.size()), stride = num_threads();
-    run_items(count, [&](int64_t i, int64_t thread) {
-      kernels.forward(args, items[i], i + stride < count ? &items[i + stride] : nullptr, scratch.of(thread));
-    });
-    run_items(static_cast<int64_t>(splits.size()), [&](int64_t i, int64_t thread) {
-      kernels.merge(args, splits[i].item, splits[i].partials.data(), static_cast<int>(splits[i].partials.size()),
-                    scratch.of(thread));
-    });
-    begin = end;
+    made.make(begin, args.query);
+    const ForwardWave wave = plan_forward_wave(kernels, args, plan, begin, made.end());
+    const Workspace packed(wave.packed_bytes), partials(wave.partial_bytes);
+    launch_forward(kernels, args, assign_forward(kernels, args, plan, wave, packed, partials), scratch);
+    begin = wave.end;
   }
 }
 
@@ -352,108 +409,146 @@ std::vector<int64_t> balance_blocks(const Sequence& sequence, bool causal, int64
   return bounds;
 }
 
-void run_backward(const ModularAttentionKernels& kernels, ModularAttentionBackwardArgs args,
-                  const ModularAttentionShape& shape, const Batch& batch) {
-  struct Head {
-    const Sequence* sequence;
-    int64_t kv_head;
-    int64_t packed_bytes, partial_bytes;  // its packed keys and values; partial gradients of one item
-    std::vector<void*> partials;          // empty: one item owns the kv head
-  };
-  for (const Sequence& sequence : batch.sequences)
-    if (kernels.backward_packed_bytes(args, sequence.num_panels) > kPackedBudget) args.packs_transposed_keys = false;
-  std::vector<Head> heads;
+// One (sequence, kv head) of a backward pass.
+struct BackwardHead {
+  const Sequence* sequence;
+  int64_t kv_head;
+  int64_t packed_bytes, partial_bytes;  // its packed keys and values; partial gradients of one item
+};
+
+std::vector<BackwardHead> backward_heads(const ModularAttentionKernels& kernels,
+                                         const ModularAttentionBackwardArgs& args, const ModularAttentionShape& shape,
+                                         const Batch& batch) {
+  std::vector<BackwardHead> heads;
   for (const Sequence& sequence : batch.sequences) {
     if (sequence.num_queries == 0) continue;
     for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      heads.push_back({&sequence,
-                       kv_head,
-                       round_up(kernels.backward_packed_bytes(args, sequence.num_panels)),
-                       round_up(2 * int64_t{sequence.num_slots} * args.head_dim * kernels.compute_bytes),
-                       {}});
+      heads.push_back({&sequence, kv_head, round_up(kernels.backward_packed_bytes(args, sequence.num_panels)),
+                       round_up(2 * int64_t{sequence.num_slots} * args.head_dim * kernels.compute_bytes)});
   }
-  if (heads.empty()) return;
-  const bool packs = kernels.backward_packed_bytes(args, 1) > 0;
+  return heads;
+}
+
+// Heads [begin, end), computed together, and the memory that they need.
+struct BackwardWave {
+  size_t begin, end;
+  bool packs;      // items share packed keys, and have partial gradients of their own
+  int64_t splits;  // items that share a head, at most
+  int64_t packed_bytes = 0, partial_bytes = 0;
+};
+
+// All heads at once unless packed keys or partial gradients need more than their budgets.
+BackwardWave plan_backward_wave(const ModularAttentionKernels& kernels, const ModularAttentionBackwardArgs& args,
+                                const std::vector<BackwardHead>& heads, size_t begin) {
   const int64_t threads = num_threads();
   const int64_t budget = std::max(kPartialBudget, kPartialBudgetPerThread * threads);
   const int64_t wanted = std::max(kBackwardItems, 2 * threads);
+  BackwardWave wave{begin, begin, kernels.backward_packed_bytes(args, 1) > 0, 1};
+  for (; wave.end < heads.size(); ++wave.end) {
+    const BackwardHead& head = heads[wave.end];
+    if (wave.packs && wave.end > begin &&
+        (wave.packed_bytes + head.packed_bytes > kPackedBudget || wave.partial_bytes + head.partial_bytes > budget))
+      break;
+    wave.packed_bytes += head.packed_bytes;
+    wave.partial_bytes += head.partial_bytes;
+  }
+  // Few heads: several items share one, each with partial gradients of its own. Where items need those anyway, every
+  // thread gets one whatever the budget says.
+  const int64_t num_heads = static_cast<int64_t>(wave.end - begin);
+  wave.splits = num_heads >= wanted ? 1 : (wanted + num_heads - 1) / num_heads;
+  wave.splits = std::min(wave.splits, budget / std::max<int64_t>(1, wave.partial_bytes));
+  wave.splits = std::max<int64_t>(wave.splits, wave.packs ? (threads + num_heads - 1) / num_heads : 1);
+  wave.partial_bytes *= wave.splits;
+  return wave;
+}
 
-  // Waves of kv heads: all at once unless packed keys or partial gradients need more than their budgets.
-  for (size_t begin = 0; begin < heads.size();) {
-    size_t end = begin;
-    int64_t packed_bytes = 0, partial_bytes = 0;
-    for (; end < heads.size(); ++end) {
-      const Head& head = heads[end];
-      if (packs && end > begin &&
-          (packed_bytes + head.packed_bytes > kPackedBudget || partial_bytes + head.partial_bytes > budget))
-        break;
-      packed_bytes += head.packed_bytes;
-      partial_bytes += head.partial_bytes;
-    }
-    // Few heads: several items share one, each with partial gradients of its own. Where items need those anyway, every
-    // thread gets one whatever the budget says.
-    const int64_t num_heads = static_cast<int64_t>(end - begin);
-    int64_t splits = num_heads >= wanted ? 1 : (wanted + num_heads - 1) / num_heads;
-    splits = std::min(splits, budget / std::max<int64_t>(1, partial_bytes));
-    splits = std::max<int64_t>(splits, packs ? (threads + num_heads - 1) / num_heads : 1);
+// What the kernels are called with for one wave.
+struct BackwardWork {
+  struct Pack {
+    const BackwardHead* head;
+    int64_t tile;
+    void* packed;
+  };
+  struct Reduction {  // the partial gradients of a head
+    const BackwardHead* head;
+    std::vector<void*> partials;
+  };
+  std::vector<Pack> packs;
+  std::vector<ModularAttentionBackwardItem> items;
+  std::vector<Reduction> reductions;
+  int64_t most_blocks = 0;  // of an item
+};
 
-    struct PackItem {
-      const Head* head;
-      int64_t tile;
-      void* packed;
-    };
-    std::vector<PackItem> packing;
-    std::vector<ModularAttentionBackwardItem> items;
-    int64_t most_blocks = 0, partials_at = 0, packed_at = 0;
-    const Workspace packed(packed_bytes), partials(partial_bytes * splits);
-    for (size_t h = begin; h < end; ++h) {
-      Head& head = heads[h];
-      const Sequence& sequence = *head.sequence;
-      void* const packed_keys = packs ? packed.at(packed_at) : nullptr;
-      packed_at += head.packed_bytes;
-      for (int64_t tile = 0; packs && tile < sequence.num_tiles; ++tile) packing.push_back({&head, tile, packed_keys});
-      const int64_t blocks =
-          args.group * ((sequence.num_queries + kernels.backward_block_rows - 1) / kernels.backward_block_rows);
-      const int64_t pieces = std::min(splits, blocks);
-      const std::vector<int64_t> bounds =
-          balance_blocks(sequence, args.causal, args.group, kernels.backward_block_rows, pieces);
-      for (int64_t p = 0; p < pieces; ++p) {
-        void* partial = nullptr;
-        if (packs || pieces > 1) {
-          partial = partials.at(partials_at);
-          partials_at += head.partial_bytes;
-          head.partials.push_back(partial);
-        }
-        items.push_back({&sequence, head.kv_head, bounds[p], bounds[p + 1], partial, packed_keys});
-        most_blocks = std::max(most_blocks, bounds[p + 1] - bounds[p]);
+BackwardWork assign_backward(const ModularAttentionKernels& kernels, const ModularAttentionBackwardArgs& args,
+                             const std::vector<BackwardHead>& heads, const BackwardWave& wave, const Workspace& packed,
+                             const Workspace& partials) {
+  BackwardWork work;
+  int64_t partials_at = 0, packed_at = 0;
+  for (size_t h = wave.begin; h < wave.end; ++h) {
+    const BackwardHead& head = heads[h];
+    const Sequence& sequence = *head.sequence;
+    void* const packed_keys = wave.packs ? packed.at(packed_at) : nullptr;
+    packed_at += head.packed_bytes;
+    for (int64_t tile = 0; wave.packs && tile < sequence.num_tiles; ++tile)
+      work.packs.push_back({&head, tile, packed_keys});
+    const int64_t blocks =
+        args.group * ((sequence.num_queries + kernels.backward_block_rows - 1) / kernels.backward_block_rows);
+    const int64_t pieces = std::min(wave.splits, blocks);
+    const std::vector<int64_t> bounds =
+        balance_blocks(sequence, args.causal, args.group, kernels.backward_block_rows, pieces);
+    if (wave.packs || pieces > 1) work.reductions.push_back({&head, {}});
+    for (int64_t p = 0; p < pieces; ++p) {
+      void* partial = nullptr;
+      if (wave.packs || pieces > 1) {
+        partial = partials.at(partials_at);
+        partials_at += head.partial_bytes;
+        work.reductions.back().partials.push_back(partial);
       }
+      work.items.push_back({&sequence, head.kv_head, bounds[p], bounds[p + 1], partial, packed_keys});
+      work.most_blocks = std::max(work.most_blocks, bounds[p + 1] - bounds[p]);
     }
-    run_items(static_cast<int64_t>(packing.size()), [&](int64_t i, int64_t) {
-      const PackItem& item = packing[i];
-      kernels.pack_backward_tile(args, *item.head->sequence, item.head->kv_head, item.tile, item.packed);
-    });
-    const Scratch scratch(kernels.backward_scratch_bytes(args, most_blocks), static_cast<int64_t>(items.size()));
-    run_items(static_cast<int64_t>(items.size()),
-              [&](int64_t i, int64_t thread) { kernels.backward(args, items[i], scratch.of(thread)); });
+  }
+  return work;
+}
 
-    constexpr int64_t kSlotsPerItem = 256;
-    struct Reduction {
-      const Head* head;
-      int64_t begin, end;
-    };
-    std::vector<Reduction> reductions;
-    for (size_t h = begin; h < end; ++h) {
-      const Head& head = heads[h];
-      if (head.partials.empty()) continue;
-      for (int64_t slot = 0; slot < head.sequence->num_slots; slot += kSlotsPerItem)
-        reductions.push_back({&head, slot, std::min<int64_t>(slot + kSlotsPerItem, head.sequence->num_slots)});
-    }
-    run_items(static_cast<int64_t>(reductions.size()), [&](int64_t i, int64_t) {
-      const Reduction& r = reductions[i];
-      kernels.reduce_partials(args, *r.head->sequence, r.head->kv_head, r.head->partials.data(),
-                              static_cast<int>(r.head->partials.size()), r.begin, r.end);
-    });
-    begin = end;
+void launch_backward(const ModularAttentionKernels& kernels, const ModularAttentionBackwardArgs& args,
+                     const BackwardWork& work) {
+  run_items(static_cast<int64_t>(work.packs.size()), [&](int64_t i, int64_t) {
+    const BackwardWork::Pack& pack = work.packs[i];
+    kernels.pack_backward_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
+  });
+  const int64_t count = static_cast<int64_t>(work.items.size());
+  const Scratch scratch(kernels.backward_scratch_bytes(args, work.most_blocks), count);
+  run_items(count, [&](int64_t i, int64_t thread) { kernels.backward(args, work.items[i], scratch.of(thread)); });
+
+  constexpr int64_t kSlotsPerItem = 256;
+  struct Slots {
+    const BackwardWork::Reduction* reduction;
+    int64_t begin, end;
+  };
+  std::vector<Slots> slots;
+  for (const BackwardWork::Reduction& reduction : work.reductions) {
+    const int64_t all = reduction.head->sequence->num_slots;
+    for (int64_t first = 0; first < all; first += kSlotsPerItem)
+      slots.push_back({&reduction, first, std::min(first + kSlotsPerItem, all)});
+  }
+  run_items(static_cast<int64_t>(slots.size()), [&](int64_t i, int64_t) {
+    const BackwardWork::Reduction& reduction = *slots[i].reduction;
+    kernels.reduce_partials(args, *reduction.head->sequence, reduction.head->kv_head, reduction.partials.data(),
+                            static_cast<int>(reduction.partials.size()), slots[i].begin, slots[i].end);
+  });
+}
+
+void run_backward(const ModularAttentionKernels& kernels, ModularAttentionBackwardArgs args,
+                  const ModularAttentionShape& shape, const Batch& batch) {
+  for (const Sequence& sequence : batch.sequences)
+    if (kernels.backward_packed_bytes(args, sequence.num_panels) > kPackedBudget) args.packs_transposed_keys = false;
+  const std::vector<BackwardHead> heads = backward_heads(kernels, args, shape, batch);
+  for (size_t begin = 0; begin < heads.size();) {
+    const BackwardWave wave = plan_backward_wave(kernels, args, heads, begin);
+    const Workspace packed(wave.packed_bytes), partials(wave.partial_bytes);
+    launch_backward(kernels, args, assign_backward(kernels, args, heads, wave, packed, partials));
+    begin = wave.end;
   }
 }
 
