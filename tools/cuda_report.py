@@ -51,7 +51,8 @@ LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; other
 SHARED_PROGRAM = """
 #include <stdio.h>
 %(includes)s
-using namespace moda_ext::cuda;
+using namespace moda_ext;
+using namespace cuda;
 template <class Params>
 auto set_modalities(Params& params, int modalities) -> decltype(void(params.args.num_modalities = modalities)) {
   params.args.num_modalities = modalities;
@@ -108,7 +109,7 @@ def readable(symbols: list[str]) -> dict[str, str]:
     """KeyKernel<BFloat16, 128> for a mangled entry point."""
     short = {}
     for symbol, name in zip(symbols, run("c++filt", input="\n".join(symbols)).splitlines(), strict=True):
-        match = re.search(r"kernel<(.+?) ?>\(", name.replace("moda_ext::cuda::", ""))
+        match = re.search(r"kernel<(.+?) ?>\(", re.sub("moda_ext::(cuda::)?", "", name))
         short[symbol] = match[1] if match else name
     return short
 

@@ -1,4 +1,4 @@
-// Launches the CPU kernels of the alignment operators: modality_gram, causal_gram_projection and duplex_query_views.
+// Launches the CPU kernels of the Gram family: modality_gram, causal_gram_projection and duplex_query_views.
 //
 // A causal operator has one work item for each (batch, key head), which walks along its sequence; modality_gram also
 // cuts the sequence. How many pieces there are depends on shapes alone, and pieces are summed in order: results do not

@@ -1,4 +1,4 @@
-// What the CPU launches of the alignment operators share.
+// What the CPU launches of the Gram family share.
 #pragma once
 
 #include "cpu/kernels/gram_family_kernels.h"

@@ -1,4 +1,4 @@
-// Launches the CUDA kernels of the alignment operators, as cuda/modular_attention_launch.cpp. Ids out of range count as
+// Launches the CUDA kernels of the Gram family, as cuda/modular_attention_launch.cpp. Ids out of range count as
 // padding: looking at them would make the host wait.
 #include <torch/csrc/stable/accelerator.h>
 

@@ -62,7 +62,7 @@ struct Operands {
 
 ModularAttentionOutputs forward(const ModularAttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const ModularAttentionShape shape = check_modular_attention(in);
-  check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
+  check_dtype(ArgumentCheck(in.op), "query", in.query);
   const Storage storage = storage_of(in.query.scalar_type());
   const ModularAttentionOutputs outputs = empty_outputs(in, shape);
   if (outputs.lse.numel() == 0) return outputs;
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const ModularAttenti
                                                             const ModularAttentionNeeds& needs, int64_t max_seqlen_q,
                                                             int64_t max_seqlen_k) {
   const ModularAttentionShape shape = check_modular_attention(in);
-  check_dtype(ArgumentCheck("modular_attention"), "query", in.query);
+  check_dtype(ArgumentCheck(in.op), "query", in.query);
   const Storage storage = storage_of(in.query.scalar_type());
   check_modular_attention_saved(in, shape, saved);
   const bool packed = in.packed();

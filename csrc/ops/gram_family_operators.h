@@ -1,5 +1,5 @@
-// The alignment operators as the dispatcher calls them, for every device: arguments are checked and results allocated
-// here. A device is a struct of static functions that fill them in; it implements all operators with
+// The operators of the Gram family as the dispatcher calls them, for every device: arguments are checked and results
+// allocated here. A device is a struct of static functions that fill them in; it implements all operators with
 // GramFamilyOperators<Device>::implement.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The alignment kernels of the instruction set in use, against plain loops in double. ctest runs this program once
-// for each instruction set of the machine (ATEN_CPU_CAPABILITY).
+// The kernels of the Gram family of the instruction set in use, against plain loops in double. ctest runs this program
+// once for each instruction set of the machine (ATEN_CPU_CAPABILITY).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -24,7 +24,7 @@ const GramFamilyKernels& kernels(Storage storage) {
 }
 
 template <class T>
-class Gram : public testing::Test {
+class GramFamily : public testing::Test {
  protected:
   static constexpr Storage kStorage = sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64;
   static constexpr double kTolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
@@ -67,9 +67,9 @@ class Gram : public testing::Test {
   }
 };
 using Types = testing::Types<float, double>;
-TYPED_TEST_SUITE(Gram, Types);
+TYPED_TEST_SUITE(GramFamily, Types);
 
-TYPED_TEST(Gram, EqualsTheSumOfOuterProductsAtEveryLength) {
+TYPED_TEST(GramFamily, EqualsTheSumOfOuterProductsAtEveryLength) {
   using T = TypeParam;
   for (int head_dim : {8, 24, 128, 256}) {
     for (int tokens : {0, 1, 7, this->k.chunk, this->k.chunk + 1, 150, 700}) {
@@ -94,7 +94,7 @@ TYPED_TEST(Gram, EqualsTheSumOfOuterProductsAtEveryLength) {
   }
 }
 
-TYPED_TEST(Gram, SumOfPiecesIsTheWhole) {
+TYPED_TEST(GramFamily, SumOfPiecesIsTheWhole) {
   using T = TypeParam;
   GramArgs args;
   args.head_dim = 8;
@@ -106,7 +106,7 @@ TYPED_TEST(Gram, SumOfPiecesIsTheWhole) {
   for (size_t i = 0; i < sum.size(); ++i) ASSERT_EQ(sum[i], first[i] + second[i]);
 }
 
-TYPED_TEST(Gram, ViewsAndIndicatorEqualPlainLoops) {
+TYPED_TEST(GramFamily, ViewsAndIndicatorEqualPlainLoops) {
   using T = TypeParam;
   const int D = 40, tokens = 2 * this->k.chunk + 5, queries = this->k.chunk + 9, M = this->kModalities, r = this->kRank;
   const std::vector<T> key = this->random_values(static_cast<size_t>(tokens) * D);
@@ -188,7 +188,7 @@ __attribute__((noinline)) void overwrite_stack() {
 
 // Keys inside and outside the Grams, and padding; the rank decides which way A2^T G is made. Then the same as another
 // head of the batch element, for which the scratch holds all it needs, and past the caches.
-TYPED_TEST(Gram, AlignedKeysEqualPlainLoops) {
+TYPED_TEST(GramFamily, AlignedKeysEqualPlainLoops) {
   using T = TypeParam;
   for (int D : {40, 72, 128})
     for (int r : {5, 20, 70})

@@ -552,7 +552,7 @@ void expect_near(const std::vector<T>& got, const std::vector<T>& expected, doub
 }
 
 template <class T>
-class Kernel : public testing::Test {
+class ModularAttentionKernel : public testing::Test {
  protected:
   static constexpr double kTolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
 
@@ -567,25 +567,25 @@ class Kernel : public testing::Test {
     return std::min(tile(), kernels(Problem<T>::kStorage).backward_tile_keys);
   }
 };
-TYPED_TEST_SUITE(Kernel, Types);
+TYPED_TEST_SUITE(ModularAttentionKernel, Types);
 
-TYPED_TEST(Kernel, ForwardOfLongRuns) {
+TYPED_TEST(ModularAttentionKernel, ForwardOfLongRuns) {
   this->check_forward(Problem<TypeParam>(2, 150, 700, 64, 2, false, this->tile()), true, 1);
 }
-TYPED_TEST(Kernel, ForwardOfAlternatingKeysAndPadding) {
+TYPED_TEST(ModularAttentionKernel, ForwardOfAlternatingKeysAndPadding) {
   this->check_forward(Problem<TypeParam>(1, 97, 131, 40, 3, true, this->tile()), true, 1);
 }
-TYPED_TEST(Kernel, ForwardWithMoreQueriesThanKeys) {
+TYPED_TEST(ModularAttentionKernel, ForwardWithMoreQueriesThanKeys) {
   this->check_forward(Problem<TypeParam>(1, 120, 50, 8, 2, false, this->tile()), true, 1);
 }
-TYPED_TEST(Kernel, ForwardPacksForItself) {
+TYPED_TEST(ModularAttentionKernel, ForwardPacksForItself) {
   this->check_forward(Problem<TypeParam>(3, 5, 600, 72, 2, false, this->tile()), false, 1);
 }
-TYPED_TEST(Kernel, ForwardSplitOverKeysAndMerged) {
+TYPED_TEST(ModularAttentionKernel, ForwardSplitOverKeysAndMerged) {
   for (int pieces : {2, 3, 5})
     this->check_forward(Problem<TypeParam>(1, 100, 900, 32, 2, false, this->tile()), false, pieces);
 }
-TYPED_TEST(Kernel, ForwardWithTheLargestHead) {
+TYPED_TEST(ModularAttentionKernel, ForwardWithTheLargestHead) {
   this->check_forward(Problem<TypeParam>(1, 30, 300, 256, 4, false, this->tile()), true, 1);
 }
 
@@ -647,7 +647,7 @@ Result<T> random_upstream(const Problem<T>& problem) {
 }
 
 // The loss sum(out * a + lse * b + mass * c), so that the three upstream gradients are a, b and c.
-TYPED_TEST(Kernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
+TYPED_TEST(ModularAttentionKernel, BackwardAgreesWithFiniteDifferencesAndWithPartialItems) {
   using T = TypeParam;
   Problem<T> problem(2, 110, 260, 16, 2, false, kernels(Problem<T>::kStorage).backward_tile_keys);
   for (T& sink : problem.sink) sink = std::max(sink, T(-5));  // finite lse everywhere
@@ -728,7 +728,7 @@ void check_large_numbers(const Problem<T>& problem, double tolerance) {
   }
 }
 
-TYPED_TEST(Kernel, ANumberCommonToARowChangesNothing) {
+TYPED_TEST(ModularAttentionKernel, ANumberCommonToARowChangesNothing) {
   using T = TypeParam;
   constexpr T kLargest = std::numeric_limits<T>::max();
   for (const T number : {T(1000), T(-1e6), T(1e9), T(-1e9), T(1e30), -kLargest, kLargest}) {
@@ -742,7 +742,7 @@ TYPED_TEST(Kernel, ANumberCommonToARowChangesNothing) {
     ASSERT_NO_FATAL_FAILURE(check_large_numbers(problem, this->kTolerance));
   }
 }
-TYPED_TEST(Kernel, LargeNumbersOfEverySizeInOneRow) {
+TYPED_TEST(ModularAttentionKernel, LargeNumbersOfEverySizeInOneRow) {
   using T = TypeParam;
   constexpr T kLargest = std::numeric_limits<T>::max();
   const T numbers[] = {0, 1, T(-1000), T(1000), T(-1e9), T(1e9), T(-1e10), T(1e30), -kLargest, kLargest};

@@ -1,4 +1,5 @@
-// What the alignment kernels share: chunks of keys, their features phi, and products of blocks (MATH.md section 1).
+// What the kernels of the Gram family share: chunks of keys, their features phi, and products of blocks (MATH.md
+// section 1).
 //
 // Tokens are taken in chunks of kChunk positions. The keys of a chunk are grouped by modality, so that each modality's
 // keys are consecutive rows: G^m grows by one product of those rows with themselves, and one product of a query block

@@ -1,5 +1,5 @@
-// The table of alignment kernels of one instruction set; included by gram_family_{baseline,avx2,avx512,amx}.cpp, which
-// differ in their compiler flags (csrc/sources.json) alone.
+// The table of the Gram family's kernels of one instruction set; included by
+// gram_family_{baseline,avx2,avx512,amx}.cpp, which differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
 #include "duplex_query_views_backward.h"

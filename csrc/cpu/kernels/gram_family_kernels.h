@@ -1,4 +1,4 @@
-// Interface between the launch (cpu/gram_family_launch.cpp) and the alignment kernels of one instruction set:
+// Interface between the launch (cpu/gram_family_launch.cpp) and the Gram family's kernels of one instruction set:
 // plain structs and raw pointers, as in modular_attention_kernels.h.
 #pragma once
 

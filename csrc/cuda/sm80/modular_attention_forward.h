@@ -305,17 +305,17 @@ class ForwardKernel {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float bias = modality == kMixed ? 0.0f : bias_table[modality * kWarpRows + r * 16 + h * 8 + g];
-        float highest = -infinity();
+        float tile_max = -infinity();
 #pragma unroll
         for (int n = 0; n < kKeyFragments; ++n)
-          highest = maximum(highest, maximum(scores[r][n][2 * h], scores[r][n][2 * h + 1]));
+          tile_max = maximum(tile_max, maximum(scores[r][n][2 * h], scores[r][n][2 * h + 1]));
         const float before = row_max[r][h];
-        highest = quad_maximum(highest) * scale;
-        row_max[r][h] = maximum(before, highest + bias);
+        tile_max = quad_maximum(tile_max) * scale;
+        row_max[r][h] = maximum(before, tile_max + bias);
         const float rescale = exp2_fast(before - row_max[r][h]);
         // A bias so far below the row's base that its rounding counts has no weight in the end; till then it may not
         // overflow.
-        const float shift = at_most(kSlack - highest, bias - row_max[r][h]);
+        const float shift = at_most(kSlack - tile_max, bias - row_max[r][h]);
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kKeyFragments; ++n) {
@@ -551,17 +551,17 @@ struct MergeKernel {
     const float sink = args.sink.data == nullptr
                            ? -infinity()
                            : (*row_of<float>(args.sink, sequence.batch, head, token) - base) * kLog2e;
-    float highest = maximum(kLowest, sink);
-    for (int s = 0; s < p.splits; ++s) highest = maximum(highest, p.partial_row_max[s * rows + index]);
+    float row_max = maximum(kLowest, sink);
+    for (int s = 0; s < p.splits; ++s) row_max = maximum(row_max, p.partial_row_max[s * rows + index]);
     const auto mass_of = [&](int m) {
       float mass = 0.0f;
       for (int s = 0; s < p.splits; ++s)
         mass += p.partial_mass[(s * rows + index) * args.num_modalities + m] *
-                exp2_fast(p.partial_row_max[s * rows + index] - highest);
+                exp2_fast(p.partial_row_max[s * rows + index] - row_max);
       return mass;
     };
     const float own_mass = lane_index() < args.num_modalities ? mass_of(lane_index()) : 0.0f;
-    const float total = warp_sum(own_mass) + exp2_fast(sink - highest);
+    const float total = warp_sum(own_mass) + exp2_fast(sink - row_max);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
 
     Element* out = row_of<Element>(args.out, sequence.batch, head, token);
@@ -569,12 +569,12 @@ struct MergeKernel {
       float sum = 0.0f;
       for (int s = 0; s < p.splits; ++s)
         sum += p.partial_out[(s * rows + index) * args.head_dim + d] *
-               exp2_fast(p.partial_row_max[s * rows + index] - highest);
+               exp2_fast(p.partial_row_max[s * rows + index] - row_max);
       out[d] = from_float<Element>(sum * inverse);
     }
     float* mass = row_of<float>(args.mass, sequence.batch, head, token);
     if (lane_index() < args.num_modalities) mass[lane_index() * args.mass.last] = own_mass * inverse;
-    if (lane_index() == 0) write_lse(args, sequence, head, token, base, (highest + log2f(total)) * kLn2);
+    if (lane_index() == 0) write_lse(args, sequence, head, token, base, (row_max + log2f(total)) * kLn2);
   }
 };
 
