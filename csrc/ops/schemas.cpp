@@ -61,8 +61,4 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "duplex_aligned_keys(Tensor key, Tensor modality, Tensor? include, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
       "int num_modalities, bool unit_keys, float eps, int normalization) "
       "-> Tensor");
-  m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
-  m.def(
-      "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) "
-      "-> (Tensor grad_decay, Tensor grad_base)");
 }
