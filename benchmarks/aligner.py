@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_ext import reference
-from moda_ext._ops import checks
+from moda_ext._ops import library
 from moda_ext.alignment import DuplexAligner, duplex_query_views, modality_gram
 from moda_ext.attention import ModularDuplexAttention, duplex_attention, modular_attention
-from moda_ext.layer import _rotate as rotate
+from moda_ext.nn.attention import _rotate as rotate
 from moda_ext.release import TEXT, VISION, ReleaseAligner
 
 from .peers import OURS, PEERS, TERMS, TOKENS, Call, Contender, dense_attention
@@ -138,7 +138,7 @@ def module(name, what, make, arguments, weights, output, **keywords) -> Contende
         return lambda: (run(layer, t, x.key_modality),)
 
     def dense(case: Case, t: dict[str, Tensor], modality: Tensor) -> dict[str, Tensor]:
-        with mock.patch.object(checks, "runs_natively", lambda *_, **__: False):
+        with mock.patch.object(library, "native_loaded", False):
             return {output: run(make(replace(case, dtype=t[leaves[0]].dtype)), t, modality)}
 
     return Contender(name, what, build, (output,), leaves, dense, by_rows=False, **keywords)

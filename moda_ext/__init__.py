@@ -4,10 +4,7 @@ import torch
 
 from moda_ext import alignment, attention, mask, reference
 from moda_ext._info import info
-from moda_ext._ops import math_library
 from moda_ext._version import __version__
-
-math_library.settle()
 
 ops = torch.ops.moda_ext
 

@@ -1,11 +1,12 @@
-"""What this installation is: `moda_ext.info()`, printed by `python -m moda_ext.info`."""
+"""What this installation is: `moda_ext.info()`, printed by `python -m moda_ext.info [--why]`."""
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
-from moda_ext._ops import library
+from moda_ext._ops import backend, library
 from moda_ext._version import TORCH_REQUIREMENT, TRANSFORMERS_BELOW, TRANSFORMERS_MIN, __version__, series
 
 
@@ -16,8 +17,12 @@ def info() -> dict:
     compiler, torch, torch_built_for, torch_supported, cuda (torch's, or None), cuda_built_for (None: no CUDA kernels),
     cuda_archs (list), cuda_kernels ("native" or "reference": who computes on CUDA tensors, see MODA_EXT_CUDA in
     _ops/library.py; None: no CUDA kernels are loaded), transformers (its version, or None), transformers_tested (the
-    tested range; with a later one each family of models proves itself when it is first used), python, platform. What
-    only a native build knows is None without one.
+    tested range; with a later one each family of models proves itself when it is first used), python, platform,
+    backends. What only a native build knows is None without one.
+
+    ``backends`` tells for each operator and kind of call ("cpu", "cpu with a gradient", "cuda", "cuda float64") who
+    would compute and why, as a dict with "backend" and "reason"; the backends are those of _ops/backend.py, or None
+    where nobody can.
     """
     built = library.build_info or {}
     return {
@@ -39,7 +44,18 @@ def info() -> dict:
         "transformers_tested": f">={series(TRANSFORMERS_MIN)},<{series(TRANSFORMERS_BELOW)}",
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "backends": {op: _choices(op) for op in backend.OPERATORS},
     }
+
+
+def _choices(op: str) -> dict[str, dict[str, str | None]]:
+    kinds = {
+        "cpu": backend.explain(op, "cpu"),
+        "cpu with a gradient": backend.explain(op, "cpu", differentiated=True),
+        "cuda": backend.explain(op, "cuda"),
+        "cuda float64": backend.explain(op, "cuda", torch.float64),
+    }
+    return {kind: choice._asdict() for kind, choice in kinds.items()}
 
 
 def _installed(name: str) -> str | None:
@@ -49,7 +65,17 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def main() -> None:
-    for key, value in info().items():
+def main(arguments: Sequence[str] = ()) -> None:
+    """Prints :func:`info`; with ``--why`` also who computes what, and why."""
+    unknown = set(arguments) - {"--why"}
+    if unknown:
+        raise SystemExit(f"moda_ext.info: unknown arguments {', '.join(sorted(unknown))}; known is --why")
+    facts = info()
+    backends = facts.pop("backends")
+    for key, value in facts.items():
         text = ", ".join(value) if isinstance(value, list) else value
         print(f"{key:19} {'-' if text in (None, '') else text}")
+    for op, choices in backends.items() if "--why" in arguments else ():
+        print(f"\n{op}")
+        for kind, choice in choices.items():
+            print(f"  {kind:19} {choice['backend'] or 'nobody'}: {choice['reason']}")

@@ -12,7 +12,7 @@ import rich
 import torch
 import typer
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 import moda_ext
 
@@ -40,17 +40,29 @@ class ManyValues(typer.core.TyperCommand):
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Also who computes each operator, and why.")] = False,
+) -> None:
     """Versions, what the native library was built for, and the instruction set in use."""
     facts = moda_ext.info()
     if as_json:
         print(json.dumps(facts))
         return
+    backends = facts.pop("backends")
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in facts.items():
         table.add_row(key, str(value))
+    rich.print(table)
+    if not why:
+        return
+    table = Table("operator", "call", "backend", Column("reason", overflow="fold"))
+    for op, choices in backends.items():
+        for kind, choice in choices.items():
+            table.add_row(op, kind, choice["backend"] or "nobody", choice["reason"])
+        table.add_section()
     rich.print(table)
 
 

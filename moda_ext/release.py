@@ -7,7 +7,7 @@ Differences from the paper (Eq. 5-6) and from :mod:`moda_ext.alignment`, kept he
 - only vision keys are aligned, in the prefill only: a decode step attends to raw new keys;
 - a new aligner is not the identity (its fuser is a random full-rank matrix), and there is no modular mask.
 
-python_tests/test_release.py shows each of them, and that the rest of this package has none.
+python_tests/nn/test_release.py shows each of them, and that the rest of this package has none.
 """
 
 import re

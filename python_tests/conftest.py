@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moda_ext
-from moda_ext._ops import checks, library
+from moda_ext._ops import backend, library
 
 DEVICES = ("cpu", "cuda")
 
@@ -30,7 +30,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 def pytest_report_header(config):
     info = moda_ext.info()
-    kernels = ", ".join(sorted(checks.NATIVE_DEVICES - {"meta"})) or "none, the reference runs"
+    kernels = ", ".join(sorted(backend.NATIVE_DEVICES - {"meta"})) or "none, the reference runs"
     return (
         f"moda_ext {info['version']}, native kernels: {kernels}, instruction set: {info['isa']}, torch {info['torch']}"
     )
@@ -50,7 +50,7 @@ def unavailable(device: str) -> str | None:
         return "no CUDA device"
     if device == "cuda" and library.cuda_loaded and library.cuda_mode() != "native":
         return "the CUDA kernels are not in use (MODA_EXT_CUDA=native uses them)"
-    if library.native_loaded and device not in checks.NATIVE_DEVICES:
+    if library.native_loaded and device not in backend.NATIVE_DEVICES:
         return f"built without {device} kernels"
     return None
 

@@ -14,7 +14,7 @@ Steps, each with a share of the time, none skipped because another failed; what 
 What a step printed is in OUT/<step>.log, the outcome of all, with the number of tests that passed, failed and were
 skipped, in OUT/gpu.json, and figures in OUT/benchmarks.json and OUT/kernels.json. The exit status is 1 if any step
 failed. When pytest and the sanitizers pass, add the compute capability to VERIFIED_CAPABILITIES in
-moda_ext/_ops/library.py: that makes the kernels the default on such GPUs.
+moda_ext/_ops/cuda_mode.py: that makes the kernels the default on such GPUs.
 """
 
 import argparse

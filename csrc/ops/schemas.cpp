@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "modular_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, "
       "Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, "
       "Tensor lse_residual, int num_modalities, bool is_causal, float scale, bool need_query, bool need_key, "
-      "bool need_value, bool need_bias, bool need_sink) "
-      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink)");
+      "bool need_value, bool need_modality_bias, bool need_sink) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
   m.def(
       "modular_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? sink, int max_seqlen_q, int max_seqlen_k, "
@@ -24,13 +24,13 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, Tensor lse_residual, "
       "int max_seqlen_q, int max_seqlen_k, int num_modalities, bool is_causal, float scale, bool need_query, "
-      "bool need_key, bool need_value, bool need_bias, bool need_sink) "
-      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink)");
-  m.def("modality_gram(Tensor key, Tensor modality, int num_modalities, bool unit_keys, float eps) -> Tensor");
+      "bool need_key, bool need_value, bool need_modality_bias, bool need_sink) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
+  m.def("modality_gram(Tensor key, Tensor modality, int num_modalities, bool unit_keys, float eps) -> (Tensor gram)");
   m.def(
       "modality_gram_backward(Tensor grad_gram, Tensor key, Tensor modality, int num_modalities, bool unit_keys, "
       "float eps) "
-      "-> Tensor");
+      "-> (Tensor grad_key)");
   m.def(
       "causal_gram_projection(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor? initial, "
       "int num_modalities, bool unit_keys, float eps) "

@@ -5,7 +5,7 @@ the work. build_info is what the native build says of itself (csrc/build_info.cp
 
 The CUDA operators are a library of their own, loaded beside a torch with CUDA. Their kernels have not run on every kind
 of GPU: cuda_mode says who computes on CUDA tensors, "native" for the kernels or "reference" for moda_ext.reference, and
-is "native" by default only where the kernels passed the tests (VERIFIED_CAPABILITIES).
+is "native" by default only where the kernels passed the tests (cuda_mode.py).
 
 Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one;
 MODA_EXT_CUDA=native|reference sets cuda_mode.
@@ -26,9 +26,7 @@ build_info: dict | None = None
 library_path: str | None = None
 fallback_reason: str | None = None
 cuda_loaded: bool = False
-_cuda_mode: str | None = None
 
-VERIFIED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()  # compute capabilities on which the test suite passed
 CUDA_MODES = ("native", "reference")
 
 
@@ -135,30 +133,22 @@ def _load_cuda() -> None:
     cuda_loaded = True
 
 
-@torch.compiler.assume_constant_result
 def cuda_mode() -> str | None:
     """Who computes on CUDA tensors, see above; None without CUDA operators. Warns once where it falls back."""
-    global _cuda_mode
-    if _cuda_mode is None and cuda_loaded:
-        _cuda_mode = os.environ.get("MODA_EXT_CUDA") or _default_cuda_mode()
-    return _cuda_mode
+    if not cuda_loaded:
+        return None
+    from moda_ext._ops.cuda_mode import MODE
+
+    return MODE
 
 
-def _default_cuda_mode() -> str:
-    if not torch.cuda.is_available():
-        return "reference"
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if capabilities <= VERIFIED_CAPABILITIES:
-        return "native"
-    unverified = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities - VERIFIED_CAPABILITIES))
-    warnings.warn(
-        f"moda_ext: the CUDA kernels have not been verified on compute capability {unverified}; CUDA tensors go to "
-        "moda_ext.reference, which is slow and takes O(Nq Nk) memory. To use the kernels set MODA_EXT_CUDA=native "
-        "(tools/gpu.py tests them); MODA_EXT_CUDA=reference keeps this and silences the warning.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return "reference"
+def cuda_reason() -> str:
+    """Why :func:`cuda_mode` is what it is."""
+    if not cuda_loaded:
+        return "there are no CUDA operators"
+    from moda_ext._ops.cuda_mode import REASON
+
+    return REASON
 
 
 _load()

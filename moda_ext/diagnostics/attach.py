@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moda_ext.integrations.recording import AttentionRecord, Recorder, refuse_replicas
-from moda_ext.layer import ModularDuplexAttention
+from moda_ext.nn.attention import ModularDuplexAttention
 
 __all__ = ["in_backward", "recorded"]
 

@@ -127,7 +127,9 @@ class AttentionRecord:
         rows = slice(start, start + chosen.shape[1])
         exponentials = self._exponentials(modality, rows, keys)
         sums = exponentials.sum(dim=-1)
-        of_chosen = torch.einsum("bhik,bik->bhi", exponentials, chosen.to(exponentials.dtype))
+        # Sequence by sequence: heads and rows then change places without a copy, which einsum would make.
+        pairs = zip(exponentials, chosen.to(exponentials.dtype), strict=True)
+        of_chosen = torch.stack([(e.transpose(0, 1) @ c[..., None])[..., 0].T for e, c in pairs])
         return torch.where(sums > 0, self.mass[:, :, rows, modality] * (of_chosen / sums), 0.0)
 
     def weight_of(self, index: Tensor) -> Tensor:

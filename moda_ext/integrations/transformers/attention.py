@@ -19,9 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from moda_ext import reference
-from moda_ext._ops.checks import accumulation_dtype
-from moda_ext.alignment import DuplexAligner, GramState
-from moda_ext.attention import modular_attention
+from moda_ext._ops.limits import accumulation_dtype
+from moda_ext.functional.attention import modular_attention
 from moda_ext.integrations.recording import AttentionRecord
 from moda_ext.integrations.transformers.cache import (
     MODADynamicLayer,
@@ -30,8 +29,10 @@ from moda_ext.integrations.transformers.cache import (
 )
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.versions import versions
-from moda_ext.layer import Tokens, align_and_attend
-from moda_ext.mask import ModularMask
+from moda_ext.nn.aligner import DuplexAligner
+from moda_ext.nn.attention import Tokens, align_and_attend
+from moda_ext.nn.mask import ModularMask
+from moda_ext.nn.states import GramState
 from moda_ext.release import ReleaseAligner
 
 __all__ = ["MODAAttention", "ModalityContext"]
@@ -117,7 +118,7 @@ class MODAAttention(nn.Module):
                 "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
                 "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
             )
-        options = {"gram": state, "keep_gram": keep_state, "start": start, "show": record}
+        options = {"gram": state, "keep_gram": keep_state, "start": start, "return_terms": record}
         out, lse, mass, views, bias, state = align_and_attend(
             aligner, self.mask, tokens, self.config.num_modalities, **options, attention=attention_under(visible)
         )

@@ -18,8 +18,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from moda_ext.alignment import GramState
 from moda_ext.integrations.transformers.versions import versions
+from moda_ext.nn.states import GramState
 
 __all__ = [
     "MODADynamicLayer",

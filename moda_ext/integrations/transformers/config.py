@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from moda_ext.mask import CONDITIONAL, VARIANTS
+from moda_ext.nn.mask import CONDITIONAL, VARIANTS
 
 __all__ = ["MODAConfig"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from moda_ext._ops.checks import accumulation_dtype
+from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import LAYOUTS, compare, cotangents_for, evaluate, make_problem, ours, problems
-from test_native import TIERS
+from processes import TIERS
 from tolerance import assert_close
 
 import moda_ext

@@ -1,180 +1,32 @@
-"""Duplex attention alignment as a module, and its decoding state. Public in ``moda_ext.alignment``."""
+"""Duplex attention alignment as a module. Public in ``moda_ext.alignment``."""
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from moda_ext import reference
-from moda_ext._ops import autocast, autograd, checks
-from moda_ext._ops.checks import KEY_NORMS, MAX_MODALITIES, MAX_RANK, accumulation_dtype
-from moda_ext.alignment import (
-    _last_contiguous,
+from moda_ext._ops import autocast, backend, operators
+from moda_ext._ops.limits import KEY_NORMS, MAX_MODALITIES, MAX_RANK, NORMALIZATIONS, accumulation_dtype
+from moda_ext.functional.alignment import (
     causal_gram_projection,
+    check_fuser,
+    check_gram,
     duplex_query_views,
     gram_indicator,
+    low_rank_weights,
     modality_gram,
     project_queries,
 )
+from moda_ext.functional.attention import last_contiguous
+from moda_ext.functional.gram import normalize_gram
+from moda_ext.nn.states import GramState
 
-__all__ = ["DuplexAligner", "GramState"]
+__all__ = ["DuplexAligner"]
 
-
-@dataclasses.dataclass(eq=False)
-class GramState:
-    r"""The causal Gram between two calls: the sums over all tokens seen, in a form that can go back a little.
-
-    .. math:: G^m_{\le i} = \text{gram}^m + \sum_{j \text{ recent},\ a_j = m} \phi(k_j)^\top \phi(k_j)
-
-    Old tokens are in ``gram``; the last ``window`` ones are kept as keys and are added where the Gram is used. So the
-    last tokens can be taken back (:meth:`crop`, for speculative decoding) exactly: a sum of floating-point numbers
-    cannot be subtracted from, but a token that was never added can be dropped. Every method returns a new state and
-    leaves this one as it is. A pytree, so ``torch.compile`` and ``torch.export`` take it; ``torch.save`` and
-    ``torch.load`` take it too. Source: MODA (arXiv 2507.04635), Eq. 5, over the tokens so far.
-
-    Attributes:
-        gram: (B, Hkv, M, D, D), raw sums in float32 or float64.
-        key: (B, Hkv, T, D), the recent keys, T <= ``window``, in their own dtype.
-        modality: (B, T), their modalities, int32, -1 for padding.
-        length: number of tokens that went in, with padding.
-        key_norm: phi of :func:`moda_ext.alignment.modality_gram`.
-        window: how many recent tokens are kept. None marks a fixed Gram (``scope="context"``), which :meth:`append` and
-            :meth:`crop` leave as it is.
-
-    Example:
-        >>> key, modality = torch.randn(1, 2, 100, 8), torch.zeros(1, 100, dtype=torch.int32)
-        >>> state = GramState.from_keys(key, modality, num_modalities=2)
-        >>> state.gram.shape, state.key.shape, state.crop(90).length
-        (torch.Size([1, 2, 2, 8, 8]), torch.Size([1, 2, 64, 8]), 90)
-    """
-
-    gram: Tensor
-    key: Tensor
-    modality: Tensor
-    length: int
-    key_norm: str | None = "l2"
-    window: int | None = 64
-
-    @classmethod
-    def from_keys(
-        cls,
-        key: Tensor,
-        modality: Tensor,
-        num_modalities: int = 2,
-        *,
-        include: Tensor | None = None,
-        key_norm: str | None = "l2",
-        window: int | None = 64,
-    ) -> GramState:
-        """The state after the tokens with these keys: (B, Hkv, N, D), modality (B, N). N may be 0.
-
-        With ``window=None`` a fixed Gram, over the tokens where ``include`` (B, N), a boolean tensor, holds.
-
-        Raises:
-            ValueError: a negative window, ``include`` without ``window=None``, or what ``modality_gram`` refuses.
-        """
-        if window is None:
-            gram = modality_gram(key, modality, num_modalities, include=include, key_norm=key_norm, normalize=None)
-            return cls(gram, key[:, :, :0], modality[:, :0].to(torch.int32), key.shape[2], key_norm, None)
-        if window < 0:
-            raise ValueError(f"GramState: window must be at least 0 or None, got {window}")
-        if include is not None:
-            raise ValueError("GramState: include belongs to a fixed Gram, window=None")
-        batch, kv_heads, _, head_dim = key.shape
-        shape = batch, kv_heads, num_modalities, head_dim, head_dim
-        gram = torch.zeros(shape, dtype=accumulation_dtype(key.dtype), device=key.device)
-        empty = cls(gram, key[:, :, :0], modality[:, :0].to(torch.int32), 0, key_norm, window)
-        return empty.append(key, modality)
-
-    @property
-    def trace(self) -> Tensor:
-        """(B, Hkv, M): trace of ``gram``, the number of its tokens if keys have unit length."""
-        return self.gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-
-    def append(self, key: Tensor, modality: Tensor) -> GramState:
-        """The state after more tokens: key (B, Hkv, N, D), modality (B, N)."""
-        if self.window is None:
-            return self
-        length = self.length + key.shape[2]
-        key, modality = self.with_recent(key, modality)
-        fold = max(key.shape[2] - self.window, 0)
-        gram = self.gram
-        if fold:
-            old, old_modality = key[:, :, :fold], modality[:, :fold]
-            num_modalities = gram.shape[2]
-            gram = gram + modality_gram(old, old_modality, num_modalities, key_norm=self.key_norm, normalize=None)
-            key, modality = key[:, :, fold:].clone(), modality[:, fold:].clone()  # a view would keep the old ones alive
-        return GramState(gram, key, modality, length, self.key_norm, self.window)
-
-    def with_recent(self, key: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and modalities behind the recent ones: what is to be added to ``gram``."""
-        modality = modality.to(torch.int32)
-        return torch.cat([self.key, key], dim=2), torch.cat([self.modality, modality], dim=1)
-
-    def reorder(self, beam_idx: Tensor) -> GramState:
-        """The state of sequences ``beam_idx`` (new B,), integer: beam search, or a part of the batch."""
-        return self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def crop(self, length: int) -> GramState:
-        """The state after the first ``length`` tokens only, exactly.
-
-        Raises:
-            ValueError: ``length`` is not in 0 to ``self.length``, or further back than the recent keys.
-        """
-        if self.window is None:
-            return self
-        if not 0 <= length <= self.length:
-            raise ValueError(f"GramState: length must lie in 0 to {self.length}, got {length}")
-        keep = self.key.shape[2] - (self.length - length)
-        if keep < 0:
-            raise ValueError(
-                f"GramState: cannot crop to length {length}, only to {self.length - self.key.shape[2]} or more: older "
-                f"tokens are summed up (window={self.window}). Rebuild the state with GramState.from_keys("
-                f"key[:, :, :{length}], modality[:, :{length}], ...)"
-            )
-        cropped = self.key[:, :, :keep], self.modality[:, :keep]
-        return GramState(self.gram, *cropped, length, self.key_norm, self.window)
-
-    def to(self, device: torch.device | str) -> GramState:
-        """The state on another device."""
-        return self._map(lambda t: t.to(device))
-
-    def detach(self) -> GramState:
-        """The state without its history of gradients."""
-        return self._map(Tensor.detach)
-
-    def _map(self, function) -> GramState:
-        tensors = function(self.gram), function(self.key), function(self.modality)
-        return GramState(*tensors, self.length, self.key_norm, self.window)
-
-
-def _flatten_state(state: GramState):
-    return [state.gram, state.key, state.modality, state.length], [state.key_norm, state.window]
-
-
-def _flatten_state_with_keys(state: GramState):
-    leaves, context = _flatten_state(state)
-    names = ("gram", "key", "modality", "length")
-    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
-
-
-pytree.register_pytree_node(
-    GramState,
-    _flatten_state,
-    lambda leaves, context: GramState(*leaves, *context),
-    flatten_with_keys_fn=_flatten_state_with_keys,
-    serialized_type_name="moda_ext.alignment.GramState",
-)
-torch.serialization.add_safe_globals([GramState])
 
 FUSIONS = ("concat", "add")
 SCOPES = ("causal", "context", "full")
-NORMALIZATIONS = ("trace", "frobenius", "row")  # in the order of csrc/cpu/kernels/gram_family_kernels.h
 
 
 class DuplexAligner(nn.Module):
@@ -316,7 +168,7 @@ class DuplexAligner(nn.Module):
             if state is None:
                 keywords = {"include": include, "key_norm": self.key_norm, "window": None}
                 state = GramState.from_keys(key, key_modality, self.num_modalities, **keywords)
-            results = self._fixed(query, reference.normalize_gram(state.gram, self.normalize), return_indicator)
+            results = self._fixed(query, normalize_gram(state.gram, self.normalize), return_indicator)
         if return_state:
             results = (*results, self.state_after(key, key_modality, state))
         return results[0] if len(results) == 1 else results
@@ -352,16 +204,16 @@ class DuplexAligner(nn.Module):
 
     def _aligned(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         options = self.key_norm, self.normalize, 1e-6
-        checks.gram("DuplexAligner.align_keys", key, modality, self.num_modalities, include, *options)
+        check_gram("DuplexAligner.align_keys", key, modality, self.num_modalities, include, *options)
         keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         if self._aligns_in_one_step(key):
             return self._align_in_one_step(key, modality, include)
         gram = modality_gram(key, modality, self.num_modalities, **keywords)
-        raised = torch.where((modality >= 0)[:, None, :, None], key.to(gram.dtype), 0.0)  # padding may hold anything
+        upcast = torch.where((modality >= 0)[:, None, :, None], key.to(gram.dtype), 0.0)  # padding may hold anything
         down, up = self._factors(self._others(gram))
         # The products of all modalities in one, of which each key keeps those of its own.
         members = modality[..., None] == torch.arange(self.num_modalities, device=modality.device)
-        low_rank = (raised @ down.movedim(0, 3).flatten(3)).unflatten(3, (self.num_modalities, -1))
+        low_rank = (upcast @ down.movedim(0, 3).flatten(3)).unflatten(3, (self.num_modalities, -1))
         low_rank = torch.where(members[:, None, :, :, None], low_rank, 0.0)
         return (key + low_rank.flatten(3) @ up.flatten(0, 1)).to(key.dtype)
 
@@ -369,21 +221,22 @@ class DuplexAligner(nn.Module):
         """Whether the fused operator takes these keys."""
         if self.fusion != "concat" or self.a1.shape[-1] > MAX_RANK:
             return False
-        casts = autocast.cast_tokens(key)[0] is not key  # which is for the products; the sum stays as accurate as key
-        return not casts and autograd.runs_fused(key, *self.parameters())
+        if autocast.cast_tokens(key)[0] is not key:  # which is for the products; the sum stays as accurate as key
+            return False
+        return backend.choose("duplex_aligned_keys", key, *self.parameters(), name="key") == backend.NATIVE
 
     def _align_in_one_step(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         weights, eps = (self.a1, self.b1, self.a2, self.b2), 1e-6
-        checks.fuser("DuplexAligner.align_keys", key, self.num_modalities, *weights)
-        return autograd.duplex_aligned_keys(
-            _last_contiguous(key),
-            modality.to(torch.int32),
-            include,
-            *(w.to(accumulation_dtype(key.dtype)).contiguous() for w in weights),
-            self.num_modalities,
-            self.key_norm == "l2",
-            eps,
-            NORMALIZATIONS.index(self.normalize),
+        check_fuser("DuplexAligner.align_keys", key, self.num_modalities, *weights)
+        return operators.duplex_aligned_keys(
+            key=last_contiguous(key),
+            modality=modality.to(torch.int32),
+            include=include,
+            **low_rank_weights(weights, accumulation_dtype(key.dtype)),
+            num_modalities=self.num_modalities,
+            unit_keys=self.key_norm == "l2",
+            eps=eps,
+            normalization=NORMALIZATIONS.index(self.normalize),
         )
 
     def _factors(self, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,11 +271,11 @@ class DuplexAligner(nn.Module):
             return results if return_indicator else (results,)
 
         dtype = accumulation_dtype(query.dtype)
-        raised = query.to(dtype)
+        upcast = query.to(dtype)
         # view_a = q + q own_a + sum_{m != a} q cross_a (Ghat^m)^T
         own = (self.a1.to(dtype) @ self.b1.to(dtype)).mT
         cross = (torch.eye(self.head_dim, dtype=dtype, device=own.device) + own) * self.ratio.to(dtype)[:, None]
-        asked = [raised @ cross[a] for a in range(self.num_modalities)] + [raised] * return_indicator
+        asked = [upcast @ cross[a] for a in range(self.num_modalities)] + [upcast] * return_indicator
         # As many more query heads of the same group, so that one pass over the keys serves all of them.
         group = query.shape[1] // key.shape[1]
         heads = torch.stack([t.unflatten(1, (-1, group)) for t in asked], dim=2)  # (B, Hkv, asked, group, Nq, D)
@@ -433,7 +286,7 @@ class DuplexAligner(nn.Module):
         views = []
         for a in range(self.num_modalities):
             others = [projection[a, m] for m in range(self.num_modalities) if m != a]
-            views.append(sum(others, start=raised + raised @ own[a]))
+            views.append(sum(others, start=upcast + upcast @ own[a]))
         views = torch.stack(views).to(query.dtype)
         return (views, gram_indicator(query, projection[-1])) if return_indicator else (views,)
 

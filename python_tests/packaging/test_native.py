@@ -5,45 +5,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from problems import Problem, cotangents_for, evaluate, make_problem, ours
+from processes import ORDER, TESTS, TIERS, environment_with, python
 from tolerance import assert_close
 
 import moda_ext
-from moda_ext import aligner, alignment, attention, layer, mask
 from moda_ext._ops import library
-
-HERE = Path(__file__).parent
-
-
-def environment_with(**variables: str) -> dict[str, str]:
-    """This process's environment and ``variables``; asking for the fallback takes back a demand for native."""
-    environment = {**os.environ, **variables}
-    if "MODA_EXT_DISABLE_NATIVE" in variables:
-        environment.pop("MODA_EXT_REQUIRE_NATIVE", None)
-    return environment
-
-
-def python(code: str, *arguments: str, **variables: str) -> str:
-    """What a fresh interpreter prints; it can import this folder's helpers and runs outside the checkout."""
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment_with(PYTHONPATH=path, **variables),
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
+from moda_ext.functional import alignment, attention
+from moda_ext.nn import aligner, mask
+from moda_ext.nn import attention as layer
 
 FIRST_CALL = """
-import sys, torch, moda_ext
+import sys, torch, moda_ext.mask
+moda_ext.mask.ModularMask(1)
 torch.set_num_threads(2)
 (torch.randn(600, 2000) @ torch.randn(2000, 2000)).sum()  # both threads are awake
 x = torch.linspace(0.1, 20.0, 100000)
@@ -54,8 +31,8 @@ print(((result - exact).abs() / exact.abs().clamp(min=1.0)).max().item())
 
 
 @pytest.mark.parametrize("function", ("cos", "sin", "log", "exp"))
-def test_first_call_of_a_process_is_as_accurate_as_the_others(function):
-    """MKL's own choice fails in about one process of three: moda_ext._ops.math_library."""
+def test_first_call_after_a_module_is_made_is_as_accurate_as_the_others(function):
+    """MKL's own choice fails in about one process of three: moda_ext._ops.mkl."""
     assert float(python(FIRST_CALL, function)) < 1e-6
 
 
@@ -128,17 +105,14 @@ def test_fallback_and_native_build_agree(native, tmp_path):
 
 def test_fallback_passes_the_tests_of_the_interface(native):
     """The same suite with the native library switched off: the errors, the sink's closed form, mask and aligner."""
-    files = ("test_errors.py", "test_pseudo_score_sink.py", "test_mask.py", "test_release.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / f) for f in files)]
+    files = ("ops/test_errors.py", "ops/test_pseudo_score_sink.py", "nn/test_mask.py", "nn/test_release.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / f) for f in files)]
     environment = environment_with(MODA_EXT_DISABLE_NATIVE="1")
-    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-4000:]
 
 
 # Instruction sets
-
-TIERS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512", "": "amx"}  # by ATEN_CPU_CAPABILITY, "": no cap
-ORDER = ("baseline", "avx2", "avx512", "amx")
 
 CONSISTENCY = """
 import torch, moda_ext

@@ -635,7 +635,7 @@ def save_llava_with_processor(path):
 def readme_examples(tmp_path, monkeypatch):
     """Those about models, beside a photograph and a checkpoint directory of the names that they use."""
     image = pytest.importorskip("PIL.Image")
-    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     section = readme.split("## Replace the attention of your model")[1].split("\n## ")[0]
     save_llava_with_processor(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
     image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "photo.jpg")

@@ -9,8 +9,8 @@ import os
 import pytest
 import torch
 from problems import cotangents_for, dense, evaluate, make_problem, ours
+from processes import ORDER, TIERS, python
 from test_duplex_attention import in_one, inputs
-from test_native import ORDER, TIERS, python
 from test_varlen import pack
 from tolerance import assert_close, assert_within_rule, finite_max
 

@@ -20,7 +20,7 @@ GOALS = {"small-cpu": 2, "aligned": 2, "aligner-batch": 2, "gram": 1, "module": 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
     import benchmarks.__main__ as bench
 
     return bench

@@ -953,7 +953,7 @@ def test_the_readme_example(tmp_path, monkeypatch, capsys):
 
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         (tmp_path / "photo.jpg").write_bytes(file.read())
-    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AttentionMeter" in c)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

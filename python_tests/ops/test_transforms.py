@@ -97,13 +97,6 @@ def operator_calls(device):
         ops.modular_attention_varlen_backward.default,
         (*results[:3], *plain, *results, *options, True, True, True, True, True),
     )
-    decay, base = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
-    for length in (9, None):
-        calls[f"pseudo_score_sink {length}"] = (ops.pseudo_score_sink.default, (decay, base, 6, length, 1))
-        calls[f"pseudo_score_sink_backward {length}"] = (
-            ops.pseudo_score_sink_backward.default,
-            (torch.randn(3, 6, device=device), decay.detach(), base.detach(), 6, length, 1),
-        )
     return calls
 
 

@@ -5,14 +5,17 @@ first large tensor of a process, one of them may run code that is right to four 
 (https://github.com/pytorch/pytorch/issues/188792): seen here as rotary embeddings that differed from run to run.
 """
 
+import functools
+
 import torch
 
-FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.sigmoid)
+_FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.sigmoid)
 
 
-def settle() -> None:
-    """Calls the functions that this package uses once, on one thread."""
+@functools.cache
+def warm_up() -> None:
+    """Calls the functions that this package uses once in a process, on one thread: who makes a module calls it."""
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype, device="cpu")
-        for function in FUNCTIONS:
+        for function in _FUNCTIONS:
             function(one)

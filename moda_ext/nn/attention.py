@@ -1,20 +1,19 @@
-"""The whole MODA attention layer, and its decoding state. Public as ``moda_ext.attention.ModularDuplexAttention``."""
+"""The whole MODA attention layer. Public as ``moda_ext.attention.ModularDuplexAttention``."""
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moda_ext._ops import autograd
-from moda_ext.alignment import DuplexAligner, GramState
-from moda_ext.attention import duplex_attention, modular_attention
-from moda_ext.mask import ModularMask
+from moda_ext._ops import backend, mkl
+from moda_ext.functional.attention import modular_attention
+from moda_ext.functional.duplex import duplex_attention
+from moda_ext.nn.aligner import DuplexAligner
+from moda_ext.nn.mask import ModularMask
+from moda_ext.nn.states import AttentionState, GramState
 
-__all__ = ["AttentionState", "ModularDuplexAttention"]
+__all__ = ["ModularDuplexAttention"]
 
 
 class Tokens(NamedTuple):
@@ -53,7 +52,7 @@ def align_and_attend(
     start: Tensor | int = 0,
     is_causal: bool = True,
     attention: Callable = modular_attention,
-    show: bool = False,
+    return_terms: bool = False,
 ) -> Attended:
     """Duplex attention with any aligner and mask, which may both be missing.
 
@@ -67,18 +66,19 @@ def align_and_attend(
         start: (B,) or a number, how many tokens came before the queries without padding.
         is_causal: as in ``modular_attention``.
         attention: what is called in place of ``modular_attention``, with its arguments; for the joint softmax only.
-        show: also return the views and the bias.
+        return_terms: also return the views and the bias.
     """
     query, key, value, query_modality, key_modality, new_key, new_modality, scale = tokens
     conditional = aligner is not None and mask is not None and mask.conditional
     joint = mask is None or mask.softmax == "joint"
     options = {"scale": scale, "return_mass": True}
 
-    fits = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
-    fits = fits and attention is modular_attention and not show
-    parameters = () if not fits else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
+    fusible = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
+    fusible = fusible and attention is modular_attention and not return_terms
+    parameters = () if not fusible else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
     sums = () if gram is None else (gram.gram, gram.key)
-    if fits and autograd.runs_fused(query, key, value, new_key, *sums, *parameters):
+    tensors = query, key, value, new_key, *sums, *parameters
+    if fusible and backend.choose("duplex_attention", *tensors) == backend.NATIVE:
         aligner.check(query, new_key, gram, context, keep_gram)
         recent, before = (new_key, new_modality), None
         if gram is not None:
@@ -96,9 +96,9 @@ def align_and_attend(
 
     views, indicator, after = query, None, None
     if aligner is not None:
-        wanted = {"return_indicator": conditional, "return_state": keep_gram}
+        asked = {"return_indicator": conditional, "return_state": keep_gram}
         arguments = query, new_key, query_modality, new_modality, gram
-        results = aligner(*arguments, include=context, **wanted)
+        results = aligner(*arguments, include=context, **asked)
         views, *rest = results if isinstance(results, tuple) else (results,)
         indicator = rest[0] if conditional else None
         after = rest[-1] if keep_gram else None
@@ -111,71 +111,6 @@ def align_and_attend(
         out, mass = mask.attend(views, key, value, query_modality, key_modality, bias, sink, **options)
         lse = None
     return Attended(out, lse, mass, views, bias, after)
-
-
-@dataclasses.dataclass(eq=False)
-class AttentionState:
-    """What :class:`ModularDuplexAttention` remembers between calls. ``AttentionState()`` is the state before any token.
-
-    The layer's forward pass updates it in place; the methods here return a new state and leave this one as it is. A
-    pytree, so ``torch.compile`` and ``torch.export`` take it; ``torch.save`` and ``torch.load`` take it too.
-
-    Attributes:
-        key, value: (B, Hkv, T, D), keys after RoPE, not aligned; None before the first token.
-        modality: (B, T), int32, -1 for padding.
-        gram: the aligner's :class:`moda_ext.alignment.GramState`, None without an aligner.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    modality: Tensor | None = None
-    gram: GramState | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens, with padding."""
-        return 0 if self.key is None else self.key.shape[2]
-
-    def reorder(self, beam_idx: Tensor) -> AttentionState:
-        """The state of sequences ``beam_idx`` (new B,), integer: beam search, or a part of the batch."""
-        return self._map(lambda t: t.index_select(0, beam_idx.to(t.device)), lambda gram: gram.reorder(beam_idx))
-
-    def crop(self, length: int) -> AttentionState:
-        """The state after the first ``length`` tokens only. Any length: the keys are all here.
-
-        A Gram of fixed context stays; cropping into the context takes a new state.
-
-        Raises:
-            ValueError: ``length`` is not in 0 to ``self.length``.
-        """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"AttentionState: length must lie in 0 to {self.length}, got {length}")
-
-        def crop_gram(gram: GramState) -> GramState:
-            if gram.window is None or length >= gram.length - gram.key.shape[2]:
-                return gram.crop(length)
-            keywords = {"key_norm": gram.key_norm, "window": gram.window}
-            return GramState.from_keys(
-                self.key[:, :, :length], self.modality[:, :length], gram.gram.shape[2], **keywords
-            )
-
-        return self._map(lambda t: t[:, :, :length] if t.dim() == 4 else t[:, :length], crop_gram)
-
-    def to(self, device: torch.device | str) -> AttentionState:
-        """The state on another device."""
-        return self._map(lambda t: t.to(device), lambda gram: gram.to(device))
-
-    def detach(self) -> AttentionState:
-        """The state without its history of gradients."""
-        return self._map(Tensor.detach, GramState.detach)
-
-    def _map(self, function, gram_function) -> AttentionState:
-        tensors = (None if t is None else function(t) for t in (self.key, self.value, self.modality))
-        return AttentionState(*tensors, None if self.gram is None else gram_function(self.gram))
-
-
-torch.export.register_dataclass(AttentionState, serialized_type_name="moda_ext.layer.AttentionState")
-torch.serialization.add_safe_globals([AttentionState])
 
 
 class ModularDuplexAttention(nn.Module):
@@ -234,6 +169,7 @@ class ModularDuplexAttention(nn.Module):
         mask: bool | dict = True,
     ):
         super().__init__()
+        mkl.warm_up()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
@@ -353,7 +289,7 @@ class ModularDuplexAttention(nn.Module):
             keep_gram=state is not None,
             start=seen,
             is_causal=self.is_causal,
-            show=self.recorder is not None,
+            return_terms=self.recorder is not None,
         )
         if state is not None:
             state.key, state.value, state.modality, state.gram = key, value, key_modality, gram

@@ -6,8 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moda_ext import attention
-from moda_ext._ops import autograd
+from moda_ext._ops import operators
 from moda_ext.alignment import GramState, causal_gram_projection, duplex_query_views
 from moda_ext.attention import AttentionState, ModularDuplexAttention, duplex_attention, modular_attention
 
@@ -75,7 +74,7 @@ def in_two_calls(query, key, value, query_modality, key_modality, a1, b1, a2, b2
 
 def in_one(*arguments, **options):
     """The fused operator, which must be what ran."""
-    with mock.patch.object(autograd, "duplex_attention", wraps=autograd.duplex_attention) as operator:
+    with mock.patch.object(operators, "duplex_attention", wraps=operators.duplex_attention) as operator:
         results = duplex_attention(*arguments, **options, **OPTIONS)
     assert operator.call_count == 1
     return results
@@ -167,7 +166,7 @@ def test_threads_change_nothing():
 def test_two_operators_where_a_gradient_is_asked_for():
     arguments, terms = inputs(dtype=torch.float64, queries=20, keys=20, size=8)
     leaves = [t.requires_grad_() for t in (*arguments[:3], *arguments[5:9], *terms.values())]
-    with mock.patch.object(autograd, "duplex_attention") as operator:
+    with mock.patch.object(operators, "duplex_attention") as operator:
         out = duplex_attention(*arguments, **terms)
         assert operator.call_count == 0
     grads = torch.autograd.grad(out.sum(), leaves)
@@ -306,7 +305,7 @@ def test_a_layer_gives_the_same_with_and_without_a_gradient(mask, state):
         cuts = [(0, 50), (50, 88), (88, 89), (89, 90)]
         return torch.cat([layer(x[:, i:j], modality[:, i:j], state=past) for i, j in cuts], dim=1)
 
-    with mock.patch.object(attention.autograd, "duplex_attention", wraps=autograd.duplex_attention) as operator:
+    with mock.patch.object(operators, "duplex_attention", wraps=operators.duplex_attention) as operator:
         with_gradient = run()
         assert operator.call_count == 0
         with torch.no_grad():

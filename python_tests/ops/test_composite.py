@@ -1,12 +1,11 @@
 """The alignment operators composed of PyTorch's own (for float64 on CUDA), against the reference, on the CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from moda_ext import alignment, reference
-from moda_ext._ops import composite
+from moda_ext import reference
+from moda_ext.functional import composite
+from moda_ext.functional.gram import causal_gram_scale
 
 BATCH, HEADS, KV_HEADS, SIZE, MODALITIES, RANK = 2, 4, 2, 16, 3, 4
 
@@ -28,7 +27,7 @@ class Problem:
             gram = torch.randn(BATCH, KV_HEADS, MODALITIES, SIZE, SIZE, dtype=torch.float64)
             trace = torch.rand(BATCH, KV_HEADS, MODALITIES, dtype=torch.float64) + 1
             self.state = ((gram @ gram.mT).requires_grad_(), trace)
-        self.scale, _ = reference.causal_gram_scale(
+        self.scale, _ = causal_gram_scale(
             self.key, self.query_modality, self.modality, MODALITIES, "l2", "trace", 1e-6, self.state
         )
         self.initial = None if self.state is None else self.state[0]
@@ -100,16 +99,3 @@ def test_no_row_sees_a_later_token(position):
         for key in (p.key, changed)
     ]
     assert torch.equal(rows[0][..., : position + 1, :], rows[1][..., : position + 1, :])
-
-
-@pytest.mark.parametrize("name", ["modality_gram", "causal_gram_projection", "duplex_query_views"])
-def test_only_float64_on_cuda_is_composed(monkeypatch, name):
-    monkeypatch.setattr(alignment, "autograd", SimpleNamespace(**{name: "native"}))
-
-    def choose(device, dtype):
-        return alignment._operator(name, SimpleNamespace(device=torch.device(device), dtype=dtype))
-
-    assert choose("cuda", torch.float64) is getattr(composite, name)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert choose("cuda", dtype) == "native"
-    assert choose("cpu", torch.float64) == "native"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moda_ext import reference
+from moda_ext.functional.gram import key_features
 
 CHUNK = 128  # at D = 128 the state of a chunk costs as much as the scores inside it
 
 
 def modality_gram(key: Tensor, modality: Tensor, num_modalities: int, unit_keys: bool, eps: float) -> Tensor:
-    features = reference.key_features(key, modality, "l2" if unit_keys else None, eps)
+    features = key_features(key, modality, "l2" if unit_keys else None, eps)
     keys = [torch.where((modality == m)[:, None, :, None], features, 0.0) for m in range(num_modalities)]
     return torch.stack([k.mT @ k for k in keys], dim=2)
 
@@ -85,7 +85,7 @@ class _Chunks:
     def __init__(self, key, modality, num_rows, initial, num_modalities, unit_keys, eps):
         self.num_keys, self.num_rows = key.shape[2], num_rows
         self.filler = -self.num_keys % CHUNK
-        features = reference.key_features(key, modality, "l2" if unit_keys else None, eps)
+        features = key_features(key, modality, "l2" if unit_keys else None, eps)
         self.features = self._cut(features)  # (B, Hkv, n, C, D)
         modality = pad(modality, (0, self.filler), value=-1).unflatten(1, (-1, CHUNK))[:, None, ..., None]
         self.keys = [torch.where(modality == m, self.features, 0.0) for m in range(num_modalities)]

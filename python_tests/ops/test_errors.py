@@ -315,7 +315,7 @@ def operator_calls():
     scale, a, b = torch.ones(1, 1, 4, 2), torch.zeros(2, 8, 4), torch.zeros(2, 4, 8)
     views, gram, weights = torch.zeros(2, 1, 2, 4, 8), torch.zeros(1, 1, 2, 8, 8), (a, b, a, b)
     per_row = torch.zeros(4, 2)
-    needs, decay = (True,) * 5, torch.ones(1)
+    needs = (True,) * 5
     return {
         "modular_attention": ((q, k, k, wrong, None, None, 2, False, 1.0), "key_modality"),
         "modular_attention_backward": (
@@ -348,8 +348,6 @@ def operator_calls():
             "new_modality",
         ),
         "duplex_aligned_keys": ((k, wrong, None, *weights, 2, True, 1e-6, 0), "modality"),
-        "pseudo_score_sink": ((decay, torch.ones(2), 4, None, 0), "base"),
-        "pseudo_score_sink_backward": ((torch.ones(1, 4), decay, torch.ones(2), 4, None, 0), "base"),
     }
 
 
@@ -357,6 +355,7 @@ def test_every_operator_names_itself_and_the_argument(native):
     calls = operator_calls()
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("moda_ext::") for name in names if name.startswith("moda_ext::")}
+    registered = {name for name in registered if not name.startswith("toy_")}  # of test_operator.py
     assert calls.keys() == registered
     for name, (arguments, argument) in calls.items():
         with pytest.raises((ValueError, RuntimeError)) as caught:  # torch 2.15 makes one of the other

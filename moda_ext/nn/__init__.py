@@ -1,0 +1,1 @@
+"""Modules with weights and states of decoding. Public in ``moda_ext.attention``, ``.alignment`` and ``.mask``."""
