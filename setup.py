@@ -1,9 +1,11 @@
-"""Builds the native parts: the operator library `moda_ext._operators` and the pybind11 module `moda_ext._C`.
+"""Builds the native parts: the operator library `moda_ext._operators` and `moda_ext._build_info`, which describes it.
 
-csrc/sources.json lists the sources. CPU kernels include no torch header and are compiled once for each instruction set,
-as static libraries with flags of their own; both extensions link them. Where torch has CUDA and its compiler is there,
-the CUDA operators become a third library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in
-pyproject.toml.
+No library uses Python's C API: one wheel, tagged abi3, serves every Python, and the build needs no Python headers.
+
+csrc/sources.json lists the sources; those that instantiate CUDA kernels are made from its table of head sizes. CPU
+kernels include no torch header and are compiled once for each instruction set, as static libraries with flags of their
+own, which both libraries link. Where torch has CUDA and its compiler is there, the CUDA operators become a third
+library, `moda_ext._operators_cuda`; that takes no GPU. The rest of the package is in pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation, TORCH_CUDA_ARCH_LIST names the GPU architectures (by default the
 visible GPU's, else DEFAULT_CUDA_ARCHS), CUDA_HOME the toolkit, MODA_EXT_BUILD_CUDA=0 leaves CUDA out and =1 demands it.
@@ -17,7 +19,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 SOURCES = json.loads((ROOT / "csrc/sources.json").read_text())
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
+write_cuda_units = runpy.run_path(str(ROOT / "tools/cuda_units.py"))["write_cuda_units"]
 GENERATED = ROOT / "build" / "generated"
 OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # setuptools would put those of -e into /tmp
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -63,8 +65,6 @@ def check_tree() -> None:
 
 def check_toolchain() -> None:
     """Ends the build with the fix when what pip cannot install is missing."""
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise SystemExit("moda_ext: the headers of this Python are missing. Fix: install them (Debian: python3-dev).")
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
         raise SystemExit("moda_ext: no C++ compiler found. Fix: install one (Debian: g++), or set CXX.")
@@ -142,17 +142,17 @@ def build_summary() -> str:
 
 
 def write_build_info(isas: list[str]) -> None:
-    """Writes what bindings.cpp reports: a header, as the values hold spaces; untouched if equal, or all recompiles."""
+    """Writes the header with what build_info.cpp reports; untouched if equal, or all would be compiled again."""
     values = {
-        "VERSION": VERSION["__version__"],
-        "TORCH": torch.__version__,
-        "CUDA": torch.version.cuda if missing_cuda is None else "",  # of the compiled kernels
-        "CUDA_ARCHS": re.sub("[;,]", " ", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else "",
-        "SUMMARY": build_summary(),
-        "ISAS": " ".join(isas),
+        "version": VERSION["__version__"],
+        "summary": build_summary(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if missing_cuda is None else None,  # of the compiled kernels
+        "cuda_archs": re.findall("[^;, ]+", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else [],
+        "isas": isas,
     }
-    lines = [f"#define MODA_EXT_BUILD_{key} {json.dumps(value)}\n" for key, value in values.items()]
-    text = "".join(["#pragma once\n", *lines])
+    fields = json.dumps(values)[1:-1]
+    text = f"#pragma once\n#define MODA_EXT_BUILD_FIELDS {json.dumps(fields)}\n"
     header = GENERATED / "moda_ext_build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -178,6 +178,16 @@ class BuildExtensions(cpp_extension.BuildExtension):
         super().finalize_options()
         self.build_temp = str(OBJECTS)
 
+    def run(self):
+        # What an earlier build left, under other names or with other parts, would go into the wheel.
+        paths = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        built = {path.name for path in paths}
+        for folder in {paths[0].parent, Path(self.build_lib) / "moda_ext"}:
+            for old in folder.glob("*.so"):
+                if old.name not in built:
+                    old.unlink()
+        super().run()
+
 
 check_tree()
 check_toolchain()
@@ -187,6 +197,7 @@ if missing_cuda is None:
     cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(cuda_home())
 elif os.environ.get("MODA_EXT_BUILD_CUDA") == "1":
     raise SystemExit(f"moda_ext: MODA_EXT_BUILD_CUDA=1, but {missing_cuda}.")
+cuda_units = write_cuda_units(ROOT, SOURCES["cuda_units"]) if missing_cuda is None else []
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it
 target_major, target_minor = VERSION["TORCH_MIN"]
 flags = ["-std=c++17", "-g0", "-fvisibility=hidden"]
@@ -194,8 +205,8 @@ headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
 depends = [*headers, "csrc/sources.json", "setup.py"]
 kernels = [group for group in SOURCES["kernels"] if compiles_here(group)]
 isas = [group["isa"] for group in kernels if group["isa"] != "any"]
-macros = [("MODA_EXT_X86_TIERS", "1")] if "avx512" in isas else []
-macros += [("MODA_EXT_AMX_TIER", "1")] if "amx" in isas else []
+macros = [("MODA_EXT_X86_ISAS", "1")] if "avx512" in isas else []
+macros += [("MODA_EXT_AMX_ISA", "1")] if "amx" in isas else []
 
 libraries = [
     (
@@ -213,7 +224,7 @@ libraries = [
 ]
 
 operators = Extension(
-    "moda_ext._operators",  # no Python inside: moda_ext._ops.library loads it with torch.ops.load_library
+    "moda_ext._operators",  # moda_ext._ops.library loads it with torch.ops.load_library
     SOURCES["operators"],
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
     library_dirs=cpp_extension.library_paths(),
@@ -223,11 +234,12 @@ operators = Extension(
     extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],  # fail here, not at import
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
 cuda_operators = Extension(
     "moda_ext._operators_cuda",  # apart, because what links CUDA cannot load in a torch without it
-    [*SOURCES["cuda"], "csrc/ops/checks.cpp", "csrc/ops/modular_attention.cpp", "csrc/ops/gram.cpp"],
+    [*SOURCES["cuda"], *cuda_units],
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths("cuda" if missing_cuda is None else "cpu")],
     library_dirs=cpp_extension.library_paths("cuda" if missing_cuda is None else "cpu"),
     libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"],
@@ -242,16 +254,18 @@ cuda_operators = Extension(
     extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
-bindings = Extension(
-    "moda_ext._C",  # links no torch, so it can be asked what it was built for under any torch
-    SOURCES["bindings"],
-    include_dirs=[str(ROOT / "csrc"), str(GENERATED), *cpp_extension.include_paths()],  # torch's own pybind11 headers
+build_info = Extension(
+    "moda_ext._build_info",  # links no torch, so it can be asked what it was built for under any torch
+    SOURCES["build_info"],
+    include_dirs=[str(ROOT / "csrc"), str(GENERATED)],
     define_macros=macros,
     extra_compile_args=flags,
     depends=depends,
     language="c++",
+    py_limited_api=True,
 )
 
 extras = {
@@ -271,6 +285,7 @@ setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing
     extras_require=extras,
     libraries=libraries,
-    ext_modules=[operators, bindings, *([cuda_operators] if missing_cuda is None else [])],
+    ext_modules=[operators, build_info, *([cuda_operators] if missing_cuda is None else [])],
     cmdclass={"build_clib": BuildKernels, "build_ext": BuildExtensions},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # requires-python of pyproject.toml
 )

@@ -59,8 +59,8 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
     endif()
     set(isa_environment "${environment};MODA_EXT_TEST_ISA=${isa}")
     set(filter "*")
-    if(NOT isa STREQUAL "amx") # the best tier is what runs without a cap
-      set(filter "-Tiles.*")
+    if(NOT isa STREQUAL "amx") # the best instruction set is what runs without a cap
+      set(filter "-Amx.*")
       string(REPLACE baseline default capability ${isa})
       list(APPEND isa_environment "ATEN_CPU_CAPABILITY=${capability}")
     endif()

@@ -2,9 +2,9 @@
 
 python3 tools/cuda_report.py [--arch 80 90a] [--json FILE] [--check]     needs nvcc, no GPU
 
-Compiles every .cu file of csrc/sources.json and prints a line for each kernel and architecture: registers, bytes
-spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared memory
-(LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
+Compiles every unit of `cuda_units` in csrc/sources.json and prints a line for each kernel and architecture: registers,
+bytes spilled, bytes of shared memory of a block, and how many tensor-core products (HMMA), matrix loads from shared
+memory (LDSM), 128-bit asynchronous copies (LDGSTS.128) and 128-bit loads and stores are in its machine code (- without
 cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memory is what the launch asks for in a call
 with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions; the
 rank is the largest.
@@ -24,6 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cuda_units import write_cuda_units
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-v"]
 INSTRUCTIONS = {
@@ -38,8 +40,8 @@ INSTRUCTIONS = {
 }
 MAIN = (
     *("ForwardKernel", "KeyKernel", "QueryKernel"),
-    *("GramKernel", "GramBackwardKernel"),
-    *("ProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
+    *("GramKernel", "ModalityGramBackwardKernel"),
+    *("CausalGramProjectionKernel", "RowGradientKernel", "LaterKernel", "KeyGradientKernel"),
     *("LatentKernel", "ViewsKernel", "IndicatorKernel"),
     *("MoveKernel", "QueryGradientKernel", "WeightGradientKernel"),
 )
@@ -49,7 +51,8 @@ LARGEST_SHARED = 99 << 10  # of a block on compute capability 8.6 and 8.9; other
 SHARED_PROGRAM = """
 #include <stdio.h>
 %(includes)s
-using namespace moda_ext::cuda;
+using namespace moda_ext;
+using namespace cuda;
 template <class Params>
 auto set_modalities(Params& params, int modalities) -> decltype(void(params.args.num_modalities = modalities)) {
   params.args.num_modalities = modalities;
@@ -106,7 +109,7 @@ def readable(symbols: list[str]) -> dict[str, str]:
     """KeyKernel<BFloat16, 128> for a mangled entry point."""
     short = {}
     for symbol, name in zip(symbols, run("c++filt", input="\n".join(symbols)).splitlines(), strict=True):
-        match = re.search(r"kernel<(.+?) ?>\(", name.replace("moda_ext::cuda::", ""))
+        match = re.search(r"kernel<(.+?) ?>\(", re.sub("moda_ext::(cuda::)?", "", name))
         short[symbol] = match[1] if match else name
     return short
 
@@ -175,12 +178,12 @@ def main() -> None:
     if tool("nvcc") is None:
         raise SystemExit("cuda_report.py: nvcc not found. Fix: set CUDA_HOME to a CUDA toolkit.")
     disassembler = tool("cuobjdump")
-    sources = json.loads((ROOT / "csrc/sources.json").read_text())["cuda"]
+    units = write_cuda_units(ROOT, json.loads((ROOT / "csrc/sources.json").read_text())["cuda_units"])
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for source in (s for s in sources if s.endswith(".cu") and arguments.only in s):
+        for source in (unit for unit in units if arguments.only in unit):
             for arch in arguments.arch:
                 for row in compile_and_count(source, arch, Path(folder), disassembler):
                     rows.append(row)

@@ -1,5 +1,5 @@
-// A key tile and what a row sees of it. No STL here: the kernels of every instruction set tier include this file, and
-// the function has internal linkage, so that no tier's code stands in for another's.
+// A key tile and what a row sees of it. No STL here: the kernels of every instruction set include this file, and
+// the function has internal linkage, so that no instruction set's code stands in for another's.
 #pragma once
 
 #include <stdint.h>

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +16,7 @@ namespace {
 // Whether the processor has tile registers with bfloat16 products and the kernel lets this process use them: their 8 KB
 // of state must be asked for (Linux, "Using XSTATE features in user space applications").
 bool has_tiles() {
-#if defined(MODA_EXT_AMX_TIER)
+#if defined(MODA_EXT_AMX_ISA)
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
@@ -30,7 +30,7 @@ bool has_tiles() {
 
 Isa detect() {
   Isa best = Isa::baseline;
-#if defined(MODA_EXT_X86_TIERS)
+#if defined(MODA_EXT_X86_ISAS)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     best = Isa::avx2;

@@ -1,4 +1,4 @@
-// Which instruction set tier of the kernels runs on this machine.
+// Which instruction set of the kernels runs on this machine.
 #pragma once
 
 namespace moda_ext {
@@ -6,20 +6,21 @@ namespace cpu {
 
 enum class Isa { baseline, avx2, avx512, amx };
 
-// The best tier that was compiled, that this processor and its operating system offer, and that ATEN_CPU_CAPABILITY
-// (default, avx2 or avx512, PyTorch's own variable; unset allows all) permits. Decided once.
+// The best instruction set that was compiled, that this processor and its operating system offer, and that
+// ATEN_CPU_CAPABILITY (default, avx2 or avx512, PyTorch's own variable; unset allows all) permits. Decided once.
 Isa active_isa();
 
 const char* isa_name(Isa isa);
 
-// The function name_<tier> of the best vector tier in use; AMX is an AVX-512 machine to kernels without tiles.
-#if defined(MODA_EXT_X86_TIERS)
-#define MODA_EXT_VECTOR_TIER(name)                                               \
+// The function name_<isa> of the best vector instruction set in use; AMX is an AVX-512 machine to kernels without
+// tiles.
+#if defined(MODA_EXT_X86_ISAS)
+#define MODA_EXT_VECTOR_ISA(name)                                                \
   (::moda_ext::cpu::active_isa() >= ::moda_ext::cpu::Isa::avx512 ? name##_avx512 \
    : ::moda_ext::cpu::active_isa() == ::moda_ext::cpu::Isa::avx2 ? name##_avx2   \
                                                                  : name##_baseline)
 #else
-#define MODA_EXT_VECTOR_TIER(name) name##_baseline
+#define MODA_EXT_VECTOR_ISA(name) name##_baseline
 #endif
 
 }  // namespace cpu

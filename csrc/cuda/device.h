@@ -1,4 +1,4 @@
-// What the CUDA adapters ask of the device.
+// What the CUDA launches ask of the device.
 #pragma once
 
 #include <cuda_runtime_api.h>

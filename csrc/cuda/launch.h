@@ -1,64 +1,43 @@
-// Launches a kernel: a class with
-//   struct Params                                    passed by value
-//   static constexpr int kThreads                    of a block
-//   static int64_t blocks(const Params&)             grid size, one-dimensional; 0 launches nothing
-//   static size_t shared_bytes(const Params&)        dynamic shared memory of a block
-//   static MODA_EXT_DEVICE void run(const Params&, char* shared)
-// The grid comes from the same host functions on a device and in emulation.
+// What the CUDA launches share: what kernels ask of tensors, and which kernels serve a head size.
 #pragma once
 
-#include <stddef.h>
-#include <stdint.h>
+#include <torch/csrc/stable/ops.h>
 
-#include <stdexcept>
-#include <string>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
 
-#include "cuda/ptx.h"
+#include "cuda/device.h"
+#include "cuda/modular_attention_kernels.h"
+#include "ops/checks.h"
 
 namespace moda_ext {
 namespace cuda {
 
-inline void check_grid(int64_t blocks) {
-  if (blocks > INT32_MAX) throw std::runtime_error("moda_ext: a grid of " + std::to_string(blocks) + " blocks");
+inline void check_dtype(const ArgumentCheck& check, const char* argument, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  check.require(dtype != ScalarType::Double, argument, "float32, bfloat16 or float16 on CUDA", dtype);
 }
 
-#if defined(MODA_EXT_CUDA_EMULATION)
-
-template <class Kernel>
-void launch(const typename Kernel::Params& params, void*) {
-  check_grid(Kernel::blocks(params));
-  emulation::run_grid(Kernel::blocks(params), Kernel::kThreads, Kernel::shared_bytes(params),
-                      [&](char* shared) { Kernel::run(params, shared); });
+// Kernels move 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied.
+inline Tensor with_aligned_rows(const Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d)
+    aligned &= tensor.size(d) <= 1 || tensor.stride(d) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
+  return aligned ? tensor : torch::stable::clone(tensor);
 }
 
-#else
-
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) kernel(const __grid_constant__ typename Kernel::Params params) {
-  extern __shared__ __align__(16) char shared[];
-  Kernel::run(params, shared);
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-template <class Kernel>
-void launch(const typename Kernel::Params& params, void* stream) {
-  const int64_t blocks = Kernel::blocks(params);
-  if (blocks == 0) return;
-  check_grid(blocks);
-  constexpr size_t kWithoutAsking = 48 << 10;
-  const size_t bytes = Kernel::shared_bytes(params);
-  cudaError_t error = cudaSuccess;
-  if (bytes > kWithoutAsking)
-    error = cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess) {
-    kernel<Kernel>
-        <<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("moda_ext: kernel launch failed: ") + cudaGetErrorString(error));
+// Calls use(Kernels<size>{}) for the smallest of kHeadSizes that holds head_dim.
+template <template <int> class Kernels, size_t index = 0, class Use>
+void with_kernels(int64_t head_dim, const Use& use) {
+  if constexpr (index + 1 < std::size(kHeadSizes))
+    if (head_dim > kHeadSizes[index]) return with_kernels<Kernels, index + 1>(head_dim, use);
+  use(Kernels<kHeadSizes[index]>{});
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace moda_ext

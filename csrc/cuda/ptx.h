@@ -12,16 +12,10 @@
 
 #include <stdint.h>
 
+#include "core/storage.h"
+
 namespace moda_ext {
 namespace cuda {
-
-// Storage types as bits: conversions are instructions, so no CUDA header is needed on either side.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 struct alignas(16) Word4 {
   uint32_t word[4];

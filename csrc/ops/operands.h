@@ -1,4 +1,4 @@
-// Tensors as the operands of kernels (core/operand.h), for the adapters of every device.
+// Tensors as the operands of kernels (core/operand.h), for the launches of every device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,8 +6,17 @@
 #include <optional>
 
 #include "core/operand.h"
+#include "core/storage.h"
 
 namespace moda_ext {
+
+inline Storage storage_of(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == ScalarType::Double     ? Storage::kFloat64
+         : dtype == ScalarType::BFloat16 ? Storage::kBFloat16
+         : dtype == ScalarType::Half     ? Storage::kFloat16
+                                         : Storage::kFloat32;
+}
 
 enum class Last { kNone, kPresent };  // does the operand have a dimension after (batch, heads, tokens)?
 

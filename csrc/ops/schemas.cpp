@@ -5,64 +5,60 @@
 STABLE_TORCH_LIBRARY(moda_ext, m) {
   // lse_residual is what rounding took from lse; only the backward pass wants it.
   m.def(
-      "modular_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? "
-      "sink, "
-      "int num_modalities, bool is_causal, float scale) -> (Tensor out, Tensor lse, Tensor mass, Tensor lse_residual)");
+      "modular_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor? modality_bias, "
+      "Tensor? sink, int num_modalities, bool is_causal, float scale) "
+      "-> (Tensor out, Tensor lse, Tensor mass, Tensor lse_residual)");
   m.def(
       "modular_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, "
-      "Tensor value, "
-      "Tensor key_modality, Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, Tensor "
-      "lse_residual, int "
-      "num_modalities, "
-      "bool is_causal, float scale, bool need_query, bool need_key, bool need_value, bool need_modality_bias, bool need_sink) "
-      "-> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
+      "Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, "
+      "Tensor lse_residual, int num_modalities, bool is_causal, float scale, bool need_query, bool need_key, "
+      "bool need_value, bool need_modality_bias, bool need_sink) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
   m.def(
       "modular_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, "
-      "Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? sink, int max_seqlen_q, int max_seqlen_k, int "
-      "num_modalities, "
-      "bool is_causal, float scale) -> (Tensor out, Tensor lse, Tensor mass, Tensor lse_residual)");
+      "Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? sink, int max_seqlen_q, int max_seqlen_k, "
+      "int num_modalities, bool is_causal, float scale) "
+      "-> (Tensor out, Tensor lse, Tensor mass, Tensor lse_residual)");
   m.def(
-      "modular_attention_varlen_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor "
-      "key, "
-      "Tensor value, Tensor key_modality, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? modality_bias, Tensor? "
-      "sink, Tensor out, "
-      "Tensor lse, Tensor mass, Tensor lse_residual, int max_seqlen_q, int max_seqlen_k, int num_modalities, bool "
-      "is_causal, float scale, "
-      "bool need_query, bool need_key, bool need_value, bool need_modality_bias, bool need_sink) -> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
+      "modular_attention_varlen_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, "
+      "Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, Tensor lse_residual, "
+      "int max_seqlen_q, int max_seqlen_k, int num_modalities, bool is_causal, float scale, bool need_query, "
+      "bool need_key, bool need_value, bool need_modality_bias, bool need_sink) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
   m.def("modality_gram(Tensor key, Tensor modality, int num_modalities, bool unit_keys, float eps) -> (Tensor gram)");
   m.def(
-      "modality_gram_backward(Tensor grad_gram, Tensor key, Tensor modality, int num_modalities, bool unit_keys, float "
-      "eps) -> (Tensor grad_key)");
+      "modality_gram_backward(Tensor grad_gram, Tensor key, Tensor modality, int num_modalities, bool unit_keys, "
+      "float eps) "
+      "-> (Tensor grad_key)");
   m.def(
-      "causal_gram_projection(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor? initial, int "
-      "num_modalities, bool unit_keys, float eps) -> (Tensor projection, Tensor gram)");
+      "causal_gram_projection(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor? initial, "
+      "int num_modalities, bool unit_keys, float eps) "
+      "-> (Tensor projection, Tensor gram)");
   m.def(
-      "causal_gram_projection_backward(Tensor grad_projection, Tensor? grad_gram, Tensor query, Tensor key, Tensor "
-      "key_modality, Tensor row_scale, Tensor? initial, int num_modalities, bool unit_keys, float eps) -> (Tensor "
-      "grad_query, Tensor grad_key, Tensor grad_row_scale, Tensor grad_initial)");
+      "causal_gram_projection_backward(Tensor grad_projection, Tensor? grad_gram, Tensor query, Tensor key, "
+      "Tensor key_modality, Tensor row_scale, Tensor? initial, int num_modalities, bool unit_keys, float eps) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_row_scale, Tensor grad_initial)");
   m.def(
       "duplex_query_views(Tensor query, Tensor key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, "
-      "Tensor "
-      "a2, Tensor b2, Tensor? initial, int num_modalities, bool unit_keys, float eps, bool with_indicator, bool "
-      "with_gram) -> (Tensor views, Tensor indicator, Tensor gram)");
+      "Tensor a2, Tensor b2, Tensor? initial, int num_modalities, bool unit_keys, float eps, bool with_indicator, "
+      "bool with_gram) "
+      "-> (Tensor views, Tensor indicator, Tensor gram)");
   m.def(
-      "duplex_query_views_backward(Tensor grad_views, Tensor? grad_indicator, Tensor? grad_gram, Tensor query, Tensor "
-      "key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor "
-      "indicator, int num_modalities, bool unit_keys, float eps) -> (Tensor grad_query, Tensor grad_key, Tensor "
-      "grad_row_scale, Tensor grad_a1, Tensor grad_b1, Tensor grad_a2, Tensor grad_b2, Tensor grad_initial)");
+      "duplex_query_views_backward(Tensor grad_views, Tensor? grad_indicator, Tensor? grad_gram, Tensor query, "
+      "Tensor key, Tensor key_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
+      "Tensor? initial, Tensor indicator, int num_modalities, bool unit_keys, float eps) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_row_scale, Tensor grad_a1, Tensor grad_b1, Tensor grad_a2, "
+      "Tensor grad_b2, Tensor grad_initial)");
   m.def(
-      "duplex_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor new_key, Tensor "
-      "new_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, Tensor? "
-      "modality_bias, Tensor? condition, Tensor? sink, int num_modalities, bool unit_keys, float eps, float scale) -> "
-      "(Tensor out, Tensor lse, Tensor mass)");
+      "duplex_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor new_key, "
+      "Tensor new_modality, Tensor row_scale, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? initial, "
+      "Tensor? modality_bias, Tensor? condition, Tensor? sink, int num_modalities, bool unit_keys, float eps, "
+      "float scale) "
+      "-> (Tensor out, Tensor lse, Tensor mass)");
   // normalization: 0 by the trace, 1 by the Frobenius norm, 2 by rows.
   m.def(
       "duplex_aligned_keys(Tensor key, Tensor modality, Tensor? include, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
-      "int num_modalities, bool unit_keys, float eps, int normalization) -> Tensor");
-  m.def("pseudo_score_sink(Tensor decay, Tensor base, int num_rows, int? length, int start) -> Tensor");
-  m.def(
-      "pseudo_score_sink_backward(Tensor grad, Tensor decay, Tensor base, int num_rows, int? length, int start) -> "
-      "(Tensor grad_decay, Tensor grad_base)");
+      "int num_modalities, bool unit_keys, float eps, int normalization) "
+      "-> Tensor");
 }

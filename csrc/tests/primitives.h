@@ -1,5 +1,5 @@
-// The building blocks of the CPU kernels, exposed for unit tests: one table for each instruction set tier and compute
-// type, compiled with the tier's flags (primitives_<tier>.cpp) and called through pointers, so that test code itself
+// The building blocks of the CPU kernels, exposed for unit tests: one table for each instruction set and compute
+// type, compiled with its flags (primitives_<isa>.cpp) and called through pointers, so that test code itself
 // stays portable.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Primitives {
   void (*exp2)(const T* x, T* y, int count);  // count: multiple of lanes
   T (*sum)(const T* x);                       // of one vector
   T (*largest)(const T* x);
-  T (*row_maximum)(const T* x, int count);
+  T (*row_max)(const T* x, int count);
   T (*exponentiate_row)(T* x, int count, T shift);
   void (*transpose)(T* square);  // lanes x lanes, in place
 };
@@ -33,7 +33,7 @@ struct Conversions {
   void (*to_float16)(const float* from, uint16_t* to, int count);
 };
 
-// Products of the AMX tier (cpu/kernels/tiles.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are
+// Products with AMX (cpu/kernels/amx.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are
 // row-major with leading dimension `stride`.
 struct TileProducts {
   static constexpr int kDepth = 96;
@@ -45,10 +45,10 @@ struct TileProducts {
 };
 const TileProducts& tile_products();
 
-#define MODA_EXT_DECLARE_PRIMITIVES(tier)          \
-  const Primitives<float>& primitives32_##tier();  \
-  const Primitives<double>& primitives64_##tier(); \
-  const Conversions& conversions_##tier();
+#define MODA_EXT_DECLARE_PRIMITIVES(isa)          \
+  const Primitives<float>& primitives32_##isa();  \
+  const Primitives<double>& primitives64_##isa(); \
+  const Conversions& conversions_##isa();
 
 MODA_EXT_DECLARE_PRIMITIVES(baseline)
 MODA_EXT_DECLARE_PRIMITIVES(avx2)

@@ -1,5 +1,5 @@
-// The tile products of tiles.h for unit tests. The vector code of this tier is that of AVX-512, tested there.
-#include "cpu/kernels/tiles.h"
+// The tile products of amx.h for unit tests. The vector code of these kernels is that of AVX-512, tested there.
+#include "cpu/kernels/amx.h"
 #include "primitives.h"
 
 namespace moda_ext {
@@ -14,7 +14,7 @@ void multiply_by_columns(const float* a, const float* b, float* c) {
   constexpr int64_t step = int64_t{kSteps} * parts * kTileWords;
   make_row_tiles<parts, false>(a, 2, kSteps, a_tiles);
   make_row_tiles<parts, true>(b, 2, kSteps, b_tiles);
-  const TileUnit unit;
+  const AmxTileConfig unit;
   multiply_tiles<parts, parts>(2, 2, kSteps, a_tiles, step, b_tiles, step, c, kScratchColumns);
 }
 
@@ -26,7 +26,7 @@ void multiply_by_rows(const float* a, const float* b, int row_tiles, int column_
     make_pair_tiles<parts, true>(a + k * kTileDepth * kScratchColumns, 2, a_tiles + k * parts * kTileWords, step);
     make_pair_tiles<parts, false>(b + k * kTileDepth * kScratchColumns, 2, b_tiles + k * parts * kTileWords, step);
   }
-  const TileUnit unit;
+  const AmxTileConfig unit;
   multiply_tiles<parts, parts>(row_tiles, column_tiles, kSteps, a_tiles, step, b_tiles, step, c, kScratchColumns);
 }
 

@@ -1,3 +1,3 @@
-#include "primitives_tier.h"
+#include "primitives_isa.h"
 
 MODA_EXT_DEFINE_PRIMITIVES(baseline)

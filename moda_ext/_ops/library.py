@@ -1,7 +1,7 @@
 """Loads the native library, or says exactly why not.
 
 native_loaded is True when the operators of torch.ops.moda_ext are registered; False means that moda_ext.reference does
-the work. build_info is what the native build says of itself (csrc/bindings.cpp), None without one.
+the work. build_info is what the native build says of itself (csrc/build_info.cpp), None without one.
 
 The CUDA operators are a library of their own, loaded beside a torch with CUDA. Their kernels have not run on every kind
 of GPU: cuda_mode says who computes on CUDA tensors, "native" for the kernels or "reference" for moda_ext.reference, and
@@ -11,10 +11,11 @@ Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, 
 MODA_EXT_CUDA=native|reference sets cuda_mode.
 """
 
-import importlib
-import importlib.util
+import ctypes
+import json
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,22 @@ def torch_mismatch(found: str, built_for: str) -> str | None:
     )
 
 
+def _library_file(name: str) -> str | None:
+    """A library of the native build; not what Python would import, which may be a file of an older build."""
+    path = Path(__file__).resolve().parents[1] / f"{name}.abi3.so"
+    return str(path) if path.exists() else None
+
+
+def _read_build_info(path: str) -> dict:
+    """What a build is, from a library that links neither torch nor Python: it loads under any of both."""
+    try:
+        describe = ctypes.CDLL(path).moda_ext_build_info
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"moda_ext: cannot load {path}: {error}. Fix: install moda_ext again.") from error
+    describe.restype = ctypes.c_char_p
+    return json.loads(describe())
+
+
 def _load() -> None:
     """Sets the module variables above. ImportError names the cause if a native build is there but cannot be used."""
     global native_loaded, build_info, library_path, fallback_reason
@@ -53,11 +70,10 @@ def _load() -> None:
         fallback_reason = "MODA_EXT_DISABLE_NATIVE is set"
         return
 
-    operators = importlib.util.find_spec("moda_ext._operators")
-    bindings = importlib.util.find_spec("moda_ext._C")
-    if operators is None and bindings is None:
+    operators, described = _library_file("_operators"), _library_file("_build_info")
+    if operators is None and described is None:
         message = (
-            "moda_ext: the native library is not built for this Python. "
+            "moda_ext: the native library is not built. "
             "Fix: run `python -m pip install .` in a checkout of moda_ext (needs a C++17 compiler)."
         )
         if required:
@@ -65,11 +81,11 @@ def _load() -> None:
         fallback_reason = "the native library is not built"
         warnings.warn(f"{message} Until then the slow PyTorch reference is used.", RuntimeWarning, stacklevel=2)
         return
-    if operators is None or bindings is None:
-        missing = "moda_ext._operators" if operators is None else "moda_ext._C"
+    if operators is None or described is None:
+        missing = "moda_ext._operators" if operators is None else "moda_ext._build_info"
         raise ImportError(f"moda_ext: the native build lacks {missing}. Fix: install moda_ext again.")
 
-    info = importlib.import_module("moda_ext._C").build_info()
+    info = _read_build_info(described)
     if info["version"] != __version__:
         raise ImportError(
             f"moda_ext: the native library is of version {info['version']}, the Python files are of version "
@@ -79,13 +95,13 @@ def _load() -> None:
     if mismatch:
         raise ImportError(mismatch)
     try:
-        torch.ops.load_library(operators.origin)
+        torch.ops.load_library(operators)
     except OSError as error:
         raise ImportError(
-            f"moda_ext: cannot load {operators.origin}, built for torch {info['torch']}, with torch "
+            f"moda_ext: cannot load {operators}, built for torch {info['torch']}, with torch "
             f"{torch.__version__}: {error.__cause__ or error}. Fix: install moda_ext again with this torch installed."
         ) from error
-    native_loaded, build_info, library_path = True, info, operators.origin
+    native_loaded, build_info, library_path = True, info, operators
 
     _load_cuda()
 
@@ -96,8 +112,8 @@ def _load_cuda() -> None:
     mode = os.environ.get("MODA_EXT_CUDA")
     if mode is not None and mode not in CUDA_MODES:
         raise ImportError(f"moda_ext: MODA_EXT_CUDA: expected one of {', '.join(CUDA_MODES)}, got {mode!r}")
-    spec = importlib.util.find_spec("moda_ext._operators_cuda")
-    if spec is None or torch.version.cuda is None or not build_info["cuda"]:
+    operators = _library_file("_operators_cuda")
+    if operators is None or torch.version.cuda is None or not build_info["cuda"]:
         return
     if torch.version.cuda.split(".")[0] != build_info["cuda"].split(".")[0]:
         warnings.warn(
@@ -108,10 +124,10 @@ def _load_cuda() -> None:
         )
         return
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(operators)
     except OSError as error:
         raise ImportError(
-            f"moda_ext: cannot load {spec.origin}, built for CUDA {build_info['cuda']}: {error.__cause__ or error}. "
+            f"moda_ext: cannot load {operators}, built for CUDA {build_info['cuda']}: {error.__cause__ or error}. "
             "Fix: install moda_ext again with this torch installed."
         ) from error
     cuda_loaded = True

@@ -1,7 +1,10 @@
 """Loading the native library: what is checked at import, the fallback, and what moda_ext.info() says."""
 
+import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +62,8 @@ def source_tree(tmp_path) -> Path:
     checkout = PACKAGE.parent
     if not (checkout / "setup.py").exists():
         pytest.skip("the package is not in a checkout")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sources.json", "moda_ext/_version.py"):
+    read = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sources.json", "tools/cuda_units.py")
+    for name in (*read, "moda_ext/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(checkout / name, tmp_path / name)
     return tmp_path
@@ -150,8 +154,7 @@ def test_required_native_library_is_an_error_when_missing(copy_without_native):
 
 
 def test_broken_native_library_is_an_error_not_a_fallback(native, copy_without_native):
-    bindings = next(PACKAGE.glob("_C.*"))
-    shutil.copy(bindings, copy_without_native / "moda_ext")
+    shutil.copy(PACKAGE / "_build_info.abi3.so", copy_without_native / "moda_ext")
     result = run_python("-c", ONLY_THE_COPY + "import moda_ext", path=copy_without_native)
     assert "ImportError: moda_ext: the native build lacks moda_ext._operators" in result.stderr
 
@@ -159,6 +162,39 @@ def test_broken_native_library_is_an_error_not_a_fallback(native, copy_without_n
     broken.write_bytes(b"not a library")
     result = run_python("-c", ONLY_THE_COPY + "import moda_ext", path=copy_without_native)
     assert f"ImportError: moda_ext: cannot load {broken}" in result.stderr
+
+
+def test_libraries_of_an_older_build_are_not_picked_up(copy_without_native):
+    for name in ("_operators", "_C"):
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            if suffix != ".abi3.so":
+                (copy_without_native / "moda_ext" / f"{name}{suffix}").write_bytes(b"not a library")
+    code = ONLY_THE_COPY + "import moda_ext; print(moda_ext.info()['native'])"
+    result = run_python("-W", "ignore", "-c", code, path=copy_without_native)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_one_wheel_serves_every_python(native):
+    """No library names a symbol of Python, and the wheel says so in its tag."""
+    libraries = sorted(PACKAGE.glob("_*.so"))
+    assert {path.name for path in libraries} >= {"_build_info.abi3.so", "_operators.abi3.so"}
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    for path in libraries:
+        assert path.name.endswith(".abi3.so")
+        symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
+        names = [line.split()[-1] for line in symbols.splitlines()]
+        assert names and [name for name in names if re.match("_?Py[A-Z_]", name)] == []
+
+
+def test_the_installed_wheel_is_tagged_abi3(native):
+    found = [each.read_text("WHEEL") for each in importlib.metadata.distributions(name="moda_ext")]
+    wheels = [text for text in found if text is not None]  # None: what setuptools leaves in a checkout
+    if not wheels:
+        pytest.skip("the package is built in place, not installed")
+    for text in wheels:
+        tags = re.findall("^Tag: (.+)$", text, re.MULTILINE)
+        assert tags and all(tag.startswith("cp310-abi3-") for tag in tags)
 
 
 def test_native_library_can_be_ignored():

@@ -16,7 +16,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
@@ -120,6 +120,6 @@ MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const T* a
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

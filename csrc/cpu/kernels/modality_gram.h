@@ -1,15 +1,16 @@
-// Raw Gram matrices of every modality, G^m = sum_{a_j = m} phi_j^T phi_j, and their backward, dphi_j = phi_j (dG +
-// dG^T).
+// Raw Gram matrices of every modality, and their backward pass:
 //
-// One pass over the keys: a chunk of keys is normalised into scratch, grouped by modality, and multiplied
-// with itself, upper panels only. The sums stay in L2 (D^2 numbers for each modality); a key is read once.
+//   G^m = sum_{a_j = m} phi_j^T phi_j        dphi_j = phi_j (dG + dG^T)
+//
+// One pass over the keys: a chunk of keys is normalised into scratch, grouped by modality, and multiplied with itself,
+// upper panels only. The sums stay in L2 (D^2 numbers for each modality); a key is read once.
 #pragma once
 
-#include "gram_chunk.h"
+#include "gram_family_chunk.h"
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 struct ModalityGramScratch {
@@ -83,6 +84,6 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, int64_t batch,
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

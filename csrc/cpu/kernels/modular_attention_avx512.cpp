@@ -1,7 +1,9 @@
-#include "modular_attention_tier.h"
+#include "modular_attention_isa.h"
 
 namespace moda_ext {
 namespace cpu {
-const AttentionKernels& attention_kernels_avx512(Storage storage) { return avx512::kernels_for(storage); }
+const ModularAttentionKernels& modular_attention_kernels_avx512(Storage storage) {
+  return avx512::modular_attention_kernels_for(storage);
+}
 }  // namespace cpu
 }  // namespace moda_ext

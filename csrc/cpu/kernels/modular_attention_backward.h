@@ -16,7 +16,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 constexpr int kBackwardTileKeys = 128;  // 5 blocks of 128 x D and 4 of 96 x D floats stay in 1 MB of L2 at D = 128
 
@@ -34,12 +34,12 @@ struct BackwardScratch {
 
 // The query gradient can be accumulated in the output itself if that has the compute type and rows of whole vectors.
 template <class Storage, class T>
-bool accumulates_in_place(const BackwardArgs& args) {
+bool accumulates_in_place(const ModularAttentionBackwardArgs& args) {
   return sizeof(Storage) == sizeof(T) && args.head_dim % kLanes<T> == 0;
 }
 
 template <class Storage, class T>
-int64_t backward_scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+int64_t backward_scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
   const int64_t width = round_up_to_panel<T>(args.head_dim);
   int64_t elements = kBackwardTileKeys * 3 * width;
   if (args.grad_query.data != nullptr && !accumulates_in_place<Storage, T>(args))
@@ -60,16 +60,16 @@ struct BlockView {
 // number - L of a row, for its sink and its biases: of ordinary size wherever the number has a part in the row, however
 // large both are, since lse is taken off first and then what rounding took from lse.
 template <class T>
-MODA_EXT_INLINE double natural_exponent(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
-                                        T number) {
-  const T lse = *row_of<T>(args.saved_lse, sequence, head, sequence.first_query, row);
-  const T residual = *row_of<T>(args.saved_lse_residual, sequence, head, sequence.first_query, row);
+MODA_EXT_INLINE double natural_exponent(const ModularAttentionBackwardArgs& args, const Sequence& sequence,
+                                        int64_t head, int64_t row, T number) {
+  const T lse = *row_of<T>(args.saved_lse, sequence.batch, head, sequence.first_query + row);
+  const T residual = *row_of<T>(args.saved_lse_residual, sequence.batch, head, sequence.first_query + row);
   return (static_cast<double>(number) - static_cast<double>(lse)) - static_cast<double>(residual);
 }
 
 template <class T>
-void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row, const T* out,
-                 const T* grad_out) {
+void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
+                 const T* out, const T* grad_out) {
   T delta = 0;
   {
     constexpr int L = kLanes<T>;
@@ -80,23 +80,25 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
     for (; d < args.head_dim; ++d) delta += out[d] * grad_out[d];
   }
   if (args.grad_mass.data != nullptr) {
-    const T* grad_mass = row_of<T>(args.grad_mass, sequence, head, sequence.first_query, row);
-    const T* mass = row_of<T>(args.saved_mass, sequence, head, sequence.first_query, row);
+    const T* grad_mass = row_of<T>(args.grad_mass, sequence.batch, head, sequence.first_query + row);
+    const T* mass = row_of<T>(args.saved_mass, sequence.batch, head, sequence.first_query + row);
     for (int m = 0; m < args.num_modalities; ++m)
       delta += grad_mass[m * args.grad_mass.last] * mass[m * args.saved_mass.last];
   }
-  if (args.grad_lse.data != nullptr) delta -= *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
-  *row_of<T>(args.delta, sequence, head, sequence.first_query, row) = delta;
+  if (args.grad_lse.data != nullptr)
+    delta -= *row_of<T>(args.grad_lse, sequence.batch, head, sequence.first_query + row);
+  *row_of<T>(args.delta, sequence.batch, head, sequence.first_query + row) = delta;
   if (args.grad_bias.data != nullptr) {
-    memset(row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row), 0, sizeof(T) * args.num_modalities);
-    memset(row_of<T>(args.probability_sums, sequence, head, sequence.first_query, row), 0,
+    memset(row_of<T>(args.grad_bias, sequence.batch, head, sequence.first_query + row), 0,
+           sizeof(T) * args.num_modalities);
+    memset(row_of<T>(args.probability_sums, sequence.batch, head, sequence.first_query + row), 0,
            sizeof(T) * args.num_modalities);
   }
   if (args.grad_sink.data != nullptr) {
-    const T sink = *row_of<T>(args.sink, sequence, head, sequence.first_query, row);
+    const T sink = *row_of<T>(args.sink, sequence.batch, head, sequence.first_query + row);
     // Above 0 only where scores are so large that their rounding decides about the sink.
     const double exponent = natural_exponent(args, sequence, head, row, sink);
-    *row_of<T>(args.grad_sink, sequence, head, sequence.first_query, row) =
+    *row_of<T>(args.grad_sink, sequence.batch, head, sequence.first_query + row) =
         sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(exponent > 0 ? 0 : exponent)) * delta;
   }
 }
@@ -109,10 +111,11 @@ void prepare_row(const BackwardArgs& args, const Sequence& sequence, int64_t hea
 //   D = k sum_m (db_m + Q_m D_i) - dL
 //   db_m <- k (db_m + Q_m (D_i - D))
 template <class T>
-void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row) {
-  T* grad = row_of<T>(args.grad_bias, sequence, head, sequence.first_query, row);
-  const T* sums = row_of<T>(args.probability_sums, sequence, head, sequence.first_query, row);
-  const T* mass = row_of<T>(args.saved_mass, sequence, head, sequence.first_query, row);
+void finish_bias_gradient(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head,
+                          int64_t row) {
+  T* grad = row_of<T>(args.grad_bias, sequence.batch, head, sequence.first_query + row);
+  const T* sums = row_of<T>(args.probability_sums, sequence.batch, head, sequence.first_query + row);
+  const T* mass = row_of<T>(args.saved_mass, sequence.batch, head, sequence.first_query + row);
   T seen = 0, expected = 0, grads = 0;
   for (int m = 0; m < args.num_modalities; ++m) {
     seen += sums[m];
@@ -120,17 +123,20 @@ void finish_bias_gradient(const BackwardArgs& args, const Sequence& sequence, in
     expected += mass[m * args.saved_mass.last];
   }
   if (seen == T(0)) return;
-  if (args.sink.data == nullptr || *row_of<T>(args.sink, sequence, head, sequence.first_query, row) == T(-INFINITY))
+  if (args.sink.data == nullptr ||
+      *row_of<T>(args.sink, sequence.batch, head, sequence.first_query + row) == T(-INFINITY))
     expected = 1;
   const T ratio = expected / seen, correction = ratio > T(0.5) && ratio < T(2) ? ratio : T(1);
   T difference =
-      *row_of<T>(args.delta, sequence, head, sequence.first_query, row) * (1 - expected) - correction * grads;
-  if (args.grad_lse.data != nullptr) difference += *row_of<T>(args.grad_lse, sequence, head, sequence.first_query, row);
+      *row_of<T>(args.delta, sequence.batch, head, sequence.first_query + row) * (1 - expected) - correction * grads;
+  if (args.grad_lse.data != nullptr)
+    difference += *row_of<T>(args.grad_lse, sequence.batch, head, sequence.first_query + row);
   for (int m = 0; m < args.num_modalities; ++m) grad[m] = (grad[m] + sums[m] * difference) * correction;
 }
 
 template <class T>
-bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile, BlockView<T>& block) {
+bool view_block(const ModularAttentionBackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
+                BlockView<T>& block) {
   block.tile_limit = 0;
   const int64_t offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
   if (visible_keys(sequence.order, tile, args.causal ? block.first_row + block.count - 1 + offset : offset) == 0)
@@ -139,8 +145,9 @@ bool view_block(const BackwardArgs& args, const Sequence& sequence, const KeyTil
     int limit = 0;
     for (int i = first; i < block.count && i < first + kRows; ++i) {
       const int64_t row = block.first_row + i;
-      const bool hidden = args.bias.data != nullptr && row_of<T>(args.bias, sequence, block.head, sequence.first_query,
-                                                                 row)[args.bias.last * tile.modality] == T(-INFINITY);
+      const bool hidden = args.bias.data != nullptr &&
+                          row_of<T>(args.bias, sequence.batch, block.head,
+                                    sequence.first_query + row)[args.bias.last * tile.modality] == T(-INFINITY);
       block.visible[i] = hidden ? 0 : visible_keys(sequence.order, tile, args.causal ? row + offset : offset);
       limit = limit > block.visible[i] ? limit : block.visible[i];
     }
@@ -225,7 +232,7 @@ void accumulate_key_gradient(const BlockView<T>& block, const T* a, const T* b, 
 
 // The five products of one key tile and one row block. query_grad: rows of the query gradient, or null.
 template <class T>
-void differentiate_block(const BackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
+void differentiate_block(const ModularAttentionBackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
                          const BlockView<T>& block, const T* keys_transposed, const T* values_transposed, const T* keys,
                          T* query_grad, int64_t query_grad_stride, BackwardScratch<T>& scratch) {
   constexpr int kStride = kScratchStride<T>;
@@ -251,17 +258,19 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
       const int64_t row = block.first_row + i;
       T bias = 0;
       if (args.bias.data != nullptr)
-        bias = row_of<T>(args.bias, sequence, block.head, sequence.first_query, row)[args.bias.last * tile.modality];
-      T delta = *row_of<T>(args.delta, sequence, block.head, sequence.first_query, row);
+        bias = row_of<T>(args.bias, sequence.batch, block.head,
+                         sequence.first_query + row)[args.bias.last * tile.modality];
+      T delta = *row_of<T>(args.delta, sequence.batch, block.head, sequence.first_query + row);
       if (args.grad_mass.data != nullptr)
-        delta -= row_of<T>(args.grad_mass, sequence, block.head, sequence.first_query,
-                           row)[args.grad_mass.last * tile.modality];
+        delta -= row_of<T>(args.grad_mass, sequence.batch, block.head,
+                           sequence.first_query + row)[args.grad_mass.last * tile.modality];
       const RowExponent<T> exponent(natural_exponent(args, sequence, block.head, row, bias));
       const RowSums<T> sums = score_gradient_row(probability, grad_score, block.visible[i], exponent, delta);
       if (args.grad_bias.data != nullptr) {
-        row_of<T>(args.probability_sums, sequence, block.head, sequence.first_query, row)[tile.modality] +=
+        row_of<T>(args.probability_sums, sequence.batch, block.head, sequence.first_query + row)[tile.modality] +=
             sums.probability;
-        row_of<T>(args.grad_bias, sequence, block.head, sequence.first_query, row)[tile.modality] += sums.grad_score;
+        row_of<T>(args.grad_bias, sequence.batch, block.head, sequence.first_query + row)[tile.modality] +=
+            sums.grad_score;
       }
     }
     zero_from(probability, block.visible[i], block.tile_limit);
@@ -287,8 +296,8 @@ void differentiate_block(const BackwardArgs& args, const Sequence& sequence, con
 }
 
 template <class Storage, class T>
-void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, const KeyTile& tile,
-                         BackwardScratch<T>& scratch) {
+void write_key_gradients(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item,
+                         const KeyTile& tile, BackwardScratch<T>& scratch) {
   // dk = tau sum dS q; the query came in as tau log2(e) q, see RowExponent.
   const Sequence& sequence = *item.sequence;
   T* partial = static_cast<T*>(item.partial);
@@ -303,16 +312,18 @@ void write_key_gradients(const BackwardArgs& args, const BackwardItem& item, con
     }
     const int64_t position = sequence.order[tile.start + j];
     if (args.grad_key.data != nullptr)
-      store_row(key, T(kLn2), row_of<Storage>(args.grad_key, sequence, item.kv_head, sequence.first_key, position),
+      store_row(key, T(kLn2),
+                row_of<Storage>(args.grad_key, sequence.batch, item.kv_head, sequence.first_key + position),
                 args.head_dim);
     if (args.grad_value.data != nullptr)
-      store_row(value, T(1), row_of<Storage>(args.grad_value, sequence, item.kv_head, sequence.first_key, position),
+      store_row(value, T(1),
+                row_of<Storage>(args.grad_value, sequence.batch, item.kv_head, sequence.first_key + position),
                 args.head_dim);
   }
 }
 
 template <class Storage, class T>
-void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) {
+void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory) {
   BackwardScratch<T>& scratch = *static_cast<BackwardScratch<T>*>(memory);
   const Sequence& sequence = *item.sequence;
   const int D = args.head_dim;
@@ -335,7 +346,7 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
   const int64_t grad_stride = in_place ? args.grad_query.row : width;
   const auto query_grad_of = [&](int64_t index, const BlockView<T>& block, int view) {
     if (in_place)
-      return row_of<T>(args.grad_query, sequence, block.head, sequence.first_query, block.first_row) +
+      return row_of<T>(args.grad_query, sequence.batch, block.head, sequence.first_query + block.first_row) +
              args.grad_query.view * view;
     return query_grads + (view * num_blocks + index - item.first_block) * kBlockRows * width;
   };
@@ -345,10 +356,10 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
     locate(index, block);
     for (int i = 0; i < block.count; ++i) {
       const int64_t row = block.first_row + i;
-      load_row(row_of<Storage>(args.saved_out, sequence, block.head, sequence.first_query, row), T(1), scratch.query,
-               D);
-      load_row(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, row), T(1), scratch.grad_out,
-               D);
+      load_row(row_of<Storage>(args.saved_out, sequence.batch, block.head, sequence.first_query + row), T(1),
+               scratch.query, D);
+      load_row(row_of<Storage>(args.grad_out, sequence.batch, block.head, sequence.first_query + row), T(1),
+               scratch.grad_out, D);
       prepare_row(args, sequence, block.head, row, scratch.query, scratch.grad_out);
     }
     for (int view = 0; wants_query && view < args.num_views; ++view) {
@@ -373,18 +384,18 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
         if (wants_query)
           pack_columns<Storage, T>(args.key, sequence, item.kv_head, tile, D, T(args.scale), scratch.rows, keys);
       }
-      load_block(row_of<Storage>(args.query, sequence, block.head, sequence.first_query, block.first_row) +
+      load_block(row_of<Storage>(args.query, sequence.batch, block.head, sequence.first_query + block.first_row) +
                      args.query.view * view,
                  args.query.row, block.count, D, T(args.scale * kLog2e), scratch.query);
-      load_block(row_of<Storage>(args.grad_out, sequence, block.head, sequence.first_query, block.first_row),
+      load_block(row_of<Storage>(args.grad_out, sequence.batch, block.head, sequence.first_query + block.first_row),
                  args.grad_out.row, block.count, D, T(1), scratch.grad_out);
       if (index + 1 < item.last_block) {  // the next block's rows come in from memory while this one is computed
         BlockView<T> next;
         locate(index + 1, next);
-        prefetch_rows(row_of<Storage>(args.query, sequence, next.head, sequence.first_query, next.first_row) +
+        prefetch_rows(row_of<Storage>(args.query, sequence.batch, next.head, sequence.first_query + next.first_row) +
                           args.query.view * view,
                       args.query.row, next.count, D);
-        prefetch_rows(row_of<Storage>(args.grad_out, sequence, next.head, sequence.first_query, next.first_row),
+        prefetch_rows(row_of<Storage>(args.grad_out, sequence.batch, next.head, sequence.first_query + next.first_row),
                       args.grad_out.row, next.count, D);
         if (wants_query) prefetch_rows(query_grad_of(index + 1, next, view), grad_stride, next.count, D);
       }
@@ -404,10 +415,11 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
     for (int view = 0; view < args.num_views; ++view) {
       const T* grads = query_grad_of(index, block, view);
       for (int i = 0; i < block.count; ++i)
-        store_row(grads + i * width, T(1),
-                  row_of<Storage>(args.grad_query, sequence, block.head, sequence.first_query, block.first_row + i) +
-                      args.grad_query.view * view,
-                  D);
+        store_row(
+            grads + i * width, T(1),
+            row_of<Storage>(args.grad_query, sequence.batch, block.head, sequence.first_query + block.first_row + i) +
+                args.grad_query.view * view,
+            D);
     }
   }
 }
@@ -416,20 +428,20 @@ void backward(const BackwardArgs& args, const BackwardItem& item, void* memory) 
 template <class StorageType, class ComputeType>
 struct VectorBackward {
   static constexpr int kTileKeys = kBackwardTileKeys;
-  static constexpr int kBlockRows = MODA_EXT_TIER::kBlockRows;
-  static int64_t packed_bytes(const BackwardArgs&, int64_t) { return 0; }
-  static void pack_tile(const BackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
-  static int64_t scratch_bytes(const BackwardArgs& args, int64_t num_blocks) {
+  static constexpr int kBlockRows = MODA_EXT_ISA::kBlockRows;
+  static int64_t packed_bytes(const ModularAttentionBackwardArgs&, int64_t) { return 0; }
+  static void pack_tile(const ModularAttentionBackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
+  static int64_t scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
     return backward_scratch_bytes<StorageType, ComputeType>(args, num_blocks);
   }
-  static void run(const BackwardArgs& args, const BackwardItem& item, void* scratch) {
+  static void run(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* scratch) {
     backward<StorageType, ComputeType>(args, item, scratch);
   }
 };
 
 template <class Storage, class T>
-void reduce_partials(const BackwardArgs& args, const Sequence& sequence, int64_t kv_head, void* const* partials,
-                     int num_items, int64_t begin, int64_t end) {
+void reduce_partials(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t kv_head,
+                     void* const* partials, int num_items, int64_t begin, int64_t end) {
   T sum[kScratchColumns];
   for (int64_t slot = begin; slot < end; ++slot) {
     for (int part = 0; part < 2; ++part) {
@@ -440,12 +452,12 @@ void reduce_partials(const BackwardArgs& args, const Sequence& sequence, int64_t
         const T* partial = static_cast<const T*>(partials[s]) + (part * sequence.num_slots + slot) * args.head_dim;
         for (int d = 0; d < args.head_dim; ++d) sum[d] += partial[d];
       }
-      store_row(sum, T(1), row_of<Storage>(output, sequence, kv_head, sequence.first_key, sequence.order[slot]),
+      store_row(sum, T(1), row_of<Storage>(output, sequence.batch, kv_head, sequence.first_key + sequence.order[slot]),
                 args.head_dim);
     }
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -1,7 +1,7 @@
 // Forward pass of modular attention on the CPU (MATH.md sections 2 and 3).
 //
-//   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j    L = log(sum_j exp(S) + exp(c))    mass_m
-//   = sum_{a_j = m} p
+//   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j
+//   L = log(sum_j exp(S) + exp(c))        mass_m = sum_{a_j = m} p
 //
 // Tiling: a block of query rows (kBlockRows) meets key tiles of one modality each. Scores of a tile live in a scratch
 // block in L2; the running maximum, the masses and the unnormalised output are rescaled once a tile (online softmax),
@@ -17,7 +17,7 @@
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 // Query rows of a work item. Vector kernels: a multiple of kRows (12 or 6), 8 or 16 register blocks. Tiles: whole
 // strips of 32, and many, because each item streams all packed keys and values past its rows, at D = 128 and N = 2048
@@ -30,15 +30,15 @@ constexpr int kBlockRows = 96;
 
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
+// Running maximum of a row that has seen nothing; finite.
 template <class T>
-constexpr T kLowest =
-    sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);  // running maximum of a row that has seen nothing; finite
+constexpr T kLowest = sizeof(T) == 4 ? T(-3.0e38) : T(-1.0e308);
 
-// State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(maximum).
+// State of a row block. Between tiles: output (unnormalised) and mass are relative to exp2(row_max).
 template <class T>
 struct RowState {
   T output[kBlockRows * kScratchStride<T>];
-  T maximum[kBlockRows];
+  T row_max[kBlockRows];
   T mass[kMaxModalities][kBlockRows];
   T base[kBlockRows];  // row_base; what follows and the maximum are relative to it, in log2 units
   T sink[kBlockRows];  // -inf without one
@@ -46,17 +46,17 @@ struct RowState {
 
 // The state that passes between items split over keys: maximum, masses and output of each row, dense.
 template <class T>
-int64_t partial_bytes(const AttentionArgs& args, int64_t num_rows) {
+int64_t partial_bytes(const ModularAttentionArgs& args, int64_t num_rows) {
   return sizeof(T) * num_rows * (1 + args.num_modalities + args.head_dim);
 }
 
 // The rows of an item, enumerated head by head. Addresses are kept as offsets so that sweeps over rows divide nothing.
 struct ItemRows {
-  const ForwardItem& item;
+  const ModularAttentionForwardItem& item;
   int count;
   int32_t head[kBlockRows], row[kBlockRows];
 
-  explicit ItemRows(const ForwardItem& item) : item(item), count(0) {
+  explicit ItemRows(const ModularAttentionForwardItem& item) : item(item), count(0) {
     for (int64_t h = 0; h < item.num_heads; ++h) {
       for (int64_t r = 0; r < item.num_rows; ++r) {
         head[count] = static_cast<int32_t>(item.first_head + h);
@@ -66,7 +66,7 @@ struct ItemRows {
   }
   template <class Element, class Operand>
   MODA_EXT_INLINE auto at(const Operand& operand, int i) const {
-    return row_of<Element>(operand, *item.sequence, head[i], item.sequence->first_query, row[i]);
+    return row_of<Element>(operand, item.sequence->batch, head[i], item.sequence->first_query + row[i]);
   }
 };
 
@@ -76,7 +76,7 @@ struct ItemRows {
 // large as it.) Differences of close numbers are exact; of distant ones, up to -inf where they overflow, the lower has
 // no weight. All items of a row agree on it, whichever tiles they have.
 template <class T>
-T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
+T row_base(const ModularAttentionArgs& args, const ItemRows& rows, int i, T sink) {
   const Sequence& sequence = *rows.item.sequence;
   const int64_t last = args.causal ? rows.row[i] + sequence.num_keys - sequence.num_queries : sequence.num_keys - 1;
   const T* biases = args.bias.data == nullptr ? nullptr : rows.at<T>(args.bias, i);
@@ -92,35 +92,35 @@ T row_base(const AttentionArgs& args, const ItemRows& rows, int i, T sink) {
 // Bias of a modality relative to the row's base, in log2 units; -inf where its keys have no weight. Above the base is
 // only what the row does not meet, by any distance.
 template <class T>
-MODA_EXT_INLINE T relative_bias(const AttentionArgs& args, const ItemRows& rows, int i, int modality, T base) {
+MODA_EXT_INLINE T relative_bias(const ModularAttentionArgs& args, const ItemRows& rows, int i, int modality, T base) {
   const T bias = args.bias.data == nullptr ? T(0) : rows.at<T>(args.bias, i)[args.bias.last * modality];
   const T relative = (bias - base) * T(kLog2e);
   return relative > T(0) ? T(-INFINITY) : relative;
 }
 
 template <class T>
-void initialise_rows(const AttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
+void initialise_rows(const ModularAttentionArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
     const T sink = args.sink.data == nullptr ? T(-INFINITY) : *rows.at<T>(args.sink, i);
     state.base[i] = row_base(args, rows, i, sink);
     state.sink[i] = (sink - state.base[i]) * T(kLog2e);
-    state.maximum[i] = state.sink[i] > kLowest<T> ? state.sink[i] : kLowest<T>;
+    state.row_max[i] = state.sink[i] > kLowest<T> ? state.sink[i] : kLowest<T>;
   }
   memset(state.mass, 0, sizeof(T) * args.num_modalities * kBlockRows);
 }
 
 template <class Storage, class T>
-void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
+void finish_rows(const ModularAttentionForwardArgs& args, const ItemRows& rows, RowState<T>& state) {
   for (int i = 0; i < rows.count; ++i) {
     T* output = state.output + i * kScratchStride<T>;
     T seen = 0;
     for (int m = 0; m < args.num_modalities; ++m) seen += state.mass[m][i];
-    const T total = seen + exp2_nonpositive(state.sink[i] - state.maximum[i]);
+    const T total = seen + exp2_nonpositive(state.sink[i] - state.row_max[i]);
     const T inverse = total == T(0) ? T(0) : T(1) / total;
     // lse = base + log of the sum, in double. The backward's probabilities inherit its error as a common factor of
     // their row, which beside a large base may be anything: what rounding takes (Knuth's two-sum) goes along.
     const double base = state.base[i];
-    const double log_sum = (static_cast<double>(state.maximum[i]) + log2(static_cast<double>(total))) * kLn2;
+    const double log_sum = (static_cast<double>(state.row_max[i]) + log2(static_cast<double>(total))) * kLn2;
     const T lse = total == T(0) ? T(-INFINITY) : static_cast<T>(base + log_sum);
     const double rest = static_cast<double>(lse) - base;
     const T residual = static_cast<T>((base - (static_cast<double>(lse) - rest)) + (log_sum - rest));
@@ -133,10 +133,10 @@ void finish_rows(const ForwardArgs& args, const ItemRows& rows, RowState<T>& sta
 }
 
 template <class T>
-MODA_EXT_INLINE T row_maximum(const T* scores, int count) {
+MODA_EXT_INLINE T row_max(const T* scores, int count) {
   constexpr int L = kLanes<T>;
-  Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>),
-                       splat(kLowest<T>)};  // four chains hide the latency
+  // Four chains hide the latency.
+  Vector<T> best[4] = {splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>), splat(kLowest<T>)};
   int j = 0;
   for (; j + 4 * L <= count; j += 4 * L) {
 #pragma GCC unroll 4
@@ -193,22 +193,22 @@ class VectorEngine {
     RowState<T> state;
     T scores[kBlockRows * kScratchStride<T>];
     T bias[kBlockRows];       // relative_bias of the tile's modality
-    T best[kBlockRows];       // maximum of the tile's scores, without bias
+    T tile_max[kBlockRows];   // maximum of the tile's scores, without bias
     T shift[kBlockRows];      // bias - running maximum
     T reference[kBlockRows];  // what is taken off the scores first
     T rescale[kBlockRows];    // 2^(old - new running maximum)
     // followed by: one query block for each view, then room for one packed tile
   };
 
-  static int64_t packed_elements(const AttentionArgs& args, int64_t num_panels) {
+  static int64_t packed_elements(const ModularAttentionArgs& args, int64_t num_panels) {
     return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
   }
-  static int64_t scratch_bytes(const AttentionArgs& args) {
+  static int64_t scratch_bytes(const ModularAttentionArgs& args) {
     return sizeof(Scratch) +
            sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> + packed_elements(args, kTileKeys / kPanel<T>));
   }
 
-  static void pack(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
+  static void pack(const ModularAttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
                    T* packed) {
     T rows[kLanes<T> * kScratchColumns];
     pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
@@ -216,7 +216,7 @@ class VectorEngine {
                              packed + packed_value_offset(args, tile));
   }
 
-  VectorEngine(const ForwardArgs& args, void* memory)
+  VectorEngine(const ModularAttentionForwardArgs& args, void* memory)
       : args_(args),
         scratch_(*static_cast<Scratch*>(memory)),
         queries_(reinterpret_cast<T*>(&scratch_ + 1)),
@@ -243,11 +243,11 @@ class VectorEngine {
 
  private:
   // Values of a tile follow its transposed keys.
-  static int64_t packed_value_offset(const AttentionArgs& args, const KeyTile& tile) {
+  static int64_t packed_value_offset(const ModularAttentionArgs& args, const KeyTile& tile) {
     return round_up_to_panel<T>(tile.length) * args.head_dim;
   }
 
-  const ForwardArgs& args_;
+  const ModularAttentionForwardArgs& args_;
   Scratch& scratch_;
   T* queries_;
   T* own_tile_;
@@ -257,7 +257,7 @@ class VectorEngine {
 template <class Storage, class T>
 void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed) {
   constexpr int kStride = kScratchStride<T>;
-  const ForwardArgs& args = args_;
+  const ModularAttentionForwardArgs& args = args_;
   Scratch& scratch = scratch_;
   const T* queries = queries_ + view * kBlockRows * kStride;
   const Sequence& sequence = *rows.item.sequence;
@@ -295,15 +295,15 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   // Softmax in three sweeps, each free of dependencies between neighbours: maxima of rows, running state of all rows in
   // vectors, exponentials of rows.
   for (int i = 0; i < count; ++i)
-    scratch.best[i] = visible[i] > 0 ? row_maximum(scratch.scores + i * kStride, visible[i]) : kLowest<T>;
+    scratch.tile_max[i] = visible[i] > 0 ? row_max(scratch.scores + i * kStride, visible[i]) : kLowest<T>;
   for (int i = 0; i < count; i += kLanes<T>) {
-    const Vector<T> before = load(state.maximum + i), b = load(bias + i);
-    const Vector<T> now = maximum(load(scratch.best + i) + b, before);
+    const Vector<T> before = load(state.row_max + i), b = load(bias + i);
+    const Vector<T> now = maximum(load(scratch.tile_max + i) + b, before);
     const Vector<T> rescale = exp2_nonpositive(before - now);
-    store(state.maximum + i, now);
+    store(state.row_max + i, now);
     // What rounding leaves of the largest score. Where it is large, because they are, scores are taken relative to the
     // largest, and what is left is bounded.
-    const Vector<T> top = load(scratch.best + i), left = top + (b - now);
+    const Vector<T> top = load(scratch.tile_max + i), left = top + (b - now);
     const Bits<T> far = (left > splat(T(kSlack))) | ((now > before) & (left < splat(T(-kSlack))));
     store(scratch.reference + i, choose<T>(far, top, Vector<T>{}));
     store(scratch.shift + i, choose<T>(far, within_slack<T>(left), b - now));
@@ -334,19 +334,21 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
 
 // Where a tile lies in the packed keys and values of its kv head.
 template <class Engine>
-const typename Engine::Packed* packed_tile(const AttentionArgs& args, const KeyTile& tile, const void* packed) {
+const typename Engine::Packed* packed_tile(const ModularAttentionArgs& args, const KeyTile& tile, const void* packed) {
   return static_cast<const typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel);
 }
 
 template <class Engine>
-void pack_tile(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index, void* packed) {
+void pack_tile(const ModularAttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t index,
+               void* packed) {
   const KeyTile& tile = sequence.tiles[index];
   Engine::pack(args, sequence, kv_head, tile,
                static_cast<typename Engine::Packed*>(packed) + Engine::packed_elements(args, tile.panel));
 }
 
 template <class Engine>
-void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem* next, void* memory) {
+void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForwardItem& item,
+             const ModularAttentionForwardItem* next, void* memory) {
   using Storage = typename Engine::Storage;
   using T = typename Engine::T;
   Engine engine(args, memory);
@@ -361,8 +363,8 @@ void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem
     for (int i = 0; i < rows.count; ++i) prefetch_rows(rows.at<Storage>(args.out, i), 0, 1, args.head_dim);
   if (next != nullptr && args.num_views == 1)
     for (int64_t h = 0; h < next->num_heads; ++h)
-      prefetch_rows(row_of<Storage>(args.query, *next->sequence, next->first_head + h, next->sequence->first_query,
-                                    next->first_row),
+      prefetch_rows(row_of<Storage>(args.query, next->sequence->batch, next->first_head + h,
+                                    next->sequence->first_query + next->first_row),
                     args.query.row, next->num_rows, args.head_dim);
   const int64_t last_position =
       args.causal ? item.first_row + item.num_rows - 1 + sequence.num_keys - sequence.num_queries : sequence.num_keys;
@@ -392,7 +394,7 @@ void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem
   }
   T* partial = static_cast<T*>(item.partial);
   for (int i = 0; i < rows.count; ++i) {
-    *partial++ = state.maximum[i];
+    *partial++ = state.row_max[i];
     for (int m = 0; m < args.num_modalities; ++m) *partial++ = state.mass[m][i];
     memcpy(partial, state.output + i * kScratchStride<T>, sizeof(T) * args.head_dim);
     partial += args.head_dim;
@@ -400,7 +402,8 @@ void forward(const ForwardArgs& args, const ForwardItem& item, const ForwardItem
 }
 
 template <class Engine>
-void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partials, int num_splits, void* memory) {
+void merge(const ModularAttentionForwardArgs& args, const ModularAttentionForwardItem& item, void* const* partials,
+           int num_splits, void* memory) {
   using T = typename Engine::T;
   Engine engine(args, memory);
   RowState<T>& state = engine.state();
@@ -410,13 +413,13 @@ void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partia
   for (int i = 0; i < rows.count; ++i) {
     for (int s = 0; s < num_splits; ++s) {
       const T maximum = static_cast<const T*>(partials[s])[i * width];
-      state.maximum[i] = maximum > state.maximum[i] ? maximum : state.maximum[i];
+      state.row_max[i] = maximum > state.row_max[i] ? maximum : state.row_max[i];
     }
     T* output = state.output + i * kScratchStride<T>;
     memset(output, 0, sizeof(T) * args.head_dim);
     for (int s = 0; s < num_splits; ++s) {
       const T* partial = static_cast<const T*>(partials[s]) + i * width;
-      const T rescale = exp2_nonpositive(partial[0] - state.maximum[i]);
+      const T rescale = exp2_nonpositive(partial[0] - state.row_max[i]);
       for (int m = 0; m < args.num_modalities; ++m) state.mass[m][i] += rescale * partial[1 + m];
       for (int d = 0; d < args.head_dim; ++d) output[d] += rescale * partial[1 + args.num_modalities + d];
     }
@@ -424,6 +427,6 @@ void merge(const ForwardArgs& args, const ForwardItem& item, void* const* partia
   finish_rows<typename Engine::Storage, T>(args, rows, state);
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -2,32 +2,19 @@
 #pragma once
 
 #include "gemm.h"
-#include "modular_attention.h"
+#include "modular_attention_kernels.h"
 
 namespace moda_ext {
 namespace cpu {
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 MODA_EXT_INLINE int64_t round_up_to_panel(int64_t n) {
   return (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
 }
 
-template <class Element>
-MODA_EXT_INLINE const Element* row_of(const Input& operand, const Sequence& sequence, int64_t head, int64_t first,
-                                      int64_t i) {
-  return static_cast<const Element*>(operand.data) + operand.batch * sequence.batch + operand.head * head +
-         operand.row * (first + i);
-}
-template <class Element>
-MODA_EXT_INLINE Element* row_of(const Output& operand, const Sequence& sequence, int64_t head, int64_t first,
-                                int64_t i) {
-  return static_cast<Element*>(operand.data) + operand.batch * sequence.batch + operand.head * head +
-         operand.row * (first + i);
-}
-
-// Transposes a square of kLanes x kLanes elements held in vectors: each of log2(kLanes) rounds interleaves rows i and i
-// + kLanes/2.
+// Transposes a square of kLanes x kLanes elements held in vectors: each of log2(kLanes) rounds interleaves rows i and
+// i + kLanes / 2.
 template <class T>
 MODA_EXT_INLINE void transpose_square(Vector<T>* rows) {
   constexpr int L = kLanes<T>;
@@ -69,8 +56,8 @@ MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& seque
   for (int first = 0; first < tile.length; first += L) {
     const int count = tile.length - first < L ? tile.length - first : L;
     for (int j = 0; j < count; ++j)
-      load_row(row_of<Storage>(operand, sequence, head, sequence.first_key, order[first + j]), T(1), rows + j * stride,
-               head_dim);
+      load_row(row_of<Storage>(operand, sequence.batch, head, sequence.first_key + (order[first + j])), T(1),
+               rows + j * stride, head_dim);
     for (int j = count; j < L; ++j) memset(rows + j * stride, 0, sizeof(T) * stride);
     T* out = packed + (first / kPanel<T>)*kPanel<T> * static_cast<int64_t>(head_dim) + first % kPanel<T>;
     int d = 0;
@@ -96,7 +83,7 @@ MODA_EXT_INLINE void pack_columns(const Input& operand, const Sequence& sequence
   const int64_t width = round_up_to_panel<T>(head_dim);
   for (int64_t d = head_dim; d < width; ++d) row[d] = T(0);
   for (int j = 0; j < tile.length; ++j) {
-    load_row(row_of<Storage>(operand, sequence, head, sequence.first_key, order[j]), factor, row, head_dim);
+    load_row(row_of<Storage>(operand, sequence.batch, head, sequence.first_key + order[j]), factor, row, head_dim);
     for (int64_t d = 0; d < width; d += kPanel<T>) {
       T* out = packed + d * tile.length + j * kPanel<T>;
       store(out, load(row + d));
@@ -130,6 +117,6 @@ MODA_EXT_INLINE void prefetch_rows(const Element* first, int64_t row_stride, int
   }
 }
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

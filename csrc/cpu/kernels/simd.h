@@ -1,8 +1,9 @@
 // SIMD vocabulary of the CPU kernels, at the width the including file is compiled for.
 //
-// Everything here lives in namespace MODA_EXT_TIER, one namespace for each instruction set tier, so that code compiled
-// with special flags can never be picked by the linker for another tier. For the same reason kernel files include C
-// headers and intrinsics only: an inline function of the STL compiled with AVX flags could replace the portable one.
+// Everything here lives in namespace MODA_EXT_ISA, one namespace for each instruction set, so that code compiled
+// with special flags can never be picked by the linker for another instruction set. For the same reason kernel files
+// include C headers and intrinsics only: an inline function of the STL compiled with AVX flags could replace the
+// portable one.
 #pragma once
 
 #include <float.h>
@@ -14,17 +15,19 @@
 #include <immintrin.h>
 #endif
 
+#include "core/storage.h"
+
 #if defined(__AMX_BF16__)
-#define MODA_EXT_TIER amx
+#define MODA_EXT_ISA amx
 #define MODA_EXT_VECTOR_BYTES 64
 #elif defined(__AVX512F__)
-#define MODA_EXT_TIER avx512
+#define MODA_EXT_ISA avx512
 #define MODA_EXT_VECTOR_BYTES 64
 #elif defined(__AVX2__)
-#define MODA_EXT_TIER avx2
+#define MODA_EXT_ISA avx2
 #define MODA_EXT_VECTOR_BYTES 32
 #else
-#define MODA_EXT_TIER baseline
+#define MODA_EXT_ISA baseline
 #define MODA_EXT_VECTOR_BYTES 16
 #endif
 
@@ -33,16 +36,7 @@
 namespace moda_ext {
 namespace cpu {
 
-// Storage of the reduced-precision types: bit patterns, converted to float on load and rounded to nearest even on
-// store.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-namespace MODA_EXT_TIER {
+namespace MODA_EXT_ISA {
 
 template <class T>
 struct VectorOf;
@@ -81,7 +75,7 @@ MODA_EXT_INLINE void store(T* p, Vector<T> v) {
 // Past the caches, for results too large to stay there: the line need not be read first. p is aligned to a vector;
 // fence before another thread reads.
 template <class T>
-MODA_EXT_INLINE void stream(T* p, Vector<T> v) {
+MODA_EXT_INLINE void store_nontemporal(T* p, Vector<T> v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #elif defined(__AVX2__)
@@ -92,7 +86,7 @@ MODA_EXT_INLINE void stream(T* p, Vector<T> v) {
   store(p, v);
 #endif
 }
-MODA_EXT_INLINE void stream_fence() {
+MODA_EXT_INLINE void nontemporal_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
@@ -144,7 +138,8 @@ MODA_EXT_BOUND(minimum, min, <)
 #undef MODA_EXT_BOUND
 
 // Horizontal reductions, halving the vector down to 16 bytes and then lane by lane: a fixed order, so a result depends
-// only on the tier. Extracting halves is one instruction each; general shuffles would need masks from memory.
+// only on the instruction set. Extracting halves is one instruction each; general shuffles would need masks from
+// memory.
 template <class T, int bytes>
 struct PartOf {
   typedef T type __attribute__((vector_size(bytes)));
@@ -218,9 +213,9 @@ MODA_EXT_INLINE Vector<T> keep_first_or(Vector<T> v, int count, T fill) {
 
 // 2^x for x <= 0 or slightly above; exactly 0 for x <= -127 (float) or x <= -1023 (double), -inf included; NaN stays
 // NaN. A lane that its caller drops may hold any x: the exponent field is added to as unsigned numbers, which wrap.
-// x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f on [-1/2,
-// 1/2] whose constant term is exactly 1, and n added to the exponent field. Relative error 1e-7 (float, degree 5),
-// 2e-16 (double, degree 12).
+// x = n + f with n = round(x) through the magic number 1.5 * 2^mantissa, a minimax polynomial for 2^f, |f| <= 1/2,
+// whose constant term is exactly 1, and n added to the exponent field. Relative error 1e-7 (float, degree 5), 2e-16
+// (double, degree 12).
 MODA_EXT_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
   typedef Vector<float> V;
   typedef UnsignedBits<float> U;
@@ -268,15 +263,15 @@ MODA_EXT_INLINE T exp2_nonpositive(T x) {
 }
 
 // Element conversions between storage and compute type.
-MODA_EXT_INLINE float to_compute(float x) { return x; }
-MODA_EXT_INLINE double to_compute(double x) { return x; }
-MODA_EXT_INLINE float to_compute(BFloat16 x) {
+MODA_EXT_INLINE float upcast(float x) { return x; }
+MODA_EXT_INLINE double upcast(double x) { return x; }
+MODA_EXT_INLINE float upcast(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
-MODA_EXT_INLINE float to_compute(Float16 x) {
+MODA_EXT_INLINE float upcast(Float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
@@ -295,15 +290,15 @@ MODA_EXT_INLINE float to_compute(Float16 x) {
 #endif
 }
 
-MODA_EXT_INLINE void from_compute(float x, float* out) { *out = x; }
-MODA_EXT_INLINE void from_compute(double x, double* out) { *out = x; }
-MODA_EXT_INLINE void from_compute(float x, BFloat16* out) {
+MODA_EXT_INLINE void downcast(float x, float* out) { *out = x; }
+MODA_EXT_INLINE void downcast(double x, double* out) { *out = x; }
+MODA_EXT_INLINE void downcast(float x, BFloat16* out) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
-MODA_EXT_INLINE void from_compute(float x, Float16* out) {
+MODA_EXT_INLINE void downcast(float x, Float16* out) {
 #if defined(__F16C__)
   out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -333,11 +328,11 @@ MODA_EXT_INLINE void from_compute(float x, Float16* out) {
 // Row conversions with a factor; count is a multiple of 8 (head sizes are).
 template <class Storage, class T>
 MODA_EXT_INLINE void load_row(const Storage* from, T factor, T* to, int count) {
-  for (int i = 0; i < count; ++i) to[i] = to_compute(from[i]) * factor;
+  for (int i = 0; i < count; ++i) to[i] = upcast(from[i]) * factor;
 }
 template <class Storage, class T>
 MODA_EXT_INLINE void store_row(const T* from, T factor, Storage* to, int count) {
-  for (int i = 0; i < count; ++i) from_compute(from[i] * factor, to + i);
+  for (int i = 0; i < count; ++i) downcast(from[i] * factor, to + i);
 }
 #if defined(__F16C__)
 template <>
@@ -356,6 +351,6 @@ MODA_EXT_INLINE void store_row<Float16, float>(const float* from, float factor, 
 }
 #endif
 
-}  // namespace MODA_EXT_TIER
+}  // namespace MODA_EXT_ISA
 }  // namespace cpu
 }  // namespace moda_ext

@@ -8,20 +8,20 @@
 // its keys into gradients; it reads the matrix of each modality in its tile once.
 #pragma once
 
-#include "cuda/sm80/gram_tiles.h"
+#include "cuda/sm80/gram_family_tiles.h"
 
 namespace moda_ext {
 namespace cuda {
 
-struct GramPlan {
+struct ModalityGramPlan {
   int tiles_per_sequence, pieces, tiles_per_piece;
   int64_t tiles_at, parts_at, bytes;
 };
 
 template <class Element, int kHeadDim>
-GramPlan plan_modality_gram(const ModalityGramArgs& args, int multiprocessors) {
+ModalityGramPlan plan_modality_gram(const ModalityGramArgs& args, int multiprocessors) {
   using Kernel = GramKernel<Element, kHeadDim>;
-  GramPlan plan;
+  ModalityGramPlan plan;
   plan.tiles_per_sequence = static_cast<int>(divide_up(args.num_keys, Kernel::kKeys));
   // A piece of fewer keys costs more to write and add up than its keys to read.
   constexpr int kFewestTiles = 512 / Kernel::kKeys;
@@ -46,7 +46,7 @@ int64_t modality_gram_workspace(const ModalityGramArgs& args, int multiprocessor
 template <class Element, int kHeadDim>
 void modality_gram(const ModalityGramArgs& args, int multiprocessors, void* workspace, void* stream) {
   using Kernel = GramKernel<Element, kHeadDim>;
-  const GramPlan plan = plan_modality_gram<Element, kHeadDim>(args, multiprocessors);
+  const ModalityGramPlan plan = plan_modality_gram<Element, kHeadDim>(args, multiprocessors);
   char* memory = static_cast<char*>(workspace);
   uint32_t* words = reinterpret_cast<uint32_t*>(memory + plan.tiles_at);
   float* parts = plan.pieces > 1 ? reinterpret_cast<float*>(memory + plan.parts_at) : args.gram;
@@ -63,7 +63,7 @@ void modality_gram(const ModalityGramArgs& args, int multiprocessors, void* work
   launch<ScanKernel<float, kHeadDim>>(scan, stream);
 }
 
-struct GramBackwardParams {
+struct ModalityGramBackwardParams {
   ModalityGramBackwardArgs args;
   int key_blocks;
   const void* sums;      // dG + dG^T, as ScanKernel leaves it
@@ -71,14 +71,14 @@ struct GramBackwardParams {
 };
 
 template <class Element, int kHeadDim>
-class GramBackwardKernel {
+class ModalityGramBackwardKernel {
   using Tile = GramTile<Element, kHeadDim>;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kStride = Products::kStride;
 
  public:
   static constexpr int kRows = Tile::kRows, kThreads = 2 * kRows;
-  using Params = GramBackwardParams;
+  using Params = ModalityGramBackwardParams;
   using Product = SymmetricProduct<Element, kHeadDim, kThreads>;
 
   static int64_t blocks(const Params& p) {
@@ -101,8 +101,8 @@ class GramBackwardKernel {
     uint32_t* words = reinterpret_cast<uint32_t*>(norms + kRows);
 
     copy_rows<Element, kHeadDim, kRows, kThreads>(
-        keys, thread_index(), row_of<Element>(args.key, sequence, kv_head, first_key), args.key.row, args.head_dim,
-        [&](int row) { return modality_of(args, sequence, first_key + row) >= 0; });
+        keys, thread_index(), row_of<Element>(args.key, sequence.batch, kv_head, first_key), args.key.row,
+        args.head_dim, [&](int row) { return modality_of(args, sequence, first_key + row) >= 0; });
     commit_copies();
     const int warp_row = warp_index() * 16 + lane_index() / 4;
     const int modality[2] = {modality_of(args, sequence, first_key + warp_row),
@@ -123,9 +123,9 @@ class GramBackwardKernel {
       const int64_t matrix = (sequence_index * args.kv_heads + kv_head) * args.num_modalities + m;
       Product::run(static_cast<const Element*>(p.sums) + matrix * args.head_dim * args.head_dim, nullptr,
                    p.largest + matrix * args.head_dim, args.head_dim, rows, slice,
-                   [&](int first, const float (&c)[1][Product::kSliceTiles][4]) {
+                   [&](int first, const float (&c)[1][Product::kSliceFragments][4]) {
 #pragma unroll
-                     for (int n = 0; n < Product::kSliceTiles; ++n)
+                     for (int n = 0; n < Product::kSliceFragments; ++n)
 #pragma unroll
                        for (int i = 0; i < 4; ++i)
                          if (modality[i / 2] == m) gradient[0][first + n][i] = c[0][n][i];
@@ -136,11 +136,11 @@ class GramBackwardKernel {
   }
 };
 
-struct GramBackwardPlan {
+struct ModalityGramBackwardPlan {
   int64_t sums_at, largest_at, bytes;
 };
-inline GramBackwardPlan plan_modality_gram_backward(const ModalityGramBackwardArgs& args, int element_bytes) {
-  GramBackwardPlan plan;
+inline ModalityGramBackwardPlan plan_modality_gram_backward(const ModalityGramBackwardArgs& args, int element_bytes) {
+  ModalityGramBackwardPlan plan;
   plan.sums_at = 0;
   plan.largest_at = round_up(args.num_grams() * args.head_dim * args.head_dim * element_bytes);
   plan.bytes = plan.largest_at + round_up(4 * args.num_grams() * args.head_dim);
@@ -149,8 +149,8 @@ inline GramBackwardPlan plan_modality_gram_backward(const ModalityGramBackwardAr
 
 template <class Element, int kHeadDim>
 void modality_gram_backward(const ModalityGramBackwardArgs& args, void* workspace, void* stream) {
-  using Kernel = GramBackwardKernel<Element, kHeadDim>;
-  const GramBackwardPlan plan = plan_modality_gram_backward(args, sizeof(Element));
+  using Kernel = ModalityGramBackwardKernel<Element, kHeadDim>;
+  const ModalityGramBackwardPlan plan = plan_modality_gram_backward(args, sizeof(Element));
   char* memory = static_cast<char*>(workspace);
   ScanParams scan{};
   scan.matrices = args.num_grams();
@@ -165,13 +165,14 @@ void modality_gram_backward(const ModalityGramBackwardArgs& args, void* workspac
 }
 
 template <int kHeadDim>
-int64_t ModalityGramKernels<kHeadDim>::workspace(const ModalityGramArgs& args, Storage storage, int multiprocessors) {
+int64_t ModalityGramForwardKernels<kHeadDim>::workspace(const ModalityGramArgs& args, Storage storage,
+                                                        int multiprocessors) {
   return storage == Storage::kFloat32 ? modality_gram_workspace<float, kHeadDim>(args, multiprocessors)
                                       : modality_gram_workspace<BFloat16, kHeadDim>(args, multiprocessors);
 }
 template <int kHeadDim>
-void ModalityGramKernels<kHeadDim>::run(const ModalityGramArgs& args, Storage storage, int multiprocessors,
-                                        void* workspace, void* stream) {
+void ModalityGramForwardKernels<kHeadDim>::run(const ModalityGramArgs& args, Storage storage, int multiprocessors,
+                                               void* workspace, void* stream) {
   if (storage == Storage::kBFloat16) return modality_gram<BFloat16, kHeadDim>(args, multiprocessors, workspace, stream);
   if (storage == Storage::kFloat16) return modality_gram<Float16, kHeadDim>(args, multiprocessors, workspace, stream);
   modality_gram<float, kHeadDim>(args, multiprocessors, workspace, stream);

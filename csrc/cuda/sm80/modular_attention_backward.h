@@ -15,12 +15,15 @@
 //   QueryKernel  dq and db: a block owns rows, and keys stream by
 //
 // Tiling: what a block owns stays in shared memory, 16 rows (or keys) for each warp, with the gradients in registers;
-// what streams by comes in tiles, double-buffered where shared memory allows. KeyKernel computes the transposes S^T =
-// K Q^T and dP^T = V dO^T, so that both kernels find their second operand in the registers of the first product.
-// Memory traffic of a block: what it owns once, what it sees once.
+// what streams by comes in tiles, double-buffered where shared memory allows. KeyKernel computes the transposes
+//
+//   S^T = K Q^T        dP^T = V dO^T
+//
+// so that both kernels find their second operand in the registers of the first product. Memory traffic of a block: what
+// it owns once, what it sees once.
 #pragma once
 
-#include "cuda/sm80/tiles.h"
+#include "cuda/sm80/key_tiles.h"
 
 namespace moda_ext {
 namespace cuda {
@@ -51,7 +54,7 @@ template <>
 struct BackwardTile<1024> : BackwardTileOf<1, 16, 1> {};  // float32: 256
 
 struct BackwardParams {
-  BackwardArgs args;
+  ModularAttentionBackwardArgs args;
   const uint32_t* tiles;  // words of DescribeTiles, for tiles of kStream keys
   int tiles_per_sequence;
   int row_tiles;               // of kStream rows, for each head
@@ -61,7 +64,7 @@ struct BackwardParams {
   float* shift;                // (modalities, rows)
   float* delta;                // (rows): D
   uint32_t* row_words;         // (sequences, heads, row_tiles): modalities that some row of the tile sees
-  float scale_log2;            // tau log2(e)
+  float softmax_scale_log2;    // tau log2(e)
 };
 
 template <class Element, int kHeadDim>
@@ -76,7 +79,7 @@ struct RowKernel {
   static size_t shared_bytes(const Params&) { return sizeof(uint32_t) * kWarps; }
 
   static MODA_EXT_DEVICE void run(const Params& p, char* shared) {
-    const BackwardArgs& args = p.args;
+    const ModularAttentionBackwardArgs& args = p.args;
     const int64_t index = block_index();
     const int tile = static_cast<int>(index % p.row_tiles);
     const int head = static_cast<int>(index / p.row_tiles % args.query_heads);
@@ -96,30 +99,30 @@ struct RowKernel {
  private:
   // One warp, one row: returns the modalities that it sees.
   static MODA_EXT_DEVICE uint32_t prepare_row(const Params& p, const Sequence& sequence, int head, int row) {
-    const BackwardArgs& args = p.args;
+    const ModularAttentionBackwardArgs& args = p.args;
     const int64_t token = sequence.first_query + row;
     float sum = 0.0f;
     if (args.grad_out.data != nullptr) {
-      const Element* out = row_of<Element>(args.saved_out, sequence, head, token);
-      const Element* grad_out = row_of<Element>(args.grad_out, sequence, head, token);
+      const Element* out = row_of<Element>(args.saved_out, sequence.batch, head, token);
+      const Element* grad_out = row_of<Element>(args.grad_out, sequence.batch, head, token);
       for (int d = lane_index(); d < args.head_dim; d += 32) sum += to_float(out[d]) * to_float(grad_out[d]);
     }
     const int m = lane_index();
     float grad_mass = 0.0f;
     if (args.grad_mass.data != nullptr && m < args.num_modalities) {
-      grad_mass = row_of<float>(args.grad_mass, sequence, head, token)[m * args.grad_mass.last];
-      sum += grad_mass * row_of<float>(args.saved_mass, sequence, head, token)[m * args.saved_mass.last];
+      grad_mass = row_of<float>(args.grad_mass, sequence.batch, head, token)[m * args.grad_mass.last];
+      sum += grad_mass * row_of<float>(args.saved_mass, sequence.batch, head, token)[m * args.saved_mass.last];
     }
     sum = warp_sum(sum);
-    if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, sequence, head, token);
+    if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, sequence.batch, head, token);
 
-    const float lse = *row_of<float>(args.saved_lse, sequence, head, token);
-    const float residual = *row_of<float>(args.saved_lse_residual, sequence, head, token);
+    const float lse = *row_of<float>(args.saved_lse, sequence.batch, head, token);
+    const float residual = *row_of<float>(args.saved_lse_residual, sequence.batch, head, token);
     const int64_t at = row_index(args, sequence, head, row);
     bool sees = false;
     if (m < args.num_modalities) {
       const float bias =
-          args.bias.data == nullptr ? 0.0f : row_of<float>(args.bias, sequence, head, token)[m * args.bias.last];
+          args.bias.data == nullptr ? 0.0f : row_of<float>(args.bias, sequence.batch, head, token)[m * args.bias.last];
       sees = bias != -infinity() && lse != -infinity();
       p.exponent[m * p.rows + at] = sees ? ((lse - bias) + residual) * kLog2e : infinity();
       p.shift[m * p.rows + at] = sum - grad_mass;
@@ -127,10 +130,10 @@ struct RowKernel {
     if (lane_index() == 0) {
       p.delta[at] = sum;
       if (args.grad_sink.data != nullptr) {
-        const float sink = *row_of<float>(args.sink, sequence, head, token);
+        const float sink = *row_of<float>(args.sink, sequence.batch, head, token);
         // Above 0 only where scores are so large that their rounding decides about the sink.
         const float exponent = ((sink - lse) - residual) * kLog2e;
-        *row_of<float>(args.grad_sink, sequence, head, token) =
+        *row_of<float>(args.grad_sink, sequence.batch, head, token) =
             sink == -infinity() ? 0.0f : -exp2_fast(exponent > 0.0f ? 0.0f : exponent) * sum;
       }
     }
@@ -146,7 +149,7 @@ class KeyKernel {
   // the columns, and both compute the scores.
   static constexpr int kParts = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStride = Products::kStride, kStream = Tile::kStream;
-  static constexpr int kRowTiles = kStream / 8, kColumnTiles = kHeadDim / 8 / kParts;
+  static constexpr int kRowFragments = kStream / 8, kColumnFragments = kHeadDim / 8 / kParts;
 
  public:
   static constexpr int kOwn = Tile::kOwn;
@@ -247,7 +250,7 @@ class KeyKernel {
   }
 
   MODA_EXT_DEVICE void copy_own(const Input& operand, char* target) {
-    const Element* first = row_of<Element>(operand, sequence, kv_head, sequence.first_key + first_key);
+    const Element* first = row_of<Element>(operand, sequence.batch, kv_head, sequence.first_key + first_key);
     copy_rows<Element, kHeadDim, kOwn, kThreads>(
         target, thread_index(), first, operand.row, args.head_dim,
         [&](int row) { return modality_of(args, sequence, first_key + row) >= 0; });
@@ -279,13 +282,13 @@ class KeyKernel {
     const int count = sequence.num_queries - row;
     const auto valid = [&](int i) { return i < count; };
     copy_rows<Element, kHeadDim, kStream, kThreads>(
-        target, thread_index(), row_of<Element>(args.query, sequence, head, token) + item.view * args.query.view,
+        target, thread_index(), row_of<Element>(args.query, sequence.batch, head, token) + item.view * args.query.view,
         args.query.row, args.head_dim, valid);
     const auto some = [&](int i) { return i < count && args.grad_out.data != nullptr; };
     copy_rows<Element, kHeadDim, kStream, kThreads>(target + kStream * kStride, thread_index(),
                                                     args.grad_out.data == nullptr
-                                                        ? row_of<Element>(args.query, sequence, head, token)
-                                                        : row_of<Element>(args.grad_out, sequence, head, token),
+                                                        ? row_of<Element>(args.query, sequence.batch, head, token)
+                                                        : row_of<Element>(args.grad_out, sequence.batch, head, token),
                                                     args.grad_out.row, args.head_dim, some);
     float* plane = planes + stage * 2 * kStream * args.num_modalities;
     const int64_t at = row_index(args, sequence, head, row);
@@ -305,7 +308,7 @@ class KeyKernel {
     const char* grad_outs = queries + kStream * kStride;
     const float* exponents = planes + stage * 2 * kStream * args.num_modalities;
     const float* shifts = exponents + kStream * args.num_modalities;
-    float probability[1][kRowTiles][4], grad_score[1][kRowTiles][4];
+    float probability[1][kRowFragments][4], grad_score[1][kRowFragments][4];
     set_zero(probability);
     set_zero(grad_score);
     Products::multiply_rows(probability, keys + warp_keys * kStride, queries);
@@ -321,44 +324,45 @@ class KeyKernel {
       if (!taken) first_row = kStream;
       const int plane = maximum(modality[h], 0) * kStream;
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
+      for (int n = 0; n < kRowFragments; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int row = n * 8 + 2 * t + j;
           float& score = probability[0][n][2 * h + j];
           float& grad = grad_score[0][n][2 * h + j];
           const bool visible = row >= first_row;
-          score = visible ? exp2_fast(score * p.scale_log2 - exponents[plane + row]) : 0.0f;
+          score = visible ? exp2_fast(score * p.softmax_scale_log2 - exponents[plane + row]) : 0.0f;
           grad = visible ? score * (grad - shifts[plane + row]) : 0.0f;
         }
       }
     }
-    const int first_column = part * kColumnTiles * 8 * static_cast<int>(sizeof(Element));
+    const int first_column = part * kColumnFragments * 8 * static_cast<int>(sizeof(Element));
     Products::multiply_registers(grad_value, probability, grad_outs + first_column);
     Products::multiply_registers(grad_key, grad_score, queries + first_column);
   }
 
-  MODA_EXT_DEVICE void write(const float (&grad)[1][kColumnTiles][4], float scale, char* place, const Output& output) {
+  MODA_EXT_DEVICE void write(const float (&grad)[1][kColumnFragments][4], float scale, char* place,
+                             const Output& output) {
     char* rows = place + warp_keys * kStride;
-    const int first_column = part * kColumnTiles * 8;
+    const int first_column = part * kColumnFragments * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
+      for (int n = 0; n < kColumnFragments; ++n)
         Products::store_pair(rows + (h * 8 + g) * kStride, first_column + n * 8 + 2 * t, grad[0][n][2 * h] * scale,
                              grad[0][n][2 * h + 1] * scale);
     sync_warp();
-    const int end = minimum(first_column + kColumnTiles * 8, args.head_dim);
+    const int end = minimum(first_column + kColumnFragments * 8, args.head_dim);
     if (first_column >= end) return;
     store_rows<Element, kHeadDim, 16>(rows, first_column, end, [&](int own) -> Element* {
       const int key = first_key + warp_keys + own;
       if (key >= sequence.num_keys) return nullptr;
-      return row_of<Element>(output, sequence, kv_head, sequence.first_key + key);
+      return row_of<Element>(output, sequence.batch, kv_head, sequence.first_key + key);
     });
   }
 
   const Params& p;
-  const BackwardArgs& args;
+  const ModularAttentionBackwardArgs& args;
   const int g, t, part;  // the lane's row and column pair in a fragment; the warp's part of the columns
   int first_key, kv_head, group, warp_keys;
   int first_tile, end_tile;
@@ -368,7 +372,7 @@ class KeyKernel {
   float* planes;                 // a buffer: exponents (modality, row), then shifts
   uint32_t* words;
   int modality[2];
-  float grad_key[1][kColumnTiles][4], grad_value[1][kColumnTiles][4];
+  float grad_key[1][kColumnFragments][4], grad_value[1][kColumnFragments][4];
 };
 
 template <class Element, int kHeadDim>
@@ -376,7 +380,7 @@ class QueryKernel {
   using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   using Products = Fragments<Element, kHeadDim>;
   static constexpr int kStride = Products::kStride, kStream = Tile::kStream;
-  static constexpr int kKeyTiles = kStream / 8, kHeadTiles = kHeadDim / 8;
+  static constexpr int kKeyFragments = kStream / 8, kHeadFragments = kHeadDim / 8;
 
  public:
   static constexpr int kOwn = Tile::kOwn;
@@ -481,8 +485,9 @@ class QueryKernel {
     const int count = sequence.num_queries - first_row;
     const bool present = operand.data != nullptr;
     const Input& source = present ? operand : args.query;  // without data: zeros
-    const Element* first = row_of<Element>(source, sequence, head, sequence.first_query + (count > 0 ? first_row : 0)) +
-                           view * operand.view;
+    const Element* first =
+        row_of<Element>(source, sequence.batch, head, sequence.first_query + (count > 0 ? first_row : 0)) +
+        view * operand.view;
     copy_rows<Element, kHeadDim, 16, 32>(target, lane_index(), first, operand.row, args.head_dim,
                                          [&](int row) { return present && row < count; });
   }
@@ -492,10 +497,10 @@ class QueryKernel {
     const auto valid = [&](int row) { return whole || modality_of(args, sequence, tile * kStream + row) >= 0; };
     const int64_t token = sequence.first_key + tile * kStream;
     copy_rows<Element, kHeadDim, kStream, kThreads>(target, thread_index(),
-                                                    row_of<Element>(args.key, sequence, kv_head, token), args.key.row,
-                                                    args.head_dim, valid);
+                                                    row_of<Element>(args.key, sequence.batch, kv_head, token),
+                                                    args.key.row, args.head_dim, valid);
     copy_rows<Element, kHeadDim, kStream, kThreads>(target + kStream * kStride, thread_index(),
-                                                    row_of<Element>(args.value, sequence, kv_head, token),
+                                                    row_of<Element>(args.value, sequence.batch, kv_head, token),
                                                     args.value.row, args.head_dim, valid);
   }
 
@@ -505,7 +510,7 @@ class QueryKernel {
   MODA_EXT_DEVICE void differentiate(int tile, int stage, int modality, uint32_t present) {
     const char* keys = stream + stage * 2 * kStream * kStride;
     const char* values = keys + kStream * kStride;
-    float probability[1][kKeyTiles][4], grad_score[1][kKeyTiles][4];
+    float probability[1][kKeyFragments][4], grad_score[1][kKeyFragments][4];
     set_zero(probability);
     set_zero(grad_score);
     Products::multiply_rows(probability, queries, keys);
@@ -523,14 +528,14 @@ class QueryKernel {
     }
     const bool pure = (tiles[tile] & (tiles[tile] - 1)) == 0;
     Columns columns{0, ~0u};
-    if (!pure) columns = find_columns<kKeyTiles>(args, sequence, tile * kStream, modality);
+    if (!pure) columns = find_columns<kKeyFragments>(args, sequence, tile * kStream, modality);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       // Columns of the tile that the row sees, counted from this thread's first.
       const int limit = sequence.last_visible(args, row_of_half(h)) - (tile * kStream + 2 * t);
       const int64_t at = row_index(args, sequence, head, row_of_half(h));
 #pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
+      for (int n = 0; n < kKeyFragments; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = probability[0][n][2 * h + j];
@@ -541,7 +546,7 @@ class QueryKernel {
             own_shift = p.shift[columns.id(2 * n + j) * p.rows + at];
           }
           const bool visible = columns.takes(2 * n + j) && n * 8 + j <= limit;
-          score = visible ? exp2_fast(score * p.scale_log2 - own_exponent) : 0.0f;
+          score = visible ? exp2_fast(score * p.softmax_scale_log2 - own_exponent) : 0.0f;
           grad = visible ? score * (grad - own_shift) : 0.0f;
           probability_sum[h] += score;
           grad_sum[h] += grad;
@@ -567,8 +572,8 @@ class QueryKernel {
       probability_sum[h] = grad_sum[h] = 0.0f;
     }
   }
-  MODA_EXT_DEVICE void fold_columns(const float (&probability)[1][kKeyTiles][4],
-                                    const float (&grad_score)[1][kKeyTiles][4], uint32_t present,
+  MODA_EXT_DEVICE void fold_columns(const float (&probability)[1][kKeyFragments][4],
+                                    const float (&grad_score)[1][kKeyFragments][4], uint32_t present,
                                     const Columns& columns) {
     if (args.grad_bias.data == nullptr) return;
     for (; present != 0; present &= present - 1) {
@@ -577,7 +582,7 @@ class QueryKernel {
       for (int h = 0; h < 2; ++h) {
         float sum = 0.0f, grad = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n) {
+        for (int n = 0; n < kKeyFragments; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (columns.id(2 * n + j) != modality) continue;
@@ -595,14 +600,15 @@ class QueryKernel {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int n = 0; n < kHeadTiles; ++n)
+      for (int n = 0; n < kHeadFragments; ++n)
         Products::store_pair(queries + (h * 8 + g) * kStride, n * 8 + 2 * t, grad_query[0][n][2 * h] * args.scale,
                              grad_query[0][n][2 * h + 1] * args.scale);
     sync_warp();
     store_rows<Element, kHeadDim, 16>(queries, 0, args.head_dim, [&](int own) -> Element* {
       const int row = first_row + own;
       if (row >= sequence.num_queries) return nullptr;
-      return row_of<Element>(args.grad_query, sequence, head, sequence.first_query + row) + view * args.grad_query.view;
+      return row_of<Element>(args.grad_query, sequence.batch, head, sequence.first_query + row) +
+             view * args.grad_query.view;
     });
   }
 
@@ -620,18 +626,19 @@ class QueryKernel {
       const int own = h * 8 + g, row = first_row + own;
       if (row >= sequence.num_queries) continue;
       const int64_t token = sequence.first_query + row;
-      const float* mass = row_of<float>(args.saved_mass, sequence, head, token);
+      const float* mass = row_of<float>(args.saved_mass, sequence.batch, head, token);
       float sum = 0.0f, expected = 0.0f, grads = 0.0f;
       for (int m = 0; m < args.num_modalities; ++m) {
         sum += probability_table[m * 16 + own];
         grads += grad_table[m * 16 + own];
         expected += mass[m * args.saved_mass.last];
       }
-      if (args.sink.data == nullptr || *row_of<float>(args.sink, sequence, head, token) == -infinity()) expected = 1.0f;
+      if (args.sink.data == nullptr || *row_of<float>(args.sink, sequence.batch, head, token) == -infinity())
+        expected = 1.0f;
       const float correction = sum == 0.0f ? 0.0f : expected / sum;
       float difference = p.delta[row_index(args, sequence, head, row)] * (1.0f - expected) - correction * grads;
-      if (args.grad_lse.data != nullptr) difference += *row_of<float>(args.grad_lse, sequence, head, token);
-      float* grad_bias = row_of<float>(args.grad_bias, sequence, head, token);
+      if (args.grad_lse.data != nullptr) difference += *row_of<float>(args.grad_lse, sequence.batch, head, token);
+      float* grad_bias = row_of<float>(args.grad_bias, sequence.batch, head, token);
       for (int m = 0; m < args.num_modalities; ++m)
         grad_bias[m * args.grad_bias.last] =
             (grad_table[m * 16 + own] + probability_table[m * 16 + own] * difference) * correction;
@@ -639,7 +646,7 @@ class QueryKernel {
   }
 
   const Params& p;
-  const BackwardArgs& args;
+  const ModularAttentionBackwardArgs& args;
   const int g, t;  // the lane's row and column pair in a fragment
   int block_row, first_row, head, kv_head, end_tile;
   int64_t sequence_index;
@@ -647,7 +654,7 @@ class QueryKernel {
   const uint32_t* tiles;
   char *queries, *grad_outs, *stream;     // a buffer of the stream: keys, then values
   float *probability_table, *grad_table;  // [modality][row of the warp]
-  float grad_query[1][kHeadTiles][4];
+  float grad_query[1][kHeadFragments][4];
   float exponent[2] = {}, shift[2] = {};            // of the run's modality
   float probability_sum[2] = {}, grad_sum[2] = {};  // since the modality changed, this lane's columns
   int run_modality = kMixed;
@@ -658,7 +665,7 @@ struct BackwardPlan {
   int64_t tiles_at, words_at, exponent_at, shift_at, delta_at, bytes;  // workspace
 };
 
-inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream) {
+inline BackwardPlan plan_backward(const ModularAttentionBackwardArgs& args, int own, int stream) {
   BackwardPlan plan{};
   plan.row_tiles = static_cast<int>(divide_up(args.num_queries, stream));
   plan.row_blocks = static_cast<int>(divide_up(args.num_queries, own));
@@ -675,13 +682,13 @@ inline BackwardPlan plan_backward(const BackwardArgs& args, int own, int stream)
 }
 
 template <class Element, int kHeadDim>
-int64_t backward_workspace(const BackwardArgs& args) {
+int64_t backward_workspace(const ModularAttentionBackwardArgs& args) {
   using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   return plan_backward(args, Tile::kOwn, Tile::kStream).bytes;
 }
 
 template <class Element, int kHeadDim>
-void backward(const BackwardArgs& args, void* workspace, void* stream) {
+void backward(const ModularAttentionBackwardArgs& args, void* workspace, void* stream) {
   using Tile = BackwardTile<kHeadDim* static_cast<int>(sizeof(Element))>;
   const BackwardPlan plan = plan_backward(args, Tile::kOwn, Tile::kStream);
   char* memory = static_cast<char*>(workspace);
@@ -698,7 +705,7 @@ void backward(const BackwardArgs& args, void* workspace, void* stream) {
   params.shift = reinterpret_cast<float*>(memory + plan.shift_at);
   params.delta = reinterpret_cast<float*>(memory + plan.delta_at);
   params.row_words = reinterpret_cast<uint32_t*>(memory + plan.words_at);
-  params.scale_log2 = args.scale * kLog2e;
+  params.softmax_scale_log2 = args.scale * kLog2e;
 
   launch<RowKernel<Element, kHeadDim>>(params, stream);
   if (args.grad_key.data != nullptr || args.grad_value.data != nullptr)
@@ -709,12 +716,14 @@ void backward(const BackwardArgs& args, void* workspace, void* stream) {
 }
 
 template <int kHeadDim>
-int64_t BackwardKernels<kHeadDim>::workspace(const BackwardArgs& args, Storage storage) {
+int64_t ModularAttentionBackwardKernels<kHeadDim>::workspace(const ModularAttentionBackwardArgs& args,
+                                                             Storage storage) {
   return storage == Storage::kFloat32 ? backward_workspace<float, kHeadDim>(args)
                                       : backward_workspace<BFloat16, kHeadDim>(args);
 }
 template <int kHeadDim>
-void BackwardKernels<kHeadDim>::run(const BackwardArgs& args, Storage storage, void* workspace, void* stream) {
+void ModularAttentionBackwardKernels<kHeadDim>::run(const ModularAttentionBackwardArgs& args, Storage storage,
+                                                    void* workspace, void* stream) {
   if (storage == Storage::kBFloat16) return backward<BFloat16, kHeadDim>(args, workspace, stream);
   if (storage == Storage::kFloat16) return backward<Float16, kHeadDim>(args, workspace, stream);
   backward<float, kHeadDim>(args, workspace, stream);

@@ -1,0 +1,20 @@
+// The library moda_ext._build_info: what this build is, as JSON. It links neither torch nor Python, so that it can be
+// asked under any torch and any Python, and before the operators are loaded (moda_ext/_ops/library.py).
+#include <string>
+
+#include "cpu/isa.h"
+#include "moda_ext_build_info.h"  // written by setup.py
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+// The caller does not free the text.
+extern "C" __attribute__((visibility("default"))) const char* moda_ext_build_info() {
+  static const std::string json = std::string("{" MODA_EXT_BUILD_FIELDS ", \"isa\": \"") +
+                                  moda_ext::cpu::isa_name(moda_ext::cpu::active_isa()) + "\", \"compiler\": \"" +
+                                  kCompiler + "\"}";
+  return json.c_str();
+}

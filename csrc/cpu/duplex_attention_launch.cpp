@@ -1,0 +1,128 @@
+// Launches the CPU kernels of duplex_attention: duplex_query_views and modular_attention in one pass, number for number
+// the same as both. The views, num_modalities times the query, are by far the largest tensor of the two: writing them
+// into fresh memory takes as long as computing them. Here a few key heads have theirs at a time, all in the same
+// memory.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/gram_family_launch.h"
+#include "cpu/launch.h"
+#include "cpu/modular_attention_launch.h"
+
+namespace moda_ext {
+namespace cpu {
+namespace {
+
+// bias + condition * indicator, where `sum` holds q G q^T / |q|^2 of the raw Gram and becomes the result.
+template <class T>
+void add_condition(const Input& bias, const Input& condition, const Input& scale, const Output& sum, int group,
+                   int64_t rows, int num_modalities, int64_t batch, int64_t kv_head) {
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto row = [&](const auto& operand, int64_t h) {
+        return operand.batch * batch + operand.head * h + operand.row * i;
+      };
+      T* out = static_cast<T*>(sum.data) + row(sum, head);
+      const T* factor = static_cast<const T*>(condition.data) + row(condition, head);
+      const T* s = static_cast<const T*>(scale.data) + row(scale, kv_head);
+      const T* added = bias.data == nullptr ? nullptr : static_cast<const T*>(bias.data) + row(bias, head);
+      for (int m = 0; m < num_modalities; ++m) {
+        const T indicator = out[m * sum.last] * s[m * scale.last];
+        const T conditioned = factor[m * condition.last] * indicator;
+        out[m * sum.last] = added == nullptr ? conditioned : added[m * bias.last] + conditioned;
+      }
+    }
+}
+
+class DuplexQueryViews : public QueryViews {
+ public:
+  DuplexQueryViews(const DuplexQueryViewsInputs& in, const GramShape& shape, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& condition, const Output& conditioned_bias)
+      : kernels_(select_gram_family_kernels(
+            in.key, shape.kv_heads > 0 ? shape.num_queries * (shape.query_heads / shape.kv_heads) : 0)),
+        element_(static_cast<int64_t>(in.query.element_size())),
+        args_(arguments(in, shape)),
+        weights_(kernels_, args_),
+        bias_(input(bias, false, Last::kPresent)),
+        condition_(input(condition, false, Last::kPresent)) {
+    args_.nontemporal = true;  // those of a key head are several megabytes; stores through the caches measured slower
+    args_.indicator = conditioned_bias;
+  }
+
+  int64_t bytes_per_head() const override {
+    return element_ * args_.num_modalities * args_.group * args_.num_queries * args_.head_dim;
+  }
+
+  void make(int64_t first, int64_t count, char* memory, Input& views) const override {
+    // As if all key heads of the batch were there, of which only these are: (view, head, row).
+    DuplexQueryViewsForwardArgs args = args_;
+    args.views.row = args.head_dim;
+    args.views.head = args.num_queries * args.head_dim;
+    args.views.batch = args.views.head * args.group * args.kv_heads;
+    args.views.view = args.views.head * args.group * count;
+    args.views.data = memory - element_ * args.views.head * args.group * first;
+    views.data = args.views.data;
+    views.batch = args.views.batch;
+    views.head = args.views.head;
+    views.row = args.views.row;
+    views.last = args.views.last;
+    views.view = args.views.view;
+    const Scratch scratch(kernels_.duplex_query_views_scratch_bytes(args), count);
+    run_items(count, [&](int64_t item, int64_t thread) {
+      const int64_t batch = (first + item) / args.kv_heads, head = (first + item) % args.kv_heads;
+      kernels_.duplex_query_views(args, batch, head, scratch.of(thread));
+      if (args.indicator.data == nullptr) return;
+      (kernels_.compute_bytes == sizeof(double) ? add_condition<double>
+                                                : add_condition<float>)(bias_, condition_, args.row_scale,
+                                                                        args.indicator, args.group, args.num_queries,
+                                                                        args.num_modalities, batch, head);
+    });
+  }
+
+ private:
+  static DuplexQueryViewsForwardArgs arguments(const DuplexQueryViewsInputs& in, const GramShape& shape) {
+    DuplexQueryViewsForwardArgs args;
+    fill_args(in, shape, args);
+    return args;
+  }
+
+  const GramFamilyKernels& kernels_;
+  const int64_t element_;
+  DuplexQueryViewsForwardArgs args_;
+  const PackedWeights weights_;
+  const Input bias_, condition_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> duplex_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_modality, const Tensor& new_key,
+    const Tensor& new_modality, const Tensor& row_scale, const Tensor& a1, const Tensor& b1, const Tensor& a2,
+    const Tensor& b2, const std::optional<Tensor>& initial, const std::optional<Tensor>& modality_bias,
+    const std::optional<Tensor>& condition, const std::optional<Tensor>& sink, int64_t num_modalities, bool unit_keys,
+    double eps, double scale) {
+  const ArgumentCheck check("duplex_attention");
+  const bool same = new_modality.const_data_ptr() == key_modality.const_data_ptr();  // as where nobody gives new ones
+  const DuplexQueryViewsInputs in{{{new_key, new_modality, num_modalities, unit_keys, eps, same ? "key" : "new_key",
+                                    same ? "key_modality" : "new_modality"},
+                                   query,
+                                   row_scale,
+                                   initial},
+                                  {a1, b1, a2, b2}};
+  const GramShape shape = check_duplex_query_views(check, in);
+  check.require(key.dim() == 4 && key.size(1) == shape.kv_heads, "key", "as many heads as new_key has", key);
+  check_ids(check.op(), in.modality_argument, new_modality, num_modalities);
+  const auto attend = [&](const std::optional<Tensor>& bias, const Output& conditioned_bias) {
+    DuplexQueryViews views(in, shape, modality_bias, condition, conditioned_bias);
+    return forward_with_views(
+        {check.op(), query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale}, views);
+  };
+  if (!condition) return attend(modality_bias, {});
+  check_tensor(check, in, "condition", *condition, shape.indicator(), Numbers::kSums);
+  if (modality_bias) check_tensor(check, in, "modality_bias", *modality_bias, shape.indicator(), Numbers::kSums);
+  const Tensor bias = empty_sums(new_key, shape.indicator());
+  return attend(bias, output(bias, false, Last::kPresent));
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace moda_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) { m.impl("duplex_attention", TORCH_BOX(&moda_ext::cpu::duplex_attention)); }

@@ -1,0 +1,7 @@
+#include "gram_family_isa.h"
+
+namespace moda_ext {
+namespace cpu {
+const GramFamilyKernels& gram_family_kernels_avx2(Storage storage) { return avx2::gram_family_kernels_for(storage); }
+}  // namespace cpu
+}  // namespace moda_ext

@@ -1,0 +1,9 @@
+#include "gram_family_isa.h"
+
+namespace moda_ext {
+namespace cpu {
+const GramFamilyKernels& gram_family_kernels_baseline(Storage storage) {
+  return baseline::gram_family_kernels_for(storage);
+}
+}  // namespace cpu
+}  // namespace moda_ext

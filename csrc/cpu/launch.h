@@ -1,0 +1,121 @@
+// What the CPU launches share: threads and workspace.
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels/modular_attention_kernels.h"
+#include "ops/operands.h"
+
+namespace moda_ext {
+namespace cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Runs work(index, thread) for every index, in order of index as far as threads allow.
+template <class Work>
+void run_items(int64_t count, const Work& work) {
+  const int64_t threads = std::min(num_threads(), count);
+  if (threads <= 0) return;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
+  });
+}
+
+// Asks for huge pages under a large result that is about to be written: fresh memory costs a page fault for each 4 KB,
+// which for 100 MB of query views is twice the time of writing them. Advice only: nothing depends on it.
+inline void prefer_huge_pages(const Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel()) * static_cast<uintptr_t>(fresh.element_size());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  run_items(static_cast<int64_t>((last - first) / kHugePage), [&](int64_t page, int64_t) {
+    *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(page) * kHugePage) = 0;
+  });
+#else
+  (void)fresh;
+#endif
+}
+
+// Uninitialised, aligned scratch memory. Each thread that calls operators keeps its last few blocks, up to
+// kRetainedBytes together, because mapping fresh pages in every call costs as much as several percent of a small
+// attention.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    std::vector<Block>& spare = spare_blocks();
+    for (size_t i = 0; i < spare.size(); ++i) {
+      if (spare[i].bytes < bytes) continue;
+      block_ = std::move(spare[i]);
+      spare.erase(spare.begin() + static_cast<std::ptrdiff_t>(i));
+      return;
+    }
+    block_.bytes = std::max<int64_t>(bytes, 64);
+    block_.memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(block_.bytes), kAlignment)));
+  }
+  ~Workspace() {
+    // Smallest first, so that a request takes the tightest fit; the largest go when they are too much.
+    std::vector<Block>& spare = spare_blocks();
+    const auto larger = [&](const Block& other) { return other.bytes > block_.bytes; };
+    spare.insert(std::find_if(spare.begin(), spare.end(), larger), std::move(block_));
+    int64_t kept = 0;
+    for (const Block& block : spare) kept += block.bytes;
+    for (; kept > kRetainedBytes; spare.pop_back()) kept -= spare.back().bytes;
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* at(int64_t offset = 0) const { return block_.memory.get() + offset; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  static constexpr int64_t kRetainedBytes = int64_t{16} << 20;
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  struct Block {
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+  };
+  static std::vector<Block>& spare_blocks() {
+    static thread_local std::vector<Block> blocks;
+    return blocks;
+  }
+  Block block_;
+};
+
+inline int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One block of scratch for each thread that can run.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, int64_t items)
+      : stride_(round_up(bytes)), memory_(stride_ * std::max<int64_t>(1, std::min(num_threads(), items))) {}
+  void* of(int64_t thread) const { return memory_.at(thread * stride_); }
+
+ private:
+  int64_t stride_;
+  Workspace memory_;
+};
+
+}  // namespace cpu
+}  // namespace moda_ext

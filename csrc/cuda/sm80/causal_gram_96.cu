@@ -1,3 +1,0 @@
-#include "cuda/sm80/causal_gram.h"
-
-template struct moda_ext::cuda::ProjectionKernels<96>;

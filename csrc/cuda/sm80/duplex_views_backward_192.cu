@@ -1,3 +1,0 @@
-#include "cuda/sm80/duplex_views_backward.h"
-
-template struct moda_ext::cuda::DuplexBackwardKernels<192>;

@@ -1,4 +1,0 @@
-#include "cuda/sm80/modality_gram.h"
-
-template struct moda_ext::cuda::ModalityGramKernels<64>;
-template struct moda_ext::cuda::ModalityGramBackwardKernels<64>;
