@@ -21,6 +21,7 @@ from caching graphs across processes.)
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class Operator:
             self._without_gradient = [n for n in self.results if f"grad_{n}" not in self.backward.arguments]
         self._register()
 
-    def __call__(self, **arguments):
+    def __call__(self, **arguments: Any) -> Any:
         inputs = [arguments.pop(name) for name in self.arguments]
         if arguments:
             raise TypeError(f"moda_ext::{self.name} has no argument {', '.join(arguments)}")
@@ -168,7 +169,7 @@ class Operator:
             },
         )
 
-    def _through_function(self, inputs: list):
+    def _through_function(self, inputs: list) -> Any:
         if not torch.compiler.is_compiling():
             return FUNCTIONS[self.name].apply(*inputs)
         from moda_ext._ops.in_graph import CALLS
@@ -180,7 +181,7 @@ class Operator:
 
     # The gradient.
 
-    def _remember(self, ctx, inputs, output) -> None:
+    def _remember(self, ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         results = output if isinstance(output, tuple) else (output,)
         known = dict(zip(self.results, results, strict=True)) | dict(zip(self.arguments, inputs, strict=True))
@@ -190,7 +191,8 @@ class Operator:
         ctx.absent = {name for name in self.results if known.get(f"with_{name}") is False}
         ctx.like = [(r.shape, r.dtype) for r in results]
 
-    def _differentiate(self, ctx, *grads):
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert self.backward is not None, "bound where there is one"
         incoming = {}
         for name, grad in zip(self.results, grads, strict=True):
             if grad is None or name in ctx.absent:  # what is absent has a gradient all the same under torch.compile
@@ -222,13 +224,13 @@ class Operator:
             for name in self.arguments
         )
 
-    def _forget(self, ctx, inputs, output) -> None:
+    def _forget(self, ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         pass
 
-    def _refuse(self, ctx, *grads):
+    def _refuse(self, ctx: Any, *grads: Tensor | None) -> None:
         raise NotImplementedError(f"moda_ext::{self.name} has no derivative; {self.instead}")
 
-    def _refuse_forward_mode(self, ctx, *tangents):
+    def _refuse_forward_mode(self, ctx: Any, *tangents: Tensor | None) -> None:
         raise NotImplementedError(
             f"moda_ext::{self.name} has no forward-mode derivative; moda_ext.reference has, by plain PyTorch"
         )
@@ -236,7 +238,7 @@ class Operator:
     # Autocast, for direct callers of the operator.
 
     def _autocast_kernel(self, device_type: str) -> Callable:
-        def kernel(*inputs):
+        def kernel(*inputs: Any) -> Any:
             given = dict(zip(self.arguments, inputs, strict=True))
             given |= zip(self.tokens, autocast.cast_tokens(*(given[name] for name in self.tokens)), strict=True)
             query = given[self.tokens[0]]
@@ -248,11 +250,12 @@ class Operator:
 
     # vmap.
 
-    def _folded(self, info, in_dims, *inputs):
+    def _folded(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        assert self.batch is not None, "bound where there is one"
         size, folded = info.batch_size, []
         for name, value, mapped in zip(self.arguments, inputs, in_dims, strict=True):
             value = _fold(value, mapped, self.batch[name], size) if name in self.tensors else value
-            folded.append(value.contiguous() if name in self.contiguous else value)
+            folded.append(value.contiguous() if name in self.contiguous and value is not None else value)
         results = self._op(*folded)
         unfolded, out_dims = [], []
         for name, result in zip(self.results, results if isinstance(results, tuple) else (results,), strict=True):
@@ -261,8 +264,8 @@ class Operator:
             out_dims.append(result.dim() + self.batch[name] if present else None)
         return (tuple(unfolded), tuple(out_dims)) if isinstance(results, tuple) else (unfolded[0], out_dims[0])
 
-    def _one_by_one(self, info, in_dims, *inputs):
-        def select(argument, dim, i):
+    def _one_by_one(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        def select(argument: Any, dim: int | None, i: int) -> Any:
             return argument if dim is None else argument.select(dim, i).contiguous()
 
         slices = [
