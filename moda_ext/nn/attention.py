@@ -299,7 +299,7 @@ class ModularDuplexAttention(nn.Module):
             )
         if state is not None and not self.is_causal:
             raise ValueError("ModularDuplexAttention: a layer that is not causal cannot decode, state must be None")
-        before = None if state is None else state.tokens()
+        before = None if state is None else state._tokens()
         if before is not None and before[0].shape[0] != x.shape[0]:
             raise ValueError(
                 f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {before[0].shape[0]}"

@@ -188,7 +188,7 @@ class AttentionState:
         """Number of tokens, with padding."""
         return 0 if self.key is None else self.key.shape[2]
 
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _tokens(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """``(key, value, modality)``, None before the first token."""
         if self.key is None or self.value is None or self.modality is None or self.key.shape[2] == 0:
             return None
