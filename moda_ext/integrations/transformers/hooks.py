@@ -13,13 +13,15 @@ import typing
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
 from moda_ext.integrations.transformers.parts import TextStack
 from moda_ext.integrations.transformers.versions import versions
+
+if typing.TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
 

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from moda_ext._ops.limits import accumulation_dtype
@@ -32,6 +25,8 @@ from moda_ext.integrations.transformers.proof import TINY, prove
 from moda_ext.integrations.transformers.versions import beyond_tested, versions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from moda_ext.integrations.transformers.parts import GenerativeModel
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
