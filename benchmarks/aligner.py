@@ -107,7 +107,7 @@ class SdpaLayer(ModularDuplexAttention):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = self._rotation(torch.arange(x.shape[1]))
+        cos, sin = self._rotation(torch.arange(x.shape[1]), self.rope_base)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import torch
@@ -16,6 +18,12 @@ from rich.table import Column, Table
 
 import moda_ext
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moda_ext.diagnostics.results import Diagnosis
+    from moda_ext.diagnostics.runner import Picture
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=moda_ext.__doc__)
 
 
@@ -24,7 +32,7 @@ class ManyValues(typer.core.TyperCommand):
 
     MANY = ("--images", "--prompts")
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the context is click's, or a copy in typer
         expanded, current = [], None
         for arg in args:
             if arg in self.MANY:
@@ -101,11 +109,27 @@ def bench(
         bias, sink = torch.zeros(1, heads, length, 2), torch.zeros(1, heads, length)
         modality = (torch.arange(length) % (length // 2) < length // 4).int()[None]
 
-        def ours(query=query, key=key, value=value, bias=bias, sink=sink, modality=modality):
-            options = {"modality_bias": bias, "sink": sink, "is_causal": True, "return_lse": True}
-            return modular_attention(query, key, value, modality, **options, return_mass=True)[0]
+        def ours(
+            query: Tensor = query,
+            key: Tensor = key,
+            value: Tensor = value,
+            bias: Tensor = bias,
+            sink: Tensor | None = sink,
+            modality: Tensor = modality,
+        ) -> Tensor:
+            return modular_attention(
+                query,
+                key,
+                value,
+                modality,
+                modality_bias=bias,
+                sink=sink,
+                is_causal=True,
+                return_lse=True,
+                return_mass=True,
+            )[0]
 
-        def theirs(query=query, key=key, value=value):
+        def theirs(query: Tensor = query, key: Tensor = key, value: Tensor = value) -> Tensor:
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
         for name, statement in (
@@ -150,7 +174,9 @@ def diagnose(
         files, questions = find_images(images), read_prompts(prompts)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from error
-    diagnoses, drawn, notes = [], [], []
+    diagnoses: list[Diagnosis] = []
+    drawn: list[tuple[str, Picture]] = []
+    notes: list[str] = []
     names = [model] if compare is None else [model, compare]
     for name in names:  # what the second lacks shows before the first is measured
         with loading(name):
@@ -170,7 +196,7 @@ def diagnose(
                 name=short,
                 new_tokens=new_tokens,
                 num_pictures=pictures,
-                progress=lambda pairs, bar=bar, short=short: bar.track(pairs, description=short),
+                progress=functools.partial(bar.track, description=short),
             )
         diagnoses.append(diagnosis)
         drawn += [(short, picture) for picture in found]
@@ -188,7 +214,7 @@ def diagnose(
 
 
 @contextlib.contextmanager
-def loading(name: str):
+def loading(name: str) -> Iterator[None]:
     """Says in one sentence why a checkpoint cannot be loaded. Some processors need libraries of their own."""
     try:
         yield
@@ -207,7 +233,7 @@ def read_prompts(prompts: list[str]) -> list[str]:
     return found
 
 
-def print_summary(diagnoses) -> None:
+def print_summary(diagnoses: Sequence[Diagnosis]) -> None:
     """AvgDiff and MDI beside uniform attention, and MDI as published where there are generated tokens."""
     table = Table(title="on rows that see every modality; in parentheses: uniform attention")
     table.add_column("")

@@ -21,7 +21,9 @@ import re
 import statistics
 import time
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,20 @@ from moda_ext import reference
 from moda_ext.alignment import DuplexAligner, modality_gram
 from moda_ext.attention import modular_attention, pseudo_score_sink
 from moda_ext.diagnostics import measures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+    from matplotlib.gridspec import SubplotSpec
+
+Step = TypeVar("Step")
+
+
+class Progress(Protocol):
+    """Shows how far a loop is."""
+
+    def __call__(self, steps: Sequence[Step], description: str) -> Iterable[Step]: ...
+
 
 TEXT, VISION = 0, 1
 EMBEDDING, QUERY_HEADS, KEY_HEADS, HEAD_DIM = 4096, 32, 8, 128  # LLaVA-NeXT-8B
@@ -77,8 +93,8 @@ def load_photo(size: int = 14 * GRID) -> Tensor:
     import numpy as np
     from matplotlib import cbook, image
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        pixels = torch.from_numpy(np.array(image.imread(file, format="jpg"))).float() / 255
+    file = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    pixels = torch.from_numpy(np.array(image.imread(file, format="jpg"))).float() / 255
     width = pixels.shape[1]
     square = pixels[20 : 20 + width].permute(2, 0, 1)[None]
     return F.interpolate(square, size=(size, size), mode="area")[0].permute(1, 2, 0)
@@ -137,7 +153,7 @@ def project(embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shared = to_key.repeat_interleave(QUERY_HEADS // KEY_HEADS, dim=1)
     to_query = QUERY_LIKE_KEY * shared + QUERY_OWN * weight(QUERY_HEADS)
     query, key, value = (torch.einsum("bne,ehd->bnhd", embedding, w) for w in (to_query, to_key, to_value))
-    return tuple(t.transpose(1, 2) for t in (rotate(query), rotate(key), value))
+    return rotate(query).transpose(1, 2), rotate(key).transpose(1, 2), value.transpose(1, 2)
 
 
 @dataclass
@@ -168,7 +184,13 @@ class Layer:
     def query_of(self, setting: Setting) -> Tensor:
         return self.query if setting.views is None else setting.views
 
-    def attend(self, setting: Setting, function=modular_attention, dtype=torch.float32, leaves=None):
+    def attend(
+        self,
+        setting: Setting,
+        function: Callable = modular_attention,
+        dtype: torch.dtype = torch.float32,
+        leaves: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(out, lse, mass) of ``function`` in ``dtype``; ``leaves`` replaces query, key, value, bias, sink."""
         if leaves is None:
             leaves = [self.query_of(setting), self.key, self.value, setting.bias, setting.sink]
@@ -200,7 +222,7 @@ class Layer:
         return grad[0, :, :, : len(rows)].sum(dim=0).T / QUERY_HEADS
 
 
-def train_aligner(layer: Layer, rows: slice, progress) -> tuple[list[Setting], list[float]]:
+def train_aligner(layer: Layer, rows: slice, progress: Progress) -> tuple[list[Setting], list[float]]:
     """A new aligner, and the same after a few steps: its loss asks that ``rows`` give the picture TARGET on average.
 
     Returns both as settings, and the share of the picture before each step and after the last.
@@ -263,8 +285,9 @@ def uniform_mass(modality: Tensor) -> Tensor:
 NAMES = ("out", "lse", "mass", "grad query", "grad key", "grad value", "grad bias", "grad sink")
 
 
-def outputs_and_gradients(layer: Layer, setting: Setting, function, dtype: torch.dtype) -> list[Tensor]:
+def outputs_and_gradients(layer: Layer, setting: Setting, function: Callable, dtype: torch.dtype) -> list[Tensor]:
     """Everything the operator computes, in NAMES' order, for one fixed random incoming gradient."""
+    assert setting.bias is not None and setting.sink is not None, "everything is on"
     generator = torch.Generator().manual_seed(2)
     rows = (1, QUERY_HEADS, layer.query.shape[2])
     bias, sink = setting.bias.expand(*rows, 2), setting.sink.expand(*rows)
@@ -274,10 +297,11 @@ def outputs_and_gradients(layer: Layer, setting: Setting, function, dtype: torch
     return [t.detach().double() for t in (*results, *torch.autograd.grad(results, leaves, upstream))]
 
 
-def print_check(layer: Layer, setting: Setting, progress) -> None:
+def print_check(layer: Layer, setting: Setting, progress: Progress) -> None:
     """Raises SystemExit if anything is further from float64 than TOLERANCE of its largest value."""
-    dense, native = reference.modular_attention, modular_attention
-    runs = [(dense, torch.float64), (dense, torch.float32), (native, torch.float32)]
+    by_reference: Callable = reference.modular_attention
+    by_operator: Callable = modular_attention
+    runs = [(by_reference, torch.float64), (by_reference, torch.float32), (by_operator, torch.float32)]
     exact, dense, ours = (outputs_and_gradients(layer, setting, *run) for run in progress(runs, "checking"))
     print("\nCheck against the float64 reference: largest error over largest value")
     print(f"  {'':12}{'modular_attention':>20}{'dense float32':>16}{'tolerance':>12}")
@@ -318,6 +342,7 @@ def print_words(tokens: Tokens, maps: dict[str, Tensor]) -> None:
 
 
 def print_aligner(start: Setting, layer: Layer, shares: list[float], spectra: list[Spectrum]) -> None:
+    assert start.views is not None, "of an aligner"
     same = all(torch.equal(view, layer.query) for view in start.views)
     identity = "the identity, bit for bit" if same else "NOT THE IDENTITY"
     print(
@@ -335,8 +360,9 @@ def print_aligner(start: Setting, layer: Layer, shares: list[float], spectra: li
     print("  Eigenvalues add up to 1; dimensions = 1 / sum of squares; the head size is the most.")
 
 
-def print_times(layer: Layer, setting: Setting, progress) -> None:
+def print_times(layer: Layer, setting: Setting, progress: Progress) -> None:
     """Ours with everything on, beside SDPA without any of it and beside the dense way to get the same."""
+    assert setting.bias is not None and setting.sink is not None, "everything is on"
     n = layer.query.shape[2]
     rows = (1, QUERY_HEADS, n)
     leaves = [layer.query, layer.key, layer.value, setting.bias.expand(*rows, 2), setting.sink.expand(*rows)]
@@ -346,13 +372,13 @@ def print_times(layer: Layer, setting: Setting, progress) -> None:
     causal = torch.zeros(n, n).masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
     onehot = F.pad(F.one_hot(layer.modality.long(), 2).float(), (0, 6))[:, None].expand(-1, KEY_HEADS, -1, -1)
 
-    def ours():
+    def ours() -> tuple[Tensor, ...]:
         return layer.attend(setting, leaves=leaves)[::2]
 
-    def sdpa():
+    def sdpa() -> tuple[Tensor, ...]:
         return (F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),)
 
-    def dense():
+    def dense() -> tuple[Tensor, ...]:
         mask = torch.where(is_vision, bias[..., 1:], bias[..., :1]) + causal
         mask = torch.cat([mask, sink[..., None]], dim=-1)
         q, k = F.pad(query, (0, 8)), F.pad(key, (0, 8, 0, 1))  # equal head sizes: the only fast kernel wants them
@@ -362,17 +388,17 @@ def print_times(layer: Layer, setting: Setting, progress) -> None:
 
     calls = {"modular_attention": ours, "torch SDPA, causal only": sdpa, "SDPA, dense mask, one-hot V": dense}
 
-    def forward(call):
+    def forward(call: Callable[[], tuple[Tensor, ...]]) -> None:
         with torch.no_grad():
             call()
 
-    def train(call):
+    def train(call: Callable[[], tuple[Tensor, ...]]) -> None:
         results = call()
         torch.autograd.grad(results, leaves[: 3 if call is sdpa else 5], [torch.ones_like(r) for r in results])
 
     print(f"\nTime of this attention (N = {n}, {torch.get_num_threads()} threads), median in ms")
     print(f"  {'':28}{'forward':>10}{'forward + backward':>22}")
-    seconds = {}
+    seconds: dict[tuple[str, Callable], list[float]] = {}
     for step in progress(range(8), "timing"):
         for run in (forward, train):
             for name, call in calls.items():
@@ -410,16 +436,16 @@ stripes come from rotary positions. The aligner starts as the identity and is tr
 sequence; its loss asks that the words of the question give, on average, half of their attention to the picture."""
 
 
-def draw_maps(figure, tokens: Tokens, maps: dict[str, Tensor]) -> None:
+def draw_maps(figure: SubFigure, tokens: Tokens, maps: dict[str, Tensor]) -> None:
     """The photograph, and over it what each word looks at in each setting, on one colour scale."""
     import matplotlib.pyplot as plt
 
     grid = figure.add_gridspec(2, 4)
-    square = {"extent": (0, GRID, GRID, 0)}
+    square = (0, GRID, GRID, 0)
 
-    def image(cell, picture: Tensor, title: str):
+    def image(cell: SubplotSpec, picture: Tensor, title: str) -> Axes:
         axes = figure.add_subplot(cell)
-        axes.imshow(picture.numpy(), **square)
+        axes.imshow(picture.numpy(), extent=square)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.set_title(title, fontsize=12)
@@ -440,13 +466,13 @@ def draw_maps(figure, tokens: Tokens, maps: dict[str, Tensor]) -> None:
             title = f"the word “{word}”, {name}\n{weight.sum():.0f} % of its attention is here"
             overlays.append(image(grid[line, column + 1], grey, title))
             opacity = (weight / top).clamp(0, 1).sqrt().numpy()
-            overlays[-1].imshow(weight.numpy(), cmap=colour, vmin=0, vmax=top, alpha=opacity, **square)
+            overlays[-1].imshow(weight.numpy(), cmap=colour, vmin=0, vmax=top, alpha=opacity, extent=square)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, top), colour)
     bar = figure.colorbar(scale, ax=overlays, shrink=0.6, pad=0.02, extend="max")
     bar.set_label("attention on one patch, % of the word's total")
 
 
-def draw_curves(figure, tokens: Tokens, masses: dict[str, Tensor]) -> None:
+def draw_curves(figure: SubFigure, tokens: Tokens, masses: dict[str, Tensor]) -> None:
     """Mass on the other modality, by row: patches on the left, words of the question on the right."""
     left, right = figure.subplots(1, 2)
     for name, mass in masses.items():
@@ -464,7 +490,7 @@ def draw_curves(figure, tokens: Tokens, masses: dict[str, Tensor]) -> None:
     figure.legend(loc="outside upper center", ncol=5, frameon=False)
 
 
-def draw_aligner(figure, spectra: list[Spectrum], shares: list[float]) -> None:
+def draw_aligner(figure: SubFigure, spectra: list[Spectrum], shares: list[float]) -> None:
     """Eigenvalues of the Gram of each modality, and what training the aligner does to the mass."""
     left, right = figure.subplots(1, 2)
     index = range(1, HEAD_DIM + 1)
@@ -496,12 +522,12 @@ def save_picture(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 18.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.05)
+    figure = plt.figure(figsize=(14, 18.5), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.05))
     figure.suptitle("One attention layer reads a photograph and a question about it", fontsize=18, weight="bold")
-    upper, middle, lower = figure.subfigures(3, 1, height_ratios=[2, 1.15, 1.05])
+    upper, middle, lower = figure.subfigures(3, 1, squeeze=False, height_ratios=[2, 1.15, 1.05])[:, 0]
     draw_maps(upper, tokens, maps)
     draw_curves(middle, tokens, masses)
     draw_aligner(lower, spectra, shares)
@@ -524,11 +550,11 @@ def main(argv: list[str] | None = None) -> None:
         from tqdm import tqdm
     except ImportError:
 
-        def progress(steps, description):
+        def progress(steps: Sequence[Step], description: str) -> Iterable[Step]:
             return steps
     else:
 
-        def progress(steps, description):
+        def progress(steps: Sequence[Step], description: str) -> Iterable[Step]:
             return tqdm(steps, desc=description, leave=False, disable=None)
 
     info = moda_ext.info()

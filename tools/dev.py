@@ -5,11 +5,12 @@ python3 tools/dev.py test        set up, then C++ tests (plain, then with saniti
 python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
 python3 tools/dev.py docs        the documentation as a site, in build/site, without building anything else
+python3 tools/dev.py types       set up, then mypy
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
                                  own, or with those that are named: transformers-oldest, torch-newest, ...
 
-Further arguments go to the demo, pytest, the benchmarks or the report on the kernels. Uses the active virtual
+Further arguments go to the demo, pytest, the benchmarks, mypy or the report on the kernels. Uses the active virtual
 environment if there is one, else .venv in the checkout; uses the torch that is there, else installs one (the CPU build
 on a machine without an NVIDIA GPU). Run it as often as you like: what is done already is not done again.
 """
@@ -195,6 +196,14 @@ def docs(python: Path, arguments: list[str]) -> None:
     run(python, "-m", "mkdocs", "build", "--strict", *arguments, env=quiet)
 
 
+def types(python: Path, arguments: list[str]) -> None:
+    ensure_torch(python)
+    install(python, "test,test-transformers")  # mypy reads the annotations of what the package imports
+    step("types")
+    pip_install(python, "--quiet", "-r", "tools/lint-requirements.txt")
+    run(python, "-m", "mypy", *arguments)
+
+
 def kernels(python: Path, arguments: list[str]) -> None:
     step("CUDA kernels")
     pip_install(python, "--quiet", *DISASSEMBLER)
@@ -286,8 +295,16 @@ def print_times() -> None:
 
 
 def main() -> None:
-    commands = {"demo": demo, "test": test, "bench": bench, "lint": lint, "docs": docs, "kernels": kernels}
-    commands["matrix"] = matrix
+    commands = {
+        "demo": demo,
+        "test": test,
+        "bench": bench,
+        "lint": lint,
+        "docs": docs,
+        "types": types,
+        "kernels": kernels,
+        "matrix": matrix,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parsed, arguments = parser.parse_known_args()

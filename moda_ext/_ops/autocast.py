@@ -4,6 +4,8 @@ So it is in the alignment operators, whose sums, scales and weights are float32 
 modality_bias and sink are added to scores that are accumulated in float32, so they become float32.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,23 @@ from moda_ext._ops.limits import accumulation_dtype
 
 DISPATCH_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 
 
-def cast_tokens(*tensors):
+def cast_tokens(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values as an autocast region wants them; unchanged outside one. Differentiable."""
     dtype = region_dtype(tensors[0])
     return tensors if dtype is None else tuple(_cast(tensor, dtype) for tensor in tensors)
 
 
-def cast_sums(query, *tensors):
+def cast_sums(query: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What is added to or multiplied with sums over the tokens of a query that was cast, or None."""
     if region_dtype(query) is None:
         return tensors
     return tuple(_cast(tensor, accumulation_dtype(query.dtype)) for tensor in tensors)
 
 
-def region_dtype(tensor) -> torch.dtype | None:
+def region_dtype(tensor: object) -> torch.dtype | None:
     """The dtype that an autocast region gives to tensors on the device of this one; None outside one."""
     device_type = tensor.device.type if isinstance(tensor, Tensor) else ""
     if device_type not in DISPATCH_KEYS or not torch.is_autocast_enabled(device_type):
@@ -34,5 +37,5 @@ def region_dtype(tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _cast(tensor, dtype: torch.dtype):
+def _cast(tensor: _Given, dtype: torch.dtype) -> _Given:
     return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _CASTABLE else tensor

@@ -75,7 +75,7 @@ def explain(op: str, device_type: str, dtype: torch.dtype = torch.float32, *, di
 def _decide(op: str, device_type: str, dtype: torch.dtype, differentiated: bool, elsewhere: bool) -> Choice:
     fused = op in FUSED
     if not library.native_loaded:
-        return Choice(COMPOSED if fused else REFERENCE, library.fallback_reason)
+        return Choice(COMPOSED if fused else REFERENCE, library.fallback_reason or "")
     if fused and device_type != "cpu":
         return Choice(COMPOSED, "the fused operator has kernels for the CPU alone")
     if fused and elsewhere:

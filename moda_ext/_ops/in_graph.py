@@ -4,6 +4,7 @@ Imported only while one is traced: the decorator imports torch._dynamo, which ta
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from moda_ext._ops.operator import FUNCTIONS
 
 def _in_graph(function: type[torch.autograd.Function]) -> Callable:
     @torch.compiler.allow_in_graph
-    def call(*inputs):
+    def call(*inputs: Any) -> Any:
         return function.apply(*inputs)
 
     return call

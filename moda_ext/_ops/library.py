@@ -103,21 +103,21 @@ def _load() -> None:
         ) from error
     native_loaded, build_info, library_path = True, info, operators
 
-    _load_cuda()
+    _load_cuda(info)
 
 
-def _load_cuda() -> None:
+def _load_cuda(info: dict) -> None:
     """Loads the CUDA operators where they are built and torch has CUDA; a GPU need not be there."""
     global cuda_loaded
     mode = os.environ.get("MODA_EXT_CUDA")
     if mode is not None and mode not in CUDA_MODES:
         raise ImportError(f"moda_ext: MODA_EXT_CUDA: expected one of {', '.join(CUDA_MODES)}, got {mode!r}")
     operators = _library_file("_operators_cuda")
-    if operators is None or torch.version.cuda is None or not build_info["cuda"]:
+    if operators is None or torch.version.cuda is None or not info["cuda"]:
         return
-    if torch.version.cuda.split(".")[0] != build_info["cuda"].split(".")[0]:
+    if torch.version.cuda.split(".")[0] != info["cuda"].split(".")[0]:
         warnings.warn(
-            f"moda_ext: the CUDA operators are built for CUDA {build_info['cuda']}, this torch is for CUDA "
+            f"moda_ext: the CUDA operators are built for CUDA {info['cuda']}, this torch is for CUDA "
             f"{torch.version.cuda}: they are not loaded. Fix: install moda_ext again with this torch installed.",
             RuntimeWarning,
             stacklevel=2,
@@ -127,7 +127,7 @@ def _load_cuda() -> None:
         torch.ops.load_library(operators)
     except OSError as error:
         raise ImportError(
-            f"moda_ext: cannot load {operators}, built for CUDA {build_info['cuda']}: {error.__cause__ or error}. "
+            f"moda_ext: cannot load {operators}, built for CUDA {info['cuda']}: {error.__cause__ or error}. "
             "Fix: install moda_ext again with this torch installed."
         ) from error
     cuda_loaded = True

@@ -21,6 +21,7 @@ from caching graphs across processes.)
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,13 +99,13 @@ class Operator:
             self._plan_gradient()
         self._register()
 
-    def __call__(self, **arguments):
+    def __call__(self, **arguments: Any) -> Any:
         inputs = [arguments.pop(name) for name in self.arguments]
         if arguments:
             raise TypeError(f"moda_ext::{self.name} has no argument {', '.join(arguments)}")
         return self._call(inputs)
 
-    def _call(self, inputs: list):
+    def _call(self, inputs: list) -> Any:
         try:
             return self._through_function(inputs) if transformed() else self._op(*inputs)
         except RuntimeError as error:  # torch 2.15 makes one of the std::invalid_argument of a check in csrc
@@ -172,7 +173,7 @@ class Operator:
             },
         )
 
-    def _through_function(self, inputs: list):
+    def _through_function(self, inputs: list) -> Any:
         if not torch.compiler.is_compiling():
             return FUNCTIONS[self.name].apply(*inputs)
         from moda_ext._ops.in_graph import CALLS
@@ -186,6 +187,7 @@ class Operator:
 
     def _plan_gradient(self) -> None:
         """``_sources``: for every argument of the backward operator where it comes from, and the index there."""
+        assert self.backward is not None, "planned where there is one"
         names = [*self.arguments, *self.results]
         arguments, results = self.backward.arguments, self.backward.results
         self._saved = [n for n in arguments if n in names and n in self.backward.tensors]
@@ -196,7 +198,7 @@ class Operator:
         self._flags = [
             (i, self.arguments.index(f"with_{n}")) for i, n in enumerate(self.results) if f"with_{n}" in names
         ]
-        self._sources = []
+        self._sources: list[tuple[int, int]] = []
         for name in arguments:
             what, _, other = name.partition("_")
             if name in self._saved:
@@ -215,7 +217,7 @@ class Operator:
             for n in self.arguments
         ]
 
-    def _remember(self, ctx, inputs, output) -> None:
+    def _remember(self, ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         known = (*inputs, *(output if isinstance(output, tuple) else (output,)))
         first = len(inputs)
@@ -225,14 +227,15 @@ class Operator:
         ctx.absent = [i for i, flag in self._flags if not inputs[flag]]
         ctx.sizes = {i: (known[first + i].shape, known[first + i].dtype) for i in self._sizes_of}
 
-    def _differentiate(self, ctx, *grads):
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert self.backward is not None, "bound where there is one"
         # What is absent has a gradient all the same under torch.compile.
         incoming = [None if i in ctx.absent else grad for i, grad in enumerate(grads)]
         present = [grad for grad in incoming if grad is not None]
         if not present:
             return (None,) * len(self.arguments)
         saved = ctx.saved_tensors  # once: gradient checkpointing unpacks them one time only
-        inputs = []
+        inputs: list[Any] = []
         for source, i in self._sources:
             if source == _SAVED:
                 inputs.append(saved[i])
@@ -240,8 +243,8 @@ class Operator:
                 inputs.append(ctx.options[i])
             elif source == _NEED:
                 inputs.append(ctx.needs_input_grad[i])
-            elif incoming[i] is not None:
-                inputs.append(_contiguous(incoming[i], whole=self.results[i] in self.contiguous))
+            elif (grad := incoming[i]) is not None:
+                inputs.append(_contiguous(grad, whole=self.results[i] in self.contiguous))
             elif source == _GRAD_OR_ZEROS:
                 shape, dtype = ctx.sizes[i]
                 inputs.append(present[0].new_zeros(shape, dtype=dtype))
@@ -254,13 +257,13 @@ class Operator:
             for places, needed in zip(self._gradients, ctx.needs_input_grad, strict=True)
         )
 
-    def _forget(self, ctx, inputs, output) -> None:
+    def _forget(self, ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         pass
 
-    def _refuse(self, ctx, *grads):
+    def _refuse(self, ctx: Any, *grads: Tensor | None) -> None:
         raise NotImplementedError(f"moda_ext::{self.name} has no derivative; {self.instead}")
 
-    def _refuse_forward_mode(self, ctx, *tangents):
+    def _refuse_forward_mode(self, ctx: Any, *tangents: Tensor | None) -> None:
         raise NotImplementedError(
             f"moda_ext::{self.name} has no forward-mode derivative; moda_ext.reference has, by plain PyTorch"
         )
@@ -268,7 +271,7 @@ class Operator:
     # Autocast, for direct callers of the operator.
 
     def _autocast_kernel(self, device_type: str) -> Callable:
-        def kernel(*inputs):
+        def kernel(*inputs: Any) -> Any:
             given = dict(zip(self.arguments, inputs, strict=True))
             given |= zip(self.tokens, autocast.cast_tokens(*(given[name] for name in self.tokens)), strict=True)
             query = given[self.tokens[0]]
@@ -280,11 +283,12 @@ class Operator:
 
     # vmap.
 
-    def _folded(self, info, in_dims, *inputs):
+    def _folded(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        assert self.batch is not None, "bound where there is one"
         size, folded = info.batch_size, []
         for name, value, mapped in zip(self.arguments, inputs, in_dims, strict=True):
             value = _fold(value, mapped, self.batch[name], size) if name in self.tensors else value
-            folded.append(value.contiguous() if name in self.contiguous else value)
+            folded.append(value.contiguous() if name in self.contiguous and value is not None else value)
         results = self._op(*folded)
         unfolded, out_dims = [], []
         for name, result in zip(self.results, results if isinstance(results, tuple) else (results,), strict=True):
@@ -293,8 +297,8 @@ class Operator:
             out_dims.append(result.dim() + self.batch[name] if present else None)
         return (tuple(unfolded), tuple(out_dims)) if isinstance(results, tuple) else (unfolded[0], out_dims[0])
 
-    def _one_by_one(self, info, in_dims, *inputs):
-        def select(argument, dim, i):
+    def _one_by_one(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        def select(argument: Any, dim: int | None, i: int) -> Any:
             return argument if dim is None else argument.select(dim, i).contiguous()
 
         slices = [

@@ -1,5 +1,7 @@
 """The native operators: what each declares beside its schema (csrc/ops/schemas.cpp), see :class:`Operator`."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,12 @@ from moda_ext._ops.limits import accumulation_dtype
 from moda_ext._ops.operator import Operator, empty_in_layout_of
 
 
-def _attention(given) -> tuple[Tensor, ...]:
+def _attention(given: SimpleNamespace) -> tuple[Tensor, ...]:
     dense = given.query.shape[-4:]
     return (empty_in_layout_of(given.query, dense), *_statistics(given.query, dense[:3], given.num_modalities))
 
 
-def _attention_varlen(given) -> tuple[Tensor, ...]:
+def _attention_varlen(given: SimpleNamespace) -> tuple[Tensor, ...]:
     packed = given.query.shape[-3:]
     return (given.query.new_empty(packed), *_statistics(given.query, packed[:2], given.num_modalities))
 
@@ -20,21 +22,21 @@ def _attention_varlen(given) -> tuple[Tensor, ...]:
 def _statistics(query: Tensor, rows: torch.Size, num_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
     """lse, mass and lse_residual"""
     dtype = accumulation_dtype(query.dtype)
-    shapes = rows, (*rows, num_modalities), rows
-    return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
+    mass = query.new_empty((*rows, num_modalities), dtype=dtype)
+    return query.new_empty(rows, dtype=dtype), mass, query.new_empty(rows, dtype=dtype)
 
 
-def _gram(given) -> Tensor:
+def _gram(given: SimpleNamespace) -> Tensor:
     batch, heads, _, size = given.key.shape
     shape = batch, heads, given.num_modalities, size, size
     return given.key.new_empty(shape, dtype=accumulation_dtype(given.key.dtype))
 
 
-def _projection(given) -> tuple[Tensor, Tensor]:
+def _projection(given: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return empty_in_layout_of(given.query, (given.num_modalities, *given.query.shape)), _gram(given)
 
 
-def _views(given) -> tuple[Tensor, Tensor, Tensor]:
+def _views(given: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     empty = given.row_scale.new_empty(0)
     return (
         empty_in_layout_of(given.query, (given.num_modalities, *given.query.shape)),

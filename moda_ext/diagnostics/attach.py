@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moda_ext.integrations.recording import AttentionRecord, Recorder, refuse_replicas
 from moda_ext.nn.attention import ModularDuplexAttention
@@ -19,7 +21,9 @@ def in_backward() -> bool:
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None):
+def recorded(
+    model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None
+) -> Iterator[tuple[Mapping[int, nn.Module], dict[str, int] | None]]:
     """Calls ``recorder`` with an ``AttentionRecord`` after every attention call of ``model`` while the block runs.
 
     Args:
@@ -60,12 +64,15 @@ def recorded(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | 
         yield {layer.self_attn.layer_idx: layer for layer in stack.layers}, stack.config.moda["modalities"]
 
 
-def _layer_recorder(index: int, is_causal: bool, recorder: Recorder):
-    def record(*, query_modality, key_modality, **tensors):
+def _layer_recorder(index: int, is_causal: bool, recorder: Recorder) -> Callable[..., None]:
+    def record(*, query_modality: Tensor, key_modality: Tensor, **tensors: Any) -> None:
         visible = None
         if not is_causal:
             visible = torch.ones(1, 1, 1, key_modality.shape[1], dtype=torch.bool, device=key_modality.device)
-        modalities = {"query_modality": query_modality, "key_modality": key_modality}
-        recorder(AttentionRecord(layer=index, visible=visible, **modalities, **tensors))
+        recorder(
+            AttentionRecord(
+                layer=index, visible=visible, query_modality=query_modality, key_modality=key_modality, **tensors
+            )
+        )
 
     return record

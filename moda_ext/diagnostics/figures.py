@@ -7,12 +7,21 @@ because a layout alone can look like a deficit. All need matplotlib, in the extr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from moda_ext.diagnostics.measures import split_in_thirds
-from moda_ext.diagnostics.results import Diagnosis
+from moda_ext.diagnostics.results import Diagnosis, RowOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+    from PIL.Image import Image
 
 __all__ = [
     "attention_by_layer",
@@ -30,7 +39,7 @@ STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1)))  # one for each diagnosis
 HATCHES = ("", "///", "...", "xxx")
 
 
-def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "both", first_token: bool = True):
+def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "both", first_token: bool = True) -> Figure:
     """Fig. 2a: the mean weight that a token of each modality receives, bars of the mean over layers.
 
     Args:
@@ -62,7 +71,7 @@ def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "bot
         )
         for x, y in zip(place.tolist(), null.tolist(), strict=True):
             axis.plot([x - width / 2, x + width / 2], [y, y], color="0.2", linestyle=":", linewidth=1.6)
-    handles = [_patch("0.6", d.name, HATCHES[k % len(HATCHES)]) for k, d in enumerate(diagnoses)]
+    handles: list[Patch | Line2D] = [_patch("0.6", d.name, HATCHES[k % len(HATCHES)]) for k, d in enumerate(diagnoses)]
     handles.append(_line("0.2", ":", "uniform attention"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2), frameon=False, fontsize=8)
     axis.set_xticks(range(len(names)), names)
@@ -71,7 +80,7 @@ def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "bot
     return figure
 
 
-def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token: bool = True):
+def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token: bool = True) -> Figure:
     """Fig. 2c: self weight s_m and cross weight c_m by depth, one panel for each modality, logarithmic.
 
     Raises:
@@ -80,13 +89,15 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
     names = diagnosis.modalities
     figure, axes = _figure(len(names), width=4.2 * len(names))
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        options = {"rows": rows, "first_token": first_token}
+        options: RowOptions = {"rows": rows, "first_token": first_token}
         for measure, style, label in (("self", "-", f"{name} to {name}"), ("cross", "--", f"{name} to others")):
             for null in (False, True):
                 values = diagnosis.figure(measure, **options, null=null)[:, m]
                 if values.isnan().all():
                     continue
-                kwargs = {"color": "0.5", "linestyle": ":"} if null else {"color": _colour(m), "linestyle": style}
+                kwargs: dict[str, Any] = (
+                    {"color": "0.5", "linestyle": ":"} if null else {"color": _colour(m), "linestyle": style}
+                )
                 marker = ("o" if measure == "self" else "s") if not null else ("^" if measure == "self" else "v")
                 text = f"{label}, uniform" if null else label
                 axis.plot(diagnosis.layer_ids, values.tolist(), marker=marker, markersize=3.5, label=text, **kwargs)
@@ -103,7 +114,9 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
     return figure
 
 
-def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "both", first_token: bool = True):
+def disparity_by_layer(
+    diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "both", first_token: bool = True
+) -> Figure:
     """Fig. 4: disparity by depth, a panel for each modality, several models in one picture; AvgDiff in the legend.
 
     Raises:
@@ -120,7 +133,7 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
                     continue
                 average = f"AvgDiff {100 * values.mean():.1f} %"
                 label = f"uniform attention, {average}" if null else f"{diagnosis.name}, {average}"
-                style = {"color": "0.5", "linestyle": ":"}
+                style: dict[str, Any] = {"color": "0.5", "linestyle": ":"}
                 if not null:
                     style = {"color": _colour(m), "linestyle": STYLES[k % len(STYLES)], "marker": "o"}
                 axis.plot(diagnosis.layer_ids, values.tolist(), markersize=3.5, label=label, **style)
@@ -138,7 +151,7 @@ def disparity_by_layer(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str 
 
 def dominance_by_layer(
     diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "generated", first_token: bool = True
-):
+) -> Figure:
     """MDI by depth, a panel for each modality but text, logarithmic, with the early, middle and late layers as steps.
 
     Args:
@@ -150,13 +163,13 @@ def dominance_by_layer(
     """
     diagnoses = _sequence(diagnoses)
     names = diagnoses[0].modalities
-    options = {"rows": rows, "first_token": first_token}
+    options: RowOptions = {"rows": rows, "first_token": first_token}
     figure, axes = _figure(len(names) - 1, width=5.2 * (len(names) - 1))
     for m, (axis, name) in enumerate(zip(axes, names[1:], strict=True), start=1):
         for k, diagnosis in enumerate(diagnoses):
             values, thirds = diagnosis.figure("mdi", **options)[:, m], diagnosis.thirds("mdi", **options)[:, m]
             if values.isfinite().any():
-                style = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
+                style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
                 axis.plot(
                     diagnosis.layer_ids, values.tolist(), marker="o", markersize=3.5, label=diagnosis.name, **style
                 )
@@ -180,7 +193,7 @@ def dominance_by_layer(
     return figure
 
 
-def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both", first_token: bool = True):
+def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both", first_token: bool = True) -> Figure:
     """A measure by layer and head, a panel for each modality.
 
     Raises:
@@ -196,7 +209,7 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
         )
         axis.set_title(f"{name}: {measure} by head")
         axis.set_xlabel("head")
-        axis.set_yticks(range(len(diagnosis.layer_ids)), diagnosis.layer_ids)
+        axis.set_yticks(range(len(diagnosis.layer_ids)), list(map(str, diagnosis.layer_ids)))
         axis.yaxis.set_major_locator(_integer_locator())
         _integer_ticks(axis)
         figure.colorbar(image, ax=axis)
@@ -204,7 +217,9 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
     return figure
 
 
-def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: Tensor | None = None, title: str = ""):
+def image_attention(
+    picture: Tensor | Image, scores: Tensor, grid: tuple[int, int], *, uniform: Tensor | None = None, title: str = ""
+) -> Figure:
     """Where text looks in an image: the picture, and the picture under the scores of its tokens.
 
     Args:
@@ -231,7 +246,7 @@ def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: 
         axis.set_axis_off()
     extent = (*axes[1].get_xlim(), *axes[1].get_ylim())
     top = max(2.0, ratio.max().item())
-    style = {"cmap": "magma", "alpha": 0.65, "interpolation": "nearest", "vmin": 0, "vmax": top}
+    style: dict[str, Any] = {"cmap": "magma", "alpha": 0.65, "interpolation": "nearest", "vmin": 0, "vmax": top}
     shown = axes[1].imshow(ratio.numpy(), extent=extent, **style)
     axes[0].set_title(title, fontsize=9)
     axes[1].set_title("attention from text, 1 = by chance", fontsize=9)
@@ -239,7 +254,7 @@ def image_attention(picture, scores: Tensor, grid: tuple[int, int], *, uniform: 
     return figure
 
 
-def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
+def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]) -> Figure:
     """Attention collapse: mean cosine similarity of two tokens by depth.
 
     Raises:
@@ -250,7 +265,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
     for k, diagnosis in enumerate(diagnoses):
         if diagnosis.similarity is None:
             raise ValueError(f"similarity: {diagnosis.name} was not measured with AttentionMeter(similarity=True)")
-        style = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
         axes[0].plot(
             diagnosis.layer_ids,
             diagnosis.similarity.tolist(),
@@ -267,7 +282,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]):
     return figure
 
 
-def _sequence(diagnoses) -> list[Diagnosis]:
+def _sequence(diagnoses: Diagnosis | Sequence[Diagnosis]) -> list[Diagnosis]:
     diagnoses = [diagnoses] if isinstance(diagnoses, Diagnosis) else list(diagnoses)
     if not diagnoses:
         raise ValueError("figures: give at least one Diagnosis")
@@ -276,7 +291,7 @@ def _sequence(diagnoses) -> list[Diagnosis]:
     return diagnoses
 
 
-def _figure(columns: int, width: float):
+def _figure(columns: int, width: float) -> tuple[Figure, list[Axes]]:
     """A figure with one row of axes."""
     try:
         from matplotlib.figure import Figure
@@ -296,27 +311,27 @@ def _colour(modality: int) -> str:
     return COLOURS[modality % len(COLOURS)]
 
 
-def _integer_locator():
+def _integer_locator() -> MaxNLocator:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True)
 
 
-def _integer_ticks(axis) -> None:
+def _integer_ticks(axis: Axes) -> None:
     axis.xaxis.set_major_locator(_integer_locator())
 
 
-def _legend_below(axis, columns: int = 1) -> None:
+def _legend_below(axis: Axes, columns: int = 1) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8)
 
 
-def _patch(colour: str, label: str, hatch: str):
+def _patch(colour: str, label: str, hatch: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=label)
 
 
-def _line(colour: str, style: str, label: str):
+def _line(colour: str, style: Literal[":"], label: str) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour, linestyle=style, label=label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class AttentionBalanceLoss(nn.Module):
         ...     loss = model(**batch).loss
         ...     (loss + 0.1 * torch.stack(penalties).mean()).backward()
     """
+
+    shares: Tensor | None
 
     def __init__(self, target: str | Tensor = "uniform", *, eps: float = 1e-6):
         super().__init__()
@@ -108,7 +111,7 @@ class AttentionBalanceLoss(nn.Module):
         return (divergence * rows[:, None]).sum() / (rows.sum() * mass.shape[1]).clamp(min=1)
 
     @contextlib.contextmanager
-    def collect(self, model: nn.Module):
+    def collect(self, model: nn.Module) -> Iterator[list[Tensor]]:
         """Yields a list that gets the loss of every attention call while the block runs, first layer first.
 
         With gradient checkpointing the backward pass belongs into the block: it computes the layers once more.
@@ -136,7 +139,8 @@ class AttentionBalanceLoss(nn.Module):
             yield penalties
 
     def extra_repr(self) -> str:
-        return f"target={self.target or tuple(self.shares.shape)!r}, eps={self.eps}"
+        target = self.target if self.shares is None else tuple(self.shares.shape)
+        return f"target={target!r}, eps={self.eps}"
 
     def _target(self, counts: Tensor, query_modality: Tensor) -> Tensor:
         """(B, N, M), sums to 1 over the visible modalities."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from moda_ext.diagnostics import measures
 from moda_ext.diagnostics.attach import in_backward, recorded
 from moda_ext.diagnostics.results import ROWS, Diagnosis, LayerSums, TokenScores
 from moda_ext.integrations.recording import AttentionRecord
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["AttentionMeter"]
 
@@ -126,9 +131,10 @@ class AttentionMeter:
         self._prompts.begin_anew()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         context, self._context = self._context, None
         self._end_pass()
+        assert context is not None, "entered"
         context.close()
 
     @torch.no_grad()
@@ -140,25 +146,28 @@ class AttentionMeter:
             begins = self._layer is None or record.layer <= self._layer
             if begins:
                 self._prompts.end_pass()
-            if begins or not self._call.is_over_the_tokens_of(record):
-                self._call = _Call(record, self._prompts.borders(record))
+            call = self._call
+            if begins or call is None or not call.is_over_the_tokens_of(record):
+                call = self._call = _Call(record, self._prompts.borders(record))
             if begins:
-                self._begin(self._call)
+                self._begin(call)
             self._prompts.check_window(record)
-            call, self._layer = self._call, record.layer
-            if record.layer not in self._sums:
-                self._sums[record.layer] = LayerSums(0, 0, 0, 0)
-            sums = self._sums[record.layer]
-            sums.flow += call.flow(record)
-            sums.null += call.null
-            sums.pairs += call.pairs
-            sums.rows += call.rows
+            self._layer = record.layer
+            flow = call.flow(record)
+            sums = self._sums.get(record.layer)
+            if sums is None:
+                self._sums[record.layer] = LayerSums(flow, call.null.clone(), call.pairs.clone(), call.rows.clone())
+            else:
+                sums.flow += flow
+                sums.null += call.null
+                sums.pairs += call.pairs
+                sums.rows += call.rows
             if self._scoring:
                 received = call.text_looks_at(record)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
 
     @contextlib.contextmanager
-    def generated_after(self, prompt_length: int | Tensor):
+    def generated_after(self, prompt_length: int | Tensor) -> Iterator[None]:
         """Says where the prompts end of what the model computes in this block: later tokens count as generated.
 
         .. code-block:: python
@@ -185,7 +194,7 @@ class AttentionMeter:
             self._prompts.end_pass()
             self._prompts.say(before)
 
-    def callback(self, every: int = 100):
+    def callback(self, every: int = 100) -> TrainerCallback:
         """A ``transformers.TrainerCallback`` that measures one training step of every ``every``, the first included.
 
         Its attribute ``history`` is a list of (global step, :class:`moda_ext.diagnostics.Diagnosis`). What this meter
@@ -207,15 +216,19 @@ class AttentionMeter:
         meter = self
 
         class MeterCallback(TrainerCallback):
-            def __init__(self):
+            def __init__(self) -> None:
                 self.history: list[tuple[int, Diagnosis]] = []
 
-            def on_step_begin(self, args, state, control, **kwargs):
+            def on_step_begin(
+                self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+            ) -> None:
                 if state.global_step % every == 0:
                     meter.reset()
                     meter.__enter__()
 
-            def on_step_end(self, args, state, control, **kwargs):
+            def on_step_end(
+                self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+            ) -> None:
                 if meter._context is not None:
                     meter.__exit__()
                     self.history.append((state.global_step, meter.result()))
@@ -263,13 +276,14 @@ class AttentionMeter:
         ]
         return Diagnosis(self.name, names, tuple(layers), sums, int(self._sequences), similarity, scores, unclear)
 
-    def _hidden_hook(self, index: int):
+    def _hidden_hook(self, index: int) -> Callable[[nn.Module, tuple, Any], None]:
         """A forward hook of the block around layer ``index``, whose output is (B, N, E) or a tuple that begins so."""
 
         @torch.no_grad()
-        def hook(module, args, output):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.shape[1] > 1 and not in_backward():  # no decoding step
+                assert self._call is not None, "recorded inside of the block"
                 similarity = measures.token_similarity(hidden, self._call.query_modality >= 0)
                 self._similarity.setdefault(index, []).append(similarity)
 
@@ -310,7 +324,7 @@ class _Prompts:
         "meter.generated_after(prompt_length)"
     }
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stated: int | Tensor | None = None
         self.eos: Tensor | None = None
         self.look_away()
@@ -342,7 +356,7 @@ class _Prompts:
         eos = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
         self.eos = None if eos is None else torch.as_tensor(eos)
 
-    def look_away(self, *ignored) -> None:
+    def look_away(self, *ignored: object) -> None:
         """The forward hook after it."""
         self.token_ids = self.labels = None
 
@@ -353,7 +367,7 @@ class _Prompts:
         new, seen = valid.sum(dim=1), (record.key_modality >= 0).sum(dim=1)
         before = seen - new
         place = before[:, None] + valid.cumsum(dim=1) - 1  # of each row, in its sequence
-        if self._length is None or self._length.shape != new.shape:
+        if self._length is None or self._ended is None or self._length.shape != new.shape:
             self.begin_anew()
             self._length, self._ended = torch.full_like(new, -1), torch.zeros_like(new, dtype=torch.bool)
         starts, length = before == 0, self._length.to(new.device)  # layers may be on several devices
@@ -364,7 +378,7 @@ class _Prompts:
         if self.stated is not None:
             borders = self._stated_borders(valid, place)
         elif _is_over(self.labels, modality):
-            return self._borders_of_labels(valid, place, starts)
+            return self._borders_of_labels(self.labels, valid, place, starts)
         elif modality.shape[1] == record.key_modality.shape[1]:
             return None  # the first pass
         else:
@@ -387,7 +401,7 @@ class _Prompts:
 
     def end_pass(self) -> None:
         """Compares what the layers of the pass held with one another and with the passes before."""
-        if self._most is None:
+        if self._most is None or self._new is None:
             return
         for layer, held in self._held.items():
             self.short[layer] = self.short.get(layer, False) | (held < self._most.to(held.device)).any()
@@ -425,8 +439,8 @@ class _Prompts:
         length = length.reshape(-1, 1).long()
         return torch.where(valid & (place >= length), length, 0)
 
-    def _borders_of_labels(self, valid: Tensor, place: Tensor, starts: Tensor) -> Tensor:
-        answer = (self.labels.to(place.device) >= 0) & valid
+    def _borders_of_labels(self, labels: Tensor, valid: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+        answer = (labels.to(place.device) >= 0) & valid
         begins = answer & ~torch.nn.functional.pad(answer, (1, 0))[:, :-1]
         self._flag(self.NO_PROMPT, answer & (place == 0))
         self._flag(self.CONTINUED, answer & ~starts[:, None])
@@ -606,7 +620,7 @@ def _transformers_model(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if isinstance(module, known)), model)
 
 
-def _is_over(values, modality: Tensor) -> bool:
+def _is_over(values: object, modality: Tensor) -> TypeGuard[Tensor]:
     """Are these numbers for the tokens of the pass?"""
     return isinstance(values, Tensor) and not values.is_floating_point() and values.shape == modality.shape
 

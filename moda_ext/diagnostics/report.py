@@ -8,10 +8,14 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moda_ext.diagnostics import figures
-from moda_ext.diagnostics.results import VARIANTS, Diagnosis
+from moda_ext.diagnostics.results import VARIANTS, Diagnosis, RowOptions
 from moda_ext.diagnostics.runner import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
@@ -185,7 +189,7 @@ def _findings(d: Diagnosis) -> list[str]:
 
 
 def _summary_table(diagnoses: Sequence[Diagnosis], rows: str, first_token: bool) -> str:
-    options = {"rows": rows, "first_token": first_token}
+    options: RowOptions = {"rows": rows, "first_token": first_token}
     columns = [(d.name, d.summary(**options, null=null), null) for d in diagnoses for null in (False, True)]
     modalities = diagnoses[0].modalities
     head = "".join(
@@ -241,7 +245,7 @@ def _number(value: float, unit: str) -> str:
     return f"{round(100 * value, 2) + 0.0:.2f} %" if unit == "%" else f"{value:.4g}"  # + 0.0: no "-0.00"
 
 
-def _chart(figure, caption: str, form: str = "svg") -> str:
+def _chart(figure: Figure, caption: str, form: str = "svg") -> str:
     file = io.BytesIO()
     figure.savefig(file, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
     kind = "image/svg+xml" if form == "svg" else "image/png"

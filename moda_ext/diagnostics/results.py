@@ -7,11 +7,17 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from moda_ext.diagnostics import measures
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from pandas import DataFrame
 
 __all__ = ["Comparison", "Diagnosis", "LayerSums", "TokenScores"]
 
@@ -19,6 +25,19 @@ ROWS = ("all", "both", "generated")
 VARIANTS = tuple(itertools.product(("both", "all", "generated"), (True, False)))  # rows, first_token
 MEASURES = ("self", "cross", "disparity", "disparity_sum", "disparity_self", "score", "mdi", "aei", "sink")
 SUMMARY = ("avg_diff", "avg_diff_sum", "avg_diff_self", "decay", "self", "cross", "score", "mdi", "aei", "sink")
+
+
+class RowOptions(TypedDict):
+    """Which pairs a figure is about, see :meth:`Diagnosis.figure`."""
+
+    rows: str
+    first_token: bool
+
+
+class FigureOptions(RowOptions):
+    """The same, of the model or of uniform attention."""
+
+    null: bool
 
 
 @dataclasses.dataclass
@@ -186,21 +205,31 @@ class Diagnosis:
         flow, _, count = self._sums(rows, first_token, null, per_head)
         return measures.mean_mass(flow, count)
 
+    @overload
+    def summary(
+        self, *, rows: str = ..., first_token: bool = ..., null: bool = ..., per_head: Literal[False] = ...
+    ) -> dict[str, dict[str, float]]: ...
+
+    @overload
+    def summary(
+        self, *, rows: str = ..., first_token: bool = ..., null: bool = ..., per_head: bool = ...
+    ) -> dict[str, dict[str, float]] | dict[str, dict[str, list[float]]]: ...
+
     def summary(
         self, *, rows: str = "both", first_token: bool = True, null: bool = False, per_head: bool = False
-    ) -> dict[str, dict[str, float | list[float]]]:
+    ) -> dict[str, dict[str, float]] | dict[str, dict[str, list[float]]]:
         """One number for the whole model: measure -> modality -> value. Options as in :meth:`figure`.
 
         ``avg_diff`` is AvgDiff (with the normaliser max; ``avg_diff_sum`` and ``avg_diff_self`` with the others),
         ``decay`` the slope of log c_m against depth, the rest the mean over layers. By head a value is a list.
         """
-        options = {"rows": rows, "first_token": first_token, "null": null, "per_head": per_head}
-        numbers = {}
+        options: FigureOptions = {"rows": rows, "first_token": first_token, "null": null}
+        numbers: dict[str, dict[str, Any]] = {}
         for name in SUMMARY:
             if name == "decay":
-                values = measures.decay_slope(self.figure("cross", **options))
+                values = measures.decay_slope(self.figure("cross", **options, per_head=per_head))
             else:
-                values = self.figure(name.replace("avg_diff", "disparity"), **options).mean(dim=0)
+                values = self.figure(name.replace("avg_diff", "disparity"), **options, per_head=per_head).mean(dim=0)
             numbers[name] = dict(zip(self.modalities, values.movedim(-1, 0).tolist(), strict=True))
         return numbers
 
@@ -243,7 +272,7 @@ class Diagnosis:
         figures, summary, thirds = {}, {}, {}
         for (rows, first_token), null in itertools.product(VARIANTS, (False, True)):
             key = _variant_name(rows, first_token, null)
-            options = {"rows": rows, "first_token": first_token, "null": null}
+            options: FigureOptions = {"rows": rows, "first_token": first_token, "null": null}
             figures[key] = {measure: _plain(self.figure(measure, **options)) for measure in MEASURES}
             figures[key]["mass"] = _plain(self.mass(**options))
             thirds[key] = {measure: _plain(self.thirds(measure, **options)) for measure in MEASURES}
@@ -285,12 +314,12 @@ class Diagnosis:
     def from_dict(cls, data: dict) -> Diagnosis:
         """The diagnosis that :meth:`to_dict` wrote, without loss (token scores: to float32)."""
 
-        def tensor(values, dtype):
+        def tensor(values: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(_with_nan(values), dtype=dtype)
 
-        def sums(values):  # up to version 0.1 there were no generated rows
-            values = tensor(values, torch.float64)
-            return values if len(values) == len(ROWS) else torch.cat([values, torch.zeros_like(values[:1])])
+        def sums(values: list) -> Tensor:  # up to version 0.1 there were no generated rows
+            found = tensor(values, torch.float64)
+            return found if len(found) == len(ROWS) else torch.cat([found, torch.zeros_like(found[:1])])
 
         return cls(
             name=data["name"],
@@ -315,7 +344,7 @@ class Diagnosis:
         """The diagnosis that :meth:`to_json` wrote."""
         return cls.from_dict(json.loads(text))
 
-    def to_dataframe(self, *, per_head: bool = False):
+    def to_dataframe(self, *, per_head: bool = False) -> DataFrame:
         """A ``pandas.DataFrame``, one line for each figure.
 
         Columns: name, layer, (head,) modality, rows, first_token, measure, value, uniform (the null).
@@ -326,7 +355,7 @@ class Diagnosis:
         pandas = _import_pandas()
         lines = []
         for rows, first_token in VARIANTS:
-            options = {"rows": rows, "first_token": first_token}
+            options: RowOptions = {"rows": rows, "first_token": first_token}
             for measure in MEASURES:
                 uniform = self.figure(measure, **options, null=True)
                 values = self.figure(measure, **options, per_head=per_head)
@@ -378,10 +407,10 @@ class Diagnosis:
         if not per_head:
             flow = torch.stack([layer.null[at] if null else layer.flow[at].mean(dim=0) for layer in self.layers])
             return flow, pairs, count
-        heads = {layer.flow.shape[2] for layer in self.layers}
-        if len(heads) > 1:
-            raise ValueError(f"Diagnosis: per_head needs layers of equal numbers of heads, got {sorted(heads)}")
-        (heads,) = heads
+        numbers = {layer.flow.shape[2] for layer in self.layers}
+        if len(numbers) > 1:
+            raise ValueError(f"Diagnosis: per_head needs layers of equal numbers of heads, got {sorted(numbers)}")
+        (heads,) = numbers
         flow = torch.stack([layer.flow[at] for layer in self.layers])
         if null:
             flow = torch.stack([layer.null[at] for layer in self.layers])[:, None].expand_as(flow)
@@ -401,7 +430,7 @@ class Comparison:
         Keys: measure, modality, before, after, change (after - before), uniform_before, uniform_after. NaN where a
         figure is not defined.
         """
-        options = {"rows": rows, "first_token": first_token}
+        options: RowOptions = {"rows": rows, "first_token": first_token}
         before, after = self.before.summary(**options), self.after.summary(**options)
         null_before, null_after = (d.summary(**options, null=True) for d in (self.before, self.after))
         return [
@@ -436,7 +465,7 @@ class Comparison:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
-    def to_dataframe(self, *, rows: str = "both", first_token: bool = True):
+    def to_dataframe(self, *, rows: str = "both", first_token: bool = True) -> DataFrame:
         """:meth:`lines` as a ``pandas.DataFrame``."""
         return _import_pandas().DataFrame(self.lines(rows=rows, first_token=first_token))
 
@@ -445,7 +474,7 @@ def _variant_name(rows: str, first_token: bool, null: bool = False) -> str:
     return f"{rows} rows, {'with' if first_token else 'without'} first token" + (", uniform attention" if null else "")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Tensors as nested lists, NaN as None."""
     if isinstance(value, Tensor):
         value = value.tolist()
@@ -454,13 +483,13 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _with_nan(value):
+def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
     return math.nan if value is None else value
 
 
-def _import_pandas():
+def _import_pandas() -> ModuleType:
     try:
         import pandas
     except ImportError as error:

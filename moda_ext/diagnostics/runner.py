@@ -6,12 +6,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moda_ext.diagnostics.meter import AttentionMeter
 from moda_ext.diagnostics.results import Diagnosis
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import BatchFeature, ProcessorMixin
+
+    from moda_ext.integrations.transformers.parts import GenerativeModel
 
 __all__ = ["Picture", "diagnose", "load_model"]
 
@@ -42,7 +49,7 @@ class Picture:
     uniform: Tensor
 
 
-def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
+def load_model(name: str, *, device: str | None = None, dtype: str = "auto") -> tuple[GenerativeModel, ProcessorMixin]:
     """``(model, processor)`` of a checkpoint directory, of an id on the Hugging Face hub, or ``"random"``.
 
     Args:
@@ -59,6 +66,8 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
         raise ValueError(f"load_model: dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     from moda_ext.integrations.transformers import text_stack
 
+    model: Any  # the stubs hide what .to takes
+    processor: Any
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if accelerator is None else accelerator.type
@@ -75,7 +84,7 @@ def load_model(name: str, *, device: str | None = None, dtype: str = "auto"):
     return model.to(device).eval(), processor
 
 
-def load_processor(name: str):
+def load_processor(name: str) -> ProcessorMixin | None:
     """The processor of :func:`load_model` alone, which raises most of what that raises, and takes no time."""
     if name == RANDOM:
         return None
@@ -108,8 +117,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 @torch.no_grad()
 def diagnose(
-    model,
-    processor,
+    model: GenerativeModel,
+    processor: ProcessorMixin,
     images: Sequence[str | Path],
     prompts: Sequence[str],
     *,
@@ -162,7 +171,7 @@ def diagnose(
                 notes.append(f"No picture for “{title}”: no text row sees the image.")
     diagnosis, pictures = meter.result(), []
     for scores, (title, picture, grid, start, reason) in zip(diagnosis.token_scores, looks, strict=True):
-        if reason:
+        if picture is None or grid is None or start is None:
             notes.append(f"No picture for “{title}”: {reason}.")
             continue
         cells = slice(start, start + grid[0] * grid[1])
@@ -170,7 +179,7 @@ def diagnose(
     return diagnosis, pictures, notes
 
 
-def format_prompt(processor, prompt: str) -> str:
+def format_prompt(processor: Any, prompt: str) -> str:
     """A prompt about one image, in the form the model was trained on, as far as the processor knows it."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -178,7 +187,9 @@ def format_prompt(processor, prompt: str) -> str:
     return f"{processor.image_token}\n{prompt}"
 
 
-def _layout(model, processor, inputs, image):
+def _layout(
+    model: GenerativeModel, processor: ProcessorMixin, inputs: BatchFeature, image: Image
+) -> tuple[Tensor | None, tuple[int, int] | None, int | None, str | None]:
     """(picture, grid, place of its first token, reason why there is none) of a prompt about one image."""
     from moda_ext.integrations.transformers.hooks import placeholder
     from moda_ext.integrations.transformers.models import SUFFIX
@@ -206,14 +217,14 @@ def _layout(model, processor, inputs, image):
     return picture, grid, places[0], None
 
 
-def _seen(processor, pixels: Tensor) -> Tensor:
+def _seen(processor: ProcessorMixin, pixels: Tensor) -> Tensor:
     """(height, width, 3) of normalised pixels (3, height, width)."""
     of_image = processor.image_processor
     mean, std = (torch.tensor(values)[:, None, None] for values in (of_image.image_mean, of_image.image_std))
     return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
-def _pixels(image) -> Tensor:
+def _pixels(image: Image) -> Tensor:
     import numpy
 
     return torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255)

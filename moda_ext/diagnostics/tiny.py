@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14  # 8 x 8 patches
 
 
-def tiny_llava(layers: int = 4, seed: int = 0):
+def tiny_llava(layers: int = 4, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """``(model, processor)``: a Llava of random weights, 0.2 million, and a processor that spells text in bytes.
 
     Both can be saved with ``save_pretrained`` and are then a checkpoint directory like any other.
@@ -56,23 +61,28 @@ def tiny_llava(layers: int = 4, seed: int = 0):
             "{% if add_generation_prompt %}assistant: {% endif %}"
         ),
     )
-    small = {"intermediate_size": 64, "num_attention_heads": 4}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(
             LlavaConfig(
                 vision_config=CLIPVisionConfig(
-                    hidden_size=32, num_hidden_layers=2, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **small
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    image_size=IMAGE_SIZE,
+                    patch_size=PATCH_SIZE,
                 ),
                 text_config=LlamaConfig(
                     vocab_size=len(letters),
                     hidden_size=64,
+                    intermediate_size=64,
                     num_hidden_layers=layers,
+                    num_attention_heads=4,
                     num_key_value_heads=2,
                     pad_token_id=0,
                     bos_token_id=1,
                     eos_token_id=2,
-                    **small,
                 ),
                 image_token_index=letters.index("<image>"),
                 image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,

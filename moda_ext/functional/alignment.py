@@ -4,6 +4,9 @@ Each function checks its arguments, brings them to the form of the operators and
 :mod:`moda_ext.reference` where there are no kernels. Source: MODA, ICML 2025 (arXiv 2507.04635), Eq. 5-6.
 """
 
+from collections.abc import Callable
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,14 @@ from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, KEY_NORMS, MAX_RANK, NORMALIZATIONS, accumulation_dtype
 from moda_ext.functional import checks, composite
 from moda_ext.functional.attention import last_contiguous
-from moda_ext.functional.gram import causal_gram_scale, frobenius_scale, key_features, normalize_gram, project
+from moda_ext.functional.gram import (
+    GramOptions,
+    causal_gram_scale,
+    frobenius_scale,
+    key_features,
+    normalize_gram,
+    project,
+)
 
 
 def modality_gram(
@@ -109,6 +119,54 @@ def project_queries(query: Tensor, gram: Tensor) -> Tensor:
     return project(query, gram)
 
 
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[True],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
 def causal_gram_projection(
     query: Tensor,
     key: Tensor,
@@ -121,7 +179,7 @@ def causal_gram_projection(
     eps: float = 1e-6,
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
-):
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""Each query through the Gram matrices of the tokens up to it: alignment that leaks nothing (MATH.md section 1).
 
     .. math::
@@ -170,7 +228,7 @@ def causal_gram_projection(
     op = "causal_gram_projection"
     query, key = autocast.cast_tokens(query, key)
     check_causal(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
-    options = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
+    options: GramOptions = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
     chosen = backend.choose(op, query)
     if chosen == backend.REFERENCE:
         return reference.causal_gram_projection(
@@ -190,6 +248,69 @@ def causal_gram_projection(
     return (projection, (gram, trace)) if return_state else projection
 
 
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: Literal[False] = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: Literal[True],
+    return_state: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: bool = ...,
+    return_state: bool = ...,
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
+
+
 def duplex_query_views(
     query: Tensor,
     key: Tensor,
@@ -207,7 +328,7 @@ def duplex_query_views(
     state: tuple[Tensor, Tensor] | None = None,
     return_indicator: bool = False,
     return_state: bool = False,
-):
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
     r"""The query views of :class:`DuplexAligner` with ``fusion="concat"`` and ``scope="causal"``, in one fused step.
 
     View a is the query as keys of modality a meet it (Eq. 6, moved to the query; MATH.md section 1):
@@ -288,6 +409,43 @@ def gram_indicator(query: Tensor, gram_projection: Tensor) -> Tensor:
     return (dots / square.clamp(min=torch.finfo(dtype).tiny)).movedim(0, -1)
 
 
+@overload
+def query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_modalities: int,
+    *,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+    return_indicator: Literal[False],
+    return_state: Literal[False],
+) -> Tensor: ...
+
+
+@overload
+def query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_modalities: int,
+    *,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+    return_indicator: Literal[True],
+    return_state: Literal[False],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
 def query_views(
     query: Tensor,
     key: Tensor,
@@ -302,10 +460,27 @@ def query_views(
     state: tuple[Tensor, Tensor] | None,
     return_indicator: bool,
     return_state: bool,
-):
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
+
+
+def query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_modalities: int,
+    *,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+    return_indicator: bool,
+    return_state: bool,
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
     """:func:`duplex_query_views` of arguments that are checked, and cast for autocast."""
     op = "duplex_query_views"
-    options = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
+    options: GramOptions = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
     chosen = backend.choose(op, query)
     if chosen == backend.REFERENCE:
         tokens = (query, key, query_modality, key_modality)
@@ -326,7 +501,7 @@ def query_views(
         with_indicator=return_indicator,
         with_gram=return_state,
     )
-    results = [views]
+    results: list[Tensor | tuple[Tensor, Tensor]] = [views]
     if return_indicator:
         per_group = (key.shape[1], query.shape[1] // key.shape[1])
         scaled = square.unflatten(1, per_group) * scale.unsqueeze(2)
@@ -342,7 +517,19 @@ def low_rank_weights(weights: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torc
     return {name: weight.to(dtype).contiguous() for name, weight in zip(names, weights, strict=True)}
 
 
-def row_scale(chosen, query, key, query_modality, key_modality, num_modalities, *, key_norm, normalize, eps, state):
+def row_scale(
+    chosen: str,
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int,
+    *,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """(B, Hkv, Nq, M), what the raw causal Gram of each row is multiplied with, and the trace after the last key."""
     scale, trace = causal_gram_scale(key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
     if normalize != "frobenius":
@@ -371,13 +558,22 @@ def row_scale(chosen, query, key, query_modality, key_modality, num_modalities, 
     return frobenius_scale(square[:, :, key.shape[2] - query.shape[2] :], scale), trace
 
 
-def _implementation(op: str, chosen: str):
+def _implementation(op: str, chosen: str) -> Callable:
     """The operator, or what PyTorch's own make of it."""
     return getattr(composite if chosen == backend.COMPOSITE else operators, op)
 
 
 def check_gram(
-    op, key, modality, num_modalities, include, key_norm, normalize, eps, key_name="key", modality_name="modality"
+    op: str,
+    key: Tensor,
+    modality: Tensor,
+    num_modalities: int,
+    include: Tensor | None,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    key_name: str = "key",
+    modality_name: str = "modality",
 ) -> None:
     """Raise unless ``modality_gram`` can run these arguments (after the autocast conversion)."""
     checks.num_modalities(op, num_modalities)
@@ -402,7 +598,7 @@ def check_gram(
         checks.shape(op, "include", include, (batch, tokens), "(B, N)")
 
 
-def check_projected(op, query, gram) -> None:
+def check_projected(op: str, query: Tensor, gram: Tensor) -> None:
     """Raise unless ``project_queries`` can run these arguments."""
     for name, tensor in (("query", query), ("gram", gram)):
         checks.tensor(op, name, tensor)
@@ -417,18 +613,18 @@ def check_projected(op, query, gram) -> None:
 
 
 def check_causal(
-    op,
-    query,
-    key,
-    query_modality,
-    key_modality,
-    num_modalities,
-    key_norm,
-    normalize,
-    eps,
-    state,
-    key_name="key",
-    modality_name="key_modality",
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+    key_name: str = "key",
+    modality_name: str = "key_modality",
 ) -> None:
     """Raise unless ``causal_gram_projection`` can run these arguments (after the autocast conversion)."""
     checks.tensor(op, "query", query)
@@ -471,7 +667,7 @@ def check_causal(
         checks.shape(op, name, tensor, expected, "(B, Hkv, M, ...)")
 
 
-def check_fuser(op, query, num_modalities, a1, b1, a2, b2) -> None:
+def check_fuser(op: str, query: Tensor, num_modalities: int, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
     """Raise unless these are low-rank weights for the views of ``query``."""
     checks.tensor(op, "a1", a1)
     checks.rank(op, "a1", a1, 3, "(M, D, rank)")

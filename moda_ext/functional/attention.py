@@ -4,6 +4,9 @@ Each function checks its arguments, brings them to the form of the operators (br
 calls the operator, or :mod:`moda_ext.reference` where there are no kernels.
 """
 
+from collections.abc import Sequence
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,40 @@ from moda_ext import reference
 from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, INTEGERS, OFFSETS, accumulation_dtype
 from moda_ext.functional import checks
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def modular_attention(
@@ -26,7 +63,7 @@ def modular_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-):
+) -> Tensor | tuple[Tensor, ...]:
     r"""Attention with a bias per (row, key modality), a sink per row, and the attention mass of every modality.
 
     With :math:`a_j` the modality of key j, :math:`b` the modality bias and :math:`c` the sink,
@@ -106,6 +143,48 @@ def modular_attention(
     )
 
 
+@overload
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
 def modular_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -123,7 +202,7 @@ def modular_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-):
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`modular_attention` over sequences of different lengths packed into one: no padding, no batch dimension.
 
     Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
@@ -233,7 +312,7 @@ def attend(
     scale: float | None,
     return_lse: bool,
     return_mass: bool,
-):
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`modular_attention` of arguments that are checked, and cast for autocast."""
     if backend.choose("modular_attention", query) == backend.REFERENCE:
         return reference.modular_attention(
@@ -264,7 +343,7 @@ def attend(
     return pack_results(out, lse, mass, return_lse, return_mass)
 
 
-def expand(tensor: Tensor | None, shape, dtype: torch.dtype) -> Tensor | None:
+def expand(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """Broadcast without copying, in the accumulation dtype of ``dtype``: autograd sums the gradient back."""
     return None if tensor is None else tensor.to(accumulation_dtype(dtype)).expand(shape)
 
@@ -274,7 +353,9 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool):
+def pack_results(
+    out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool
+) -> Tensor | tuple[Tensor, ...]:
     """out, or the tuple (out[, lse][, mass]) that was asked for."""
     if not (return_lse or return_mass):
         return out
@@ -282,7 +363,16 @@ def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, retur
 
 
 def check_attention(
-    query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale, op="modular_attention"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    modality_bias: Tensor | None,
+    sink: Tensor | None,
+    num_modalities: int,
+    is_causal: bool,
+    scale: float | None,
+    op: str = "modular_attention",
 ) -> None:
     """Raise unless ``modular_attention`` can run these arguments (after the autocast conversion)."""
     _attention_options(op, num_modalities, is_causal, scale)
@@ -305,19 +395,19 @@ def check_attention(
 
 
 def check_varlen(
-    query,
-    key,
-    value,
-    key_modality,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    modality_bias,
-    sink,
-    num_modalities,
-    is_causal,
-    scale,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    modality_bias: Tensor | None,
+    sink: Tensor | None,
+    num_modalities: int,
+    is_causal: bool,
+    scale: float | None,
 ) -> None:
     """Raise unless ``modular_attention_varlen`` can run these arguments (after the autocast conversion)."""
     op = "modular_attention_varlen"
@@ -350,7 +440,7 @@ def check_varlen(
         checks.broadcastable(op, "sink", sink, (tokens, heads), "(Tq, Hq)")
 
 
-def _attention_options(op, num_modalities, is_causal, scale) -> None:
+def _attention_options(op: str, num_modalities: int, is_causal: bool, scale: float | None) -> None:
     checks.num_modalities(op, num_modalities)
     if not isinstance(is_causal, bool):
         raise TypeError(f"{op}: is_causal must be a bool, got {type(is_causal).__name__}")
@@ -360,7 +450,15 @@ def _attention_options(op, num_modalities, is_causal, scale) -> None:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
-def _tensors(op, query, key, value, key_modality, modality_bias, sink) -> None:
+def _tensors(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    modality_bias: Tensor | None,
+    sink: Tensor | None,
+) -> None:
     """Types, dtypes and devices, all compared with query's."""
     checks.tensor(op, "query", query)
     dtype, device = query.dtype, query.device
@@ -381,18 +479,18 @@ def _tensors(op, query, key, value, key_modality, modality_bias, sink) -> None:
     checks.dtype(op, "key_modality", key_modality, INTEGERS)
     if key_modality.device != device:
         checks.device(op, "key_modality", key_modality, query)
-    for name, tensor in (("modality_bias", modality_bias), ("sink", sink)):
-        if tensor is None:
+    for name, term in (("modality_bias", modality_bias), ("sink", sink)):
+        if term is None:
             continue
-        checks.tensor(op, name, tensor)
-        if tensor.dtype != dtype and tensor.dtype != accumulation_dtype(dtype):
+        checks.tensor(op, name, term)
+        if term.dtype != dtype and term.dtype != accumulation_dtype(dtype):
             also = accumulation_dtype(dtype)
-            raise TypeError(f"{op}: {name} must have the dtype of query ({dtype}) or {also}, got {tensor.dtype}")
-        if tensor.device != device:
-            checks.device(op, name, tensor, query)
+            raise TypeError(f"{op}: {name} must have the dtype of query ({dtype}) or {also}, got {term.dtype}")
+        if term.device != device:
+            checks.device(op, name, term, query)
 
 
-def _views(op, query, rank, num_modalities, layout) -> None:
+def _views(op: str, query: Tensor, rank: int, num_modalities: int, layout: str) -> None:
     """query is one view of the given rank, or num_modalities views stacked in front."""
     if query.dim() == rank + 1:
         if query.shape[0] != num_modalities:
@@ -405,7 +503,7 @@ def _views(op, query, rank, num_modalities, layout) -> None:
         )
 
 
-def _kv_shapes(op, heads, head_size, kv_heads, key, value) -> None:
+def _kv_shapes(op: str, heads: int, head_size: int, kv_heads: int, key: Tensor, value: Tensor) -> None:
     if value.shape != key.shape:
         checks.mismatch(op, "value", "the shape of key", tuple(key.shape), tuple(value.shape))
     if key.shape[-1] != head_size:

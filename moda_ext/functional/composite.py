@@ -82,7 +82,16 @@ def duplex_query_views(
 class _Chunks:
     """Keys cut into chunks, the Gram before each, and rows cut to match: row i is at the place of key i + Nk - Nq."""
 
-    def __init__(self, key, modality, num_rows, initial, num_modalities, unit_keys, eps):
+    def __init__(
+        self,
+        key: Tensor,
+        modality: Tensor,
+        num_rows: int,
+        initial: Tensor | None,
+        num_modalities: int,
+        unit_keys: bool,
+        eps: float,
+    ) -> None:
         self.num_keys, self.num_rows = key.shape[2], num_rows
         self.filler = -self.num_keys % CHUNK
         features = key_features(key, modality, "l2" if unit_keys else None, eps)

@@ -1,5 +1,7 @@
 """Duplex attention: alignment and attention in one, causal."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,63 @@ from moda_ext.functional.alignment import (
     row_scale,
 )
 from moda_ext.functional.attention import attend, check_attention, expand, last_contiguous, pack_results
+from moda_ext.functional.gram import GramOptions
+
+
+@overload
+def duplex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    new_key: Tensor | None = ...,
+    new_modality: Tensor | None = ...,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    modality_bias: Tensor | None = ...,
+    condition: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def duplex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    new_key: Tensor | None = ...,
+    new_modality: Tensor | None = ...,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    modality_bias: Tensor | None = ...,
+    condition: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def duplex_attention(
@@ -40,7 +99,7 @@ def duplex_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-):
+) -> Tensor | tuple[Tensor, ...]:
     r"""Causal duplex attention: :func:`moda_ext.alignment.duplex_query_views`, then :func:`modular_attention`.
 
     .. math::
@@ -79,9 +138,9 @@ def duplex_attention(
     weights = (a1, b1, a2, b2)
     check_duplex("duplex_attention", key, new_key, new_modality, condition)
     new_names = ("key", "key_modality") if new_key is None else ("new_key", "new_modality")
-    if new_key is None:
+    if new_key is None or new_modality is None:
         new_key, new_modality = key, key_modality
-    alignment = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
+    alignment: GramOptions = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
     sums = state if isinstance(state, (tuple, list)) else ()
     op = "duplex_attention"
     chosen = backend.choose(op, query, key, value, new_key, *weights, *sums, modality_bias, condition, sink)
@@ -92,17 +151,26 @@ def duplex_attention(
     check_causal(op, query, new_key, *modalities, key_norm, normalize, eps, state, *new_names)
     check_fuser(op, query, num_modalities, *weights)
     check_conditioned_bias(op, query, modality_bias, condition, num_modalities)
-    terms = {"sink": sink, "scale": scale, "return_lse": return_lse, "return_mass": return_mass}
     if chosen == backend.COMPOSED:
-        tokens, indicated = (query, new_key, query_modality, new_modality), condition is not None
-        asked = {"return_indicator": indicated, "return_state": False}
-        views = query_views(*tokens, weights, num_modalities, **alignment, **asked)
-        if indicated:
-            views, indicator = views
+        of_views = query, new_key, query_modality, new_modality, weights, num_modalities
+        if condition is None:
+            views = query_views(*of_views, **alignment, return_indicator=False, return_state=False)
+        else:
+            views, indicator = query_views(*of_views, **alignment, return_indicator=True, return_state=False)
             conditioned = condition.to(indicator.dtype) * indicator
             modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
         return attend(
-            views, key, value, key_modality, num_modalities, modality_bias=modality_bias, is_causal=True, **terms
+            views,
+            key,
+            value,
+            key_modality,
+            num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=True,
+            scale=scale,
+            return_lse=return_lse,
+            return_mass=return_mass,
         )
 
     rows = query.shape[:-1]
@@ -128,7 +196,9 @@ def duplex_attention(
     return pack_results(out, lse, mass, return_lse, return_mass)
 
 
-def check_duplex(op, key, new_key, new_modality, condition) -> None:
+def check_duplex(
+    op: str, key: Tensor, new_key: Tensor | None, new_modality: Tensor | None, condition: Tensor | None
+) -> None:
     """Raise unless what ``duplex_attention`` has beside its two halves fits them."""
     if (new_key is None) != (new_modality is None):
         given, missing = ("new_modality", "new_key") if new_key is None else ("new_key", "new_modality")
@@ -144,7 +214,9 @@ def check_duplex(op, key, new_key, new_modality, condition) -> None:
         checks.dtype(op, "condition", condition, FLOATS)
 
 
-def check_conditioned_bias(op, query, modality_bias, condition, num_modalities) -> None:
+def check_conditioned_bias(
+    op: str, query: Tensor, modality_bias: Tensor | None, condition: Tensor | None, num_modalities: int
+) -> None:
     """Raise unless the indicator of this query can be scaled by ``condition`` and added to ``modality_bias``."""
     for name, tensor in (("modality_bias", modality_bias), ("condition", condition)):
         if tensor is not None:

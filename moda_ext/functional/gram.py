@@ -1,9 +1,20 @@
 """Arithmetic around the Gram operators, in plain PyTorch: features of keys, norms and scales. Differentiable."""
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
 from moda_ext._ops.limits import accumulation_dtype
+
+
+class GramOptions(TypedDict, total=False):
+    """Keywords of the functions of a causal Gram."""
+
+    key_norm: str | None
+    normalize: str | None
+    eps: float
+    state: tuple[Tensor, Tensor] | None
 
 
 def normalize_gram(gram: Tensor, normalize: str | None) -> Tensor:

@@ -96,7 +96,15 @@ def sink_of_left(left: Tensor, decay: Tensor, base: Tensor) -> Tensor:
     return sink.masked_fill(none_left, -math.inf)
 
 
-def check_sink(num_rows, length, decay, base, start, device, dtype) -> None:
+def check_sink(
+    num_rows: int,
+    length: int | None,
+    decay: float | Tensor,
+    base: float | Tensor,
+    start: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> None:
     """Raise unless ``pseudo_score_sink`` can run these arguments."""
     op = "pseudo_score_sink"
     checks.count(op, "num_rows", num_rows)

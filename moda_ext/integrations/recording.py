@@ -106,7 +106,8 @@ class AttentionRecord:
         Returns:
             (B, Hq, stop - start, Nk), in the dtype of ``mass``; 0 where row i does not see key j, as rows of padding.
         """
-        rows, weights = slice(*slice(start, stop).indices(self.query_modality.shape[1])), 0.0
+        rows = slice(*slice(start, stop).indices(self.query_modality.shape[1]))
+        weights = self.mass.new_zeros(())
         for m in range(self.num_modalities):
             exponentials = self._exponentials(m, rows, None)
             sums = exponentials.sum(dim=-1, keepdim=True)

@@ -19,7 +19,7 @@ from moda_ext.functional.alignment import (
     project_queries,
 )
 from moda_ext.functional.attention import last_contiguous
-from moda_ext.functional.gram import normalize_gram
+from moda_ext.functional.gram import GramOptions, normalize_gram
 from moda_ext.nn.states import GramState
 
 __all__ = ["DuplexAligner"]
@@ -134,7 +134,7 @@ class DuplexAligner(nn.Module):
         return_indicator: bool = False,
         return_state: bool = False,
         read: Callable | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor | GramState, ...]:
         """The views of the query.
 
         Args:
@@ -166,11 +166,12 @@ class DuplexAligner(nn.Module):
             results = self._causal(query, key, query_modality, key_modality, state, return_indicator)
         else:
             if state is None:
-                keywords = {"include": include, "key_norm": self.key_norm, "window": None}
-                state = GramState.from_keys(key, key_modality, self.num_modalities, **keywords)
+                state = GramState.from_keys(
+                    key, key_modality, self.num_modalities, include=include, key_norm=self.key_norm, window=None
+                )
             results = self._fixed(query, normalize_gram(state.gram, self.normalize), return_indicator)
         if return_state:
-            results = (*results, self.state_after(key, key_modality, state))
+            return (*results, self.state_after(key, key_modality, state))
         return results[0] if len(results) == 1 else results
 
     def state_after(self, key: Tensor, key_modality: Tensor, state: GramState | None = None) -> GramState:
@@ -205,10 +206,11 @@ class DuplexAligner(nn.Module):
     def _aligned(self, key: Tensor, modality: Tensor, include: Tensor | None) -> Tensor:
         options = self.key_norm, self.normalize, 1e-6
         check_gram("DuplexAligner.align_keys", key, modality, self.num_modalities, include, *options)
-        keywords = {"include": include, "key_norm": self.key_norm, "normalize": self.normalize}
         if self._aligns_in_one_step(key):
             return self._align_in_one_step(key, modality, include)
-        gram = modality_gram(key, modality, self.num_modalities, **keywords)
+        gram = modality_gram(
+            key, modality, self.num_modalities, include=include, key_norm=self.key_norm, normalize=self.normalize
+        )
         upcast = torch.where((modality >= 0)[:, None, :, None], key.to(gram.dtype), 0.0)  # padding may hold anything
         down, up = self._factors(self._others(gram))
         # The products of all modalities in one, of which each key keeps those of its own.
@@ -257,18 +259,26 @@ class DuplexAligner(nn.Module):
             f"scope={self.scope!r}, key_norm={self.key_norm!r}, normalize={self.normalize!r}"
         )
 
-    def _causal(self, query, key, query_modality, key_modality, state, return_indicator) -> tuple[Tensor, ...]:
-        keywords = {"key_norm": self.key_norm, "normalize": self.normalize}
+    def _causal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        query_modality: Tensor,
+        key_modality: Tensor,
+        state: GramState | None,
+        return_indicator: bool,
+    ) -> tuple[Tensor, ...]:
+        keywords: GramOptions = {"key_norm": self.key_norm, "normalize": self.normalize}
         if state is not None:
             key, key_modality = state.with_recent(key, key_modality)
             keywords["state"] = state.gram, state.trace
         modalities = query_modality, key_modality
         if self.fusion == "concat":
             weights = self.a1, self.b1, self.a2, self.b2
-            results = duplex_query_views(
-                query, key, *modalities, *weights, self.num_modalities, return_indicator=return_indicator, **keywords
-            )
-            return results if return_indicator else (results,)
+            arguments = query, key, *modalities, *weights, self.num_modalities
+            if return_indicator:
+                return duplex_query_views(*arguments, return_indicator=True, **keywords)
+            return (duplex_query_views(*arguments, **keywords),)
 
         dtype = accumulation_dtype(query.dtype)
         upcast = query.to(dtype)
@@ -283,11 +293,11 @@ class DuplexAligner(nn.Module):
             heads.flatten(1, 3), key.to(dtype), *modalities, self.num_modalities, **keywords
         )
         projection = projection.unflatten(2, heads.shape[1:4]).movedim(3, 0).flatten(3, 4)  # (asked, M, B, Hq, Nq, D)
-        views = []
+        each = []
         for a in range(self.num_modalities):
             others = [projection[a, m] for m in range(self.num_modalities) if m != a]
-            views.append(sum(others, start=upcast + upcast @ own[a]))
-        views = torch.stack(views).to(query.dtype)
+            each.append(sum(others, start=upcast + upcast @ own[a]))
+        views = torch.stack(each).to(query.dtype)
         return (views, gram_indicator(query, projection[-1])) if return_indicator else (views,)
 
     def _fixed(self, query: Tensor, gram: Tensor, return_indicator: bool) -> tuple[Tensor, ...]:
@@ -305,7 +315,9 @@ class DuplexAligner(nn.Module):
         modalities = range(self.num_modalities)
         return torch.stack([sum((gram[:, :, m] for m in modalities if m != a), start=zero) for a in modalities])
 
-    def check(self, query, key, state, include, return_state) -> None:
+    def check(
+        self, query: Tensor, key: Tensor, state: GramState | None, include: Tensor | None, return_state: bool
+    ) -> None:
         """What the operators cannot know; they check the rest."""
         if query.dim() != 4 or query.shape[-1] != self.head_dim:
             raise ValueError(

@@ -71,14 +71,14 @@ def align_and_attend(
     query, key, value, query_modality, key_modality, new_key, new_modality, scale = tokens
     conditional = aligner is not None and mask is not None and mask.conditional
     joint = mask is None or mask.softmax == "joint"
-    options = {"scale": scale, "return_mass": True}
-
     fusible = aligner is not None and aligner.fusion == "concat" and aligner.scope == "causal" and is_causal and joint
     fusible = fusible and attention is modular_attention and not return_terms
-    parameters = () if not fusible else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
+    parameters = (
+        () if aligner is None or not fusible else (*aligner.parameters(), *(() if mask is None else mask.parameters()))
+    )
     sums = () if gram is None else (gram.gram, gram.key)
     tensors = query, key, value, new_key, *sums, *parameters
-    if fusible and backend.choose("duplex_attention", *tensors) == backend.NATIVE:
+    if aligner is not None and fusible and backend.choose("duplex_attention", *tensors) == backend.NATIVE:
         aligner.check(query, new_key, gram, context, keep_gram)
         recent, before = (new_key, new_modality), None
         if gram is not None:
@@ -86,29 +86,73 @@ def align_and_attend(
         bias, sink, condition = None, None, None
         if mask is not None:
             bias, sink, condition = mask(query, query_modality, start=start, return_condition=True)
-        options |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize, "return_lse": True}
-        options |= {"modality_bias": bias, "condition": condition, "sink": sink, "state": before}
         weights = aligner.a1, aligner.b1, aligner.a2, aligner.b2
-        arguments = query, key, value, query_modality, key_modality, *weights, num_modalities
-        out, lse, mass = duplex_attention(*arguments, new_key=recent[0], new_modality=recent[1], **options)
+        out, lse, mass = duplex_attention(
+            query,
+            key,
+            value,
+            query_modality,
+            key_modality,
+            *weights,
+            num_modalities,
+            new_key=recent[0],
+            new_modality=recent[1],
+            key_norm=aligner.key_norm,
+            normalize=aligner.normalize,
+            state=before,
+            modality_bias=bias,
+            condition=condition,
+            sink=sink,
+            scale=scale,
+            return_lse=True,
+            return_mass=True,
+        )
         after = aligner.state_after(new_key, new_modality, gram) if keep_gram else None
         return Attended(out, lse, mass, None, None, after)
 
     views, indicator, after = query, None, None
     if aligner is not None:
-        asked = {"return_indicator": conditional, "return_state": keep_gram}
-        arguments = query, new_key, query_modality, new_modality, gram
-        results = aligner(*arguments, include=context, **asked)
+        results = aligner(
+            query,
+            new_key,
+            query_modality,
+            new_modality,
+            gram,
+            include=context,
+            return_indicator=conditional,
+            return_state=keep_gram,
+        )
         views, *rest = results if isinstance(results, tuple) else (results,)
         indicator = rest[0] if conditional else None
         after = rest[-1] if keep_gram else None
     bias, sink = (None, None) if mask is None else mask(query, query_modality, start=start, indicator=indicator)
-    options["is_causal"] = is_causal
-    if joint:
-        options |= {"num_modalities": num_modalities, "modality_bias": bias, "sink": sink, "return_lse": True}
-        out, lse, mass = attention(views, key, value, key_modality, **options)
+    if mask is None or joint:
+        out, lse, mass = attention(
+            views,
+            key,
+            value,
+            key_modality,
+            num_modalities=num_modalities,
+            modality_bias=bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=True,
+            return_mass=True,
+        )
     else:
-        out, mass = mask.attend(views, key, value, query_modality, key_modality, bias, sink, **options)
+        out, mass = mask.attend(
+            views,
+            key,
+            value,
+            query_modality,
+            key_modality,
+            bias,
+            sink,
+            is_causal=is_causal,
+            scale=scale,
+            return_mass=True,
+        )
         lse = None
     return Attended(out, lse, mass, views, bias, after)
 
@@ -191,8 +235,9 @@ class ModularDuplexAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
-        self.recorder = None  # set by moda_ext.diagnostics.AttentionMeter while it measures
-        self.aligner = self.mask = None
+        self.recorder: Callable[..., None] | None = None  # set by moda_ext.diagnostics.AttentionMeter while it measures
+        self.aligner: DuplexAligner | None = None
+        self.mask: ModularMask | None = None
         if aligner is not False:
             options = {"scope": "causal" if is_causal else "full", **({} if aligner is True else aligner)}
             self.aligner = DuplexAligner(head_dim, num_modalities, **options)
@@ -218,7 +263,7 @@ class ModularDuplexAttention(nn.Module):
         state: AttentionState | None = None,
         context: Tensor | None = None,
         return_mass: bool = False,
-    ):
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention over ``x``, after the tokens in ``state`` if there is one.
 
         Args:
@@ -254,30 +299,31 @@ class ModularDuplexAttention(nn.Module):
             )
         if state is not None and not self.is_causal:
             raise ValueError("ModularDuplexAttention: a layer that is not causal cannot decode, state must be None")
-        if state is not None and state.length and state.key.shape[0] != x.shape[0]:
+        before = None if state is None else state._tokens()
+        if before is not None and before[0].shape[0] != x.shape[0]:
             raise ValueError(
-                f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {state.key.shape[0]}"
+                f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {before[0].shape[0]}"
             )
 
         modality = modality.to(torch.int32)
-        seen = 0 if state is None or state.length == 0 else (state.modality >= 0).sum(dim=1)  # (B,)
+        seen = 0 if before is None else (before[2] >= 0).sum(dim=1)  # (B,)
         query, key, value = (  # (B, H, N, D), in memory (B, N, H, D)
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rope_base is not None:
             if positions is None:
-                before = seen[:, None] if isinstance(seen, Tensor) else seen
-                positions = before + (modality >= 0).cumsum(dim=1) - 1
-            cos, sin = self._rotation(positions)
+                start = seen[:, None] if isinstance(seen, Tensor) else seen
+                positions = start + (modality >= 0).cumsum(dim=1) - 1
+            cos, sin = self._rotation(positions, self.rope_base)
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
 
         if self.aligner is None and context is not None:
             raise ValueError("ModularDuplexAttention: context is for the aligner, and this layer has none")
         new_key, key_modality = key, modality
-        if state is not None and state.length:
-            key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
-            key_modality = torch.cat([state.modality, modality], dim=1)
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+            key_modality = torch.cat([before[2], modality], dim=1)
         scale = self.head_dim**-0.5
         out, lse, mass, views, bias, gram = align_and_attend(
             self.aligner,
@@ -311,11 +357,11 @@ class ModularDuplexAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_modalities={self.num_modalities}, is_causal={self.is_causal}, rope_base={self.rope_base}"
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions: Tensor, base: float) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, 1, N, D / 2) or (N, D / 2), at least in float32: a low precision cannot hold a position."""
         dtype = torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
         half = self.head_dim // 2
-        frequency = self.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+        frequency = base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
         angle = positions.to(dtype)[..., None] * frequency
         angle = angle.unsqueeze(1) if positions.dim() == 2 else angle
         return angle.cos(), angle.sin()

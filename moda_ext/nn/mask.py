@@ -5,7 +5,8 @@ and key modality, and a sink for every row. Nothing here is N x N.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,10 @@ class ModularMask(nn.Module):
     """
 
     has_base = True  # also of masks that were pickled before this was told apart
+    fixed_decay: Tensor
+    base: Tensor
+    sink: Tensor
+    prior: Tensor
 
     def __init__(
         self,
@@ -229,7 +234,7 @@ class ModularMask(nn.Module):
         is_causal: bool = False,
         scale: float | None = None,
         return_mass: bool = False,
-    ):
+    ) -> Tensor | tuple[Tensor, ...]:
         r""":func:`moda_ext.attention.modular_attention` under this mask: one call, or two for the split softmax.
 
         The split softmax is :math:`o = g\, o_\text{self} + (1 - g)\, o_\text{cross}` with a gate g = sigmoid(``gate``)
@@ -246,7 +251,7 @@ class ModularMask(nn.Module):
             ``out`` (B, H, N, D), or ``(out, mass)`` with mass (B, H, N, M), gated like ``out``.
         """
 
-        def attention(bias):
+        def attention(bias: Tensor | None) -> Tensor | tuple[Tensor, ...]:
             return modular_attention(
                 query,
                 key,
@@ -267,13 +272,15 @@ class ModularMask(nn.Module):
             modality_bias = torch.zeros((), dtype=dtype, device=query.device)
         modalities = torch.arange(self.num_modalities, device=query.device)
         own = query_modality[:, None, :, None] == modalities  # (B, 1, N, M)
-        sides = [attention(modality_bias.masked_fill(other, -math.inf)) for other in (~own, own)]
+        from_own, from_others = [attention(modality_bias.masked_fill(other, -math.inf)) for other in (~own, own)]
         gate = self(query, query_modality, read=lambda: self.gate.to(dtype).sigmoid())[:, None, None]
 
-        def blend(own, cross):
+        def blend(own: Tensor, cross: Tensor) -> Tensor:
             return torch.lerp(cross.to(dtype), own.to(dtype), gate).to(own.dtype)
 
-        return tuple(map(blend, *sides)) if return_mass else blend(*sides)
+        if isinstance(from_own, Tensor) and isinstance(from_others, Tensor):
+            return blend(from_own, from_others)
+        return tuple(map(blend, from_own, from_others))
 
     def extra_repr(self) -> str:
         return (
@@ -339,7 +346,7 @@ class ModularMask(nn.Module):
             elif off_key not in state_dict and f"{name}_off" in self._buffers:
                 state_dict[off_key] = torch.zeros_like(value)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.upgrade_state_dict(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -365,7 +372,7 @@ def _per_head(name: str, value: float | Tensor, num_heads: int) -> Tensor:
     return _broadcast(name, torch.as_tensor(value, dtype=torch.get_default_dtype()), (num_heads,))
 
 
-def _broadcast(name: str, value: Tensor, shape) -> Tensor:
+def _broadcast(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     try:
         return value.detach().to(torch.get_default_dtype()).expand(shape)
     except RuntimeError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -137,16 +139,16 @@ class GramState:
         """The state without its history of gradients."""
         return self._map(Tensor.detach)
 
-    def _map(self, function) -> GramState:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> GramState:
         tensors = function(self.gram), function(self.key), function(self.modality)
         return GramState(*tensors, self.length, self.key_norm, self.window)
 
 
-def _flatten_state(state: GramState):
+def _flatten_state(state: GramState) -> tuple[list[Any], list[Any]]:
     return [state.gram, state.key, state.modality, state.length], [state.key_norm, state.window]
 
 
-def _flatten_state_with_keys(state: GramState):
+def _flatten_state_with_keys(state: GramState) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[Any]]:
     leaves, context = _flatten_state(state)
     names = ("gram", "key", "modality", "length")
     return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
@@ -186,6 +188,12 @@ class AttentionState:
         """Number of tokens, with padding."""
         return 0 if self.key is None else self.key.shape[2]
 
+    def _tokens(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``(key, value, modality)``, None before the first token."""
+        if self.key is None or self.value is None or self.modality is None or self.key.shape[2] == 0:
+            return None
+        return self.key, self.value, self.modality
+
     def reorder(self, beam_idx: Tensor) -> AttentionState:
         """The state of sequences ``beam_idx`` (new B,), integer: beam search, or a part of the batch."""
         return self._map(lambda t: t.index_select(0, beam_idx.to(t.device)), lambda gram: gram.reorder(beam_idx))
@@ -202,11 +210,19 @@ class AttentionState:
             raise ValueError(f"AttentionState: length must lie in 0 to {self.length}, got {length}")
 
         def crop_gram(gram: GramState) -> GramState:
-            if gram.window is None or length >= gram.length - gram.key.shape[2]:
+            if (
+                gram.window is None
+                or self.key is None
+                or self.modality is None
+                or length >= gram.length - gram.key.shape[2]
+            ):
                 return gram.crop(length)
-            keywords = {"key_norm": gram.key_norm, "window": gram.window}
             return GramState.from_keys(
-                self.key[:, :, :length], self.modality[:, :length], gram.gram.shape[2], **keywords
+                self.key[:, :, :length],
+                self.modality[:, :length],
+                gram.gram.shape[2],
+                key_norm=gram.key_norm,
+                window=gram.window,
             )
 
         return self._map(lambda t: t[:, :, :length] if t.dim() == 4 else t[:, :length], crop_gram)
@@ -219,9 +235,11 @@ class AttentionState:
         """The state without its history of gradients."""
         return self._map(Tensor.detach, GramState.detach)
 
-    def _map(self, function, gram_function) -> AttentionState:
-        tensors = (None if t is None else function(t) for t in (self.key, self.value, self.modality))
-        return AttentionState(*tensors, None if self.gram is None else gram_function(self.gram))
+    def _map(
+        self, function: Callable[[Tensor], Tensor], gram_function: Callable[[GramState], GramState]
+    ) -> AttentionState:
+        key, value, modality = (None if t is None else function(t) for t in (self.key, self.value, self.modality))
+        return AttentionState(key, value, modality, None if self.gram is None else gram_function(self.gram))
 
 
 torch.export.register_dataclass(AttentionState, serialized_type_name="moda_ext.attention.AttentionState")

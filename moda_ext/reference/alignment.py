@@ -1,5 +1,7 @@
 """The alignment operators with every product written out, an Nq x Nk matrix of scores for every modality."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,54 @@ def project_queries(query: Tensor, gram: Tensor) -> Tensor:
     return projection.reshape(num_modalities, batch, heads, rows, head_size).to(query.dtype)
 
 
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[True],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def causal_gram_projection(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
 def causal_gram_projection(
     query: Tensor,
     key: Tensor,
@@ -62,7 +112,7 @@ def causal_gram_projection(
     eps: float = 1e-6,
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
-):
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Dense :func:`moda_ext.alignment.causal_gram_projection`: an Nq x Nk matrix of scores for every modality.
 
     q_i Ghat^m_{<=i} = s_im (q_i G^m_0 + sum_{j <= i, a_j = m} (q_i . phi_j) phi_j)
@@ -83,6 +133,69 @@ def causal_gram_projection(
     return (projection, state) if return_state else projection
 
 
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: Literal[False] = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: Literal[True],
+    return_state: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def duplex_query_views(
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    num_modalities: int = ...,
+    *,
+    key_norm: str | None = ...,
+    normalize: str | None = ...,
+    eps: float = ...,
+    state: tuple[Tensor, Tensor] | None = ...,
+    return_indicator: bool = ...,
+    return_state: bool = ...,
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
+
+
 def duplex_query_views(
     query: Tensor,
     key: Tensor,
@@ -100,7 +213,7 @@ def duplex_query_views(
     state: tuple[Tensor, Tensor] | None = None,
     return_indicator: bool = False,
     return_state: bool = False,
-):
+) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
     """Dense :func:`moda_ext.alignment.duplex_query_views`: the causal projection, then both fusers one after the other.
 
     q^(a) = q W1_a^T + sum_{m != a} (q Ghat^m_{<=i}) W2_a^T      with W1_a = I + A1_a B1_a, W2_a = A2_a B2_a
@@ -119,7 +232,7 @@ def duplex_query_views(
         others = [scale[..., m, None] * projection[m] for m in range(num_modalities) if m != a]
         views.append(sum(others, start=view))
     projection, scale, state = _causal_products(op, upcast, *rest)
-    results = [torch.stack(views).to(query.dtype)]
+    results: list[Tensor | tuple[Tensor, Tensor]] = [torch.stack(views).to(query.dtype)]
     if return_indicator:
         square = torch.einsum("mbhnd,bhnd->bhnm", projection, upcast)
         results.append(scale * square * _reciprocal(upcast.square().sum(-1, keepdim=True)))
@@ -128,7 +241,18 @@ def duplex_query_views(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _causal_products(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state):
+def _causal_products(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    query_modality: Tensor,
+    key_modality: Tensor,
+    num_modalities: int,
+    key_norm: str | None,
+    normalize: str | None,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(M, B, Hq, Nq, D) raw projections, (B, Hq, Nq, M) scale of every row and the state (raw Gram, trace) after it."""
     dtype = accumulation_dtype(key.dtype)
     group, columns, rows = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]

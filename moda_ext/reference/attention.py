@@ -1,11 +1,46 @@
 """Dense attention, equation by equation."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from moda_ext.reference.common import accumulation_dtype, pack_results, raise_if_on_host
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def modular_attention(
@@ -21,7 +56,7 @@ def modular_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-):
+) -> Tensor | tuple[Tensor, ...]:
     """Dense :func:`moda_ext.attention.modular_attention`: the same arguments, the same results, any head size.
 
     float16 and bfloat16 inputs are computed in float32 and the output is rounded once.
@@ -113,6 +148,48 @@ def dense_attention(
     return probability @ value, lse, probability @ members[:, None]
 
 
+@overload
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def modular_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_modality: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    num_modalities: int = ...,
+    modality_bias: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
 def modular_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -130,7 +207,7 @@ def modular_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-):
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`moda_ext.attention.modular_attention_varlen`, one dense call per sequence; reads ``cu_seqlens``."""
     tokens, heads, head_size = query.shape[-3:]
     q_bounds = sequence_bounds("cu_seqlens_q", cu_seqlens_q, tokens, max_seqlen_q)
@@ -214,13 +291,13 @@ def merged_attention(
         )
         outs.append(out)
         lses.append(lse)
-    lses = torch.stack(lses, dim=-1)  # (B, Hq, Nq, M)
-    bias = torch.zeros_like(lses) if modality_bias is None else modality_bias.expand_as(lses)
-    column = lses[..., :0] if sink is None else sink.expand(lses.shape[:-1])[..., None]
-    base = torch.cat([bias.masked_fill(lses == -math.inf, -math.inf), column], dim=-1).detach().amax(-1, keepdim=True)
-    logits = lses + (bias - base)
+    parts = torch.stack(lses, dim=-1)  # (B, Hq, Nq, M)
+    bias = torch.zeros_like(parts) if modality_bias is None else modality_bias.expand_as(parts)
+    column = parts[..., :0] if sink is None else sink.expand(parts.shape[:-1])[..., None]
+    base = torch.cat([bias.masked_fill(parts == -math.inf, -math.inf), column], dim=-1).detach().amax(-1, keepdim=True)
+    logits = parts + (bias - base)
     lse = torch.cat([logits, column - base], dim=-1).logsumexp(dim=-1, keepdim=True)
     mass = (logits - lse).exp()
     lse = (lse + base).squeeze(-1)
-    out = sum(mass[..., m, None] * outs[m] for m in range(num_modalities))
+    out = sum((mass[..., m, None] * outs[m] for m in range(num_modalities)), start=torch.zeros_like(outs[0]))
     return out, lse, mass

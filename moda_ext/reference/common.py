@@ -1,5 +1,7 @@
 """What the files of the reference share: ids of modalities, the dtype of sums, results on demand."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,16 @@ def members(op: str, name: str, modality: Tensor, num_modalities: int) -> Tensor
     return modality[..., None] == torch.arange(num_modalities, device=modality.device)
 
 
-def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool):
+def pack_results(
+    out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool
+) -> Tensor | tuple[Tensor, ...]:
     """out, or the tuple (out[, lse][, mass]) that was asked for."""
     if not (return_lse or return_mass):
         return out
     return (out, *((lse,) if return_lse else ()), *((mass,) if return_mass else ()))
 
 
-def raise_if_on_host(violated, message: str) -> None:
+def raise_if_on_host(violated: Callable[[], Tensor], message: str) -> None:
     """ValueError(message) when the boolean tensor ``violated()`` holds anywhere, wherever reading it costs no sync.
 
     Not while compiling; under vmap or with fake tensors there is no value to read; on another device it would wait.

@@ -46,6 +46,7 @@ from moda_ext.integrations.transformers import (
     text_stack,
     train_only_moda,
 )
+from moda_ext.integrations.transformers.cache import prepare_cache
 from moda_ext.integrations.transformers.hooks import placeholder, token_modalities
 from moda_ext.integrations.transformers.proof import TRAINED
 from moda_ext.release import ReleaseAligner
@@ -897,6 +898,10 @@ def test_tokens_without_a_modality_are_refused():
     assert type(plain) is type(make_model("qwen2_vl")) and not hasattr(plain.config.text_config, "moda")
 
 
+class LayerWithoutKeys:
+    """Of a cache, as Transformers' layers of linear attention are: no ``CacheLayerMixin``."""
+
+
 def test_caches_that_cannot_work_are_refused():
     model, inputs = make_trained("llava"), make_inputs("llava")
     cache = DynamicCache()
@@ -911,6 +916,8 @@ def test_caches_that_cannot_work_are_refused():
         model(**step)
     with pytest.raises(NotImplementedError, match="cannot use a cache of DynamicIndexedLayer"):
         model(**inputs, past_key_values=Cache(layers=[DynamicIndexedLayer() for _ in range(2)]))
+    with pytest.raises(NotImplementedError, match="cannot use a cache of LayerWithoutKeys"):
+        prepare_cache(Cache(layers=[LayerWithoutKeys()]), 1)
     with pytest.raises(ValueError, match="attention_mask must cover the 12 tokens in the cache and the 1 new ones"):
         cache = model(**inputs).past_key_values
         model(input_ids=torch.tensor([[1], [2]]), attention_mask=torch.ones(2, 1), past_key_values=cache)

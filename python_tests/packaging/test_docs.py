@@ -12,7 +12,7 @@ import torch
 
 import moda_ext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "docs").exists():
     pytest.skip("the tests are not in a checkout", allow_module_level=True)
 

@@ -110,6 +110,15 @@ def test_a_source_tree_that_cannot_be_written_is_said(source_tree):
     assert f"{source_tree} cannot be written" in result.stderr and "copy the tree" in result.stderr
 
 
+def test_a_wheel_and_a_source_distribution_say_that_the_package_is_typed(source_tree):
+    for name in ("__init__.py", "py.typed"):
+        shutil.copy(PACKAGE / name, source_tree / "moda_ext" / name)
+    result = run_python("setup.py", "-q", "egg_info", "build_py", "--build-lib", "wheel", path=source_tree)
+    assert result.returncode == 0, result.stderr
+    assert (source_tree / "wheel" / "moda_ext" / "py.typed").exists()
+    assert "moda_ext/py.typed" in (source_tree / "moda_ext.egg-info" / "SOURCES.txt").read_text().splitlines()
+
+
 def test_info_is_a_function_and_a_program():
     result = run_python("-W", "error", "-m", "moda_ext.info", MODA_EXT_DISABLE_NATIVE="1")
     assert result.returncode == 0, result.stderr

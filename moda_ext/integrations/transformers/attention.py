@@ -8,7 +8,8 @@ text stack has hooks if and only if its config has settings (``config.moda``); w
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ from moda_ext.integrations.recording import AttentionRecord
 from moda_ext.integrations.transformers.cache import (
     MODADynamicLayer,
     MODADynamicSlidingWindowLayer,
+    MODALayerMixin,
     MODAStaticLayer,
 )
 from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.integrations.transformers.parts import SelfAttention
 from moda_ext.integrations.transformers.versions import versions
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
@@ -51,6 +54,21 @@ class ModalityContext(NamedTuple):
     masked: bool = False  # a mask came to the text stack
 
 
+class PlainlyRecorded(TypedDict):
+    """What an :class:`~moda_ext.integrations.recording.AttentionRecord` has of the attention itself."""
+
+    mass: Tensor
+    lse: Tensor | None
+    query: Tensor
+    key: Tensor
+
+
+class Recorded(PlainlyRecorded, total=False):
+    """The same of a layer with MODA."""
+
+    bias: Tensor | None
+
+
 class MODAAttention(nn.Module):
     """What a layer's attention has of MODA: the aligner and the mask, ``self_attn.moda``.
 
@@ -63,7 +81,8 @@ class MODAAttention(nn.Module):
     def __init__(self, config: MODAConfig, num_heads: int, head_dim: int):
         super().__init__()
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
-        self.aligner = self.mask = None
+        self.aligner: DuplexAligner | ReleaseAligner | None = None
+        self.mask: ModularMask | None = None
         with torch.device("cpu"):  # also where a model is made on the meta device: the mask checks its values
             if config.mode == "release":
                 self.aligner = ReleaseAligner(head_dim)
@@ -86,7 +105,7 @@ class MODAAttention(nn.Module):
         keep_state: bool,
         start: Tensor | int,
         record: bool,
-    ):
+    ) -> tuple[Tensor, GramState | None, Recorded | None]:
         """One attention call.
 
         Args:
@@ -118,23 +137,42 @@ class MODAAttention(nn.Module):
                 "mask softmax='split' runs in layers with plain causal attention only, and this model made a mask "
                 "of its own (bidirectional images, packed sequences or a sliding window); use softmax='joint'"
             )
-        options = {"gram": state, "keep_gram": keep_state, "start": start, "return_terms": record}
         out, lse, mass, views, bias, state = align_and_attend(
-            aligner, self.mask, tokens, self.config.num_modalities, **options, attention=attention_under(visible)
+            aligner,
+            self.mask,
+            tokens,
+            self.config.num_modalities,
+            gram=state,
+            keep_gram=keep_state,
+            start=start,
+            return_terms=record,
+            attention=attention_under(visible),
         )
-        recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias} if record else None
+        recorded: Recorded | None = None
+        if record and views is not None:
+            recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias}
         return out, state, recorded
 
     def extra_repr(self) -> str:
         return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
 
 
-def attention_under(visible: Tensor | None):
+def attention_under(visible: Tensor | None) -> Callable:
     """``modular_attention``, or the same by N x N scores under a mask of the model's own."""
     if visible is None:
         return modular_attention
 
-    def attention(query, key, value, key_modality, *, is_causal, return_lse, return_mass, **options):
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_modality: Tensor,
+        *,
+        is_causal: bool,
+        return_lse: bool,
+        return_mass: bool,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(query.dtype)
         arguments = *(t.to(dtype) for t in (query, key, value)), key_modality.long()
         out, lse, mass = reference.dense_attention(*arguments, **options, visible=visible)
@@ -152,13 +190,13 @@ REFUSED = frozenset(inspect.signature(sdpa_attention_forward).parameters) - SERV
 
 
 def moda_attention(
-    module: nn.Module,
+    module: SelfAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     modality_context: ModalityContext | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function "moda" of Transformers' ``AttentionInterface``.
 
@@ -195,10 +233,12 @@ def moda_attention(
         attention = attention_under(visible)
         attended = align_and_attend(None, None, tokens, modality_context.num_modalities, attention=attention)
         out, lse, mass = attended.out, attended.lse, attended.mass
-        recorded = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
+        recorded: Recorded | None = {"mass": mass, "lse": lse, "query": tokens.query, "key": tokens.key}
     else:
+        if cached is not None and not isinstance(cached, MODALayerMixin):
+            _fail(f"the cache has a layer of {type(cached).__name__}")
         out, recorded = _duplex_attention(moda, tokens, visible, key, modality_context, cached, recorder is not None)
-    if recorder is not None:
+    if recorder is not None and recorded is not None:
         recorder(
             AttentionRecord(
                 layer=module.layer_idx,
@@ -218,28 +258,29 @@ def _duplex_attention(
     visible: Tensor | None,
     key: Tensor,
     context: ModalityContext,
-    cached: CacheLayerMixin | None,
+    cached: MODALayerMixin | None,
     record: bool,
-):
+) -> tuple[Tensor, Recorded | None]:
     """``(out, what is recorded or None)`` of a layer with MODA, whose Gram goes on in the cache layer."""
-    aligns = isinstance(moda.aligner, DuplexAligner)
+    aligner = moda.aligner if isinstance(moda.aligner, DuplexAligner) else None
+    aligns = aligner is not None
     if visible is not None and aligns:
         _check_past_is_visible(tokens, visible, context.start)
     state = None
-    if cached is not None and aligns:
+    if cached is not None and aligner is not None:
         state = cached.gram
         if isinstance(cached, MODAStaticLayer) and (state is None or cached.gram_is_stale):
-            state = _static_gram(moda.aligner, key, context)
+            state = _static_gram(aligner, key, context)
         elif isinstance(cached, MODADynamicLayer) and state is not None and state.length != context.start:
             _fail(f"the Gram of the cache is over {state.length} tokens, and {context.start} came before this pass")
-    start = 0
+    start: Tensor | int = 0
     if moda.mask is not None and moda.mask.length is not None:  # pseudo scores that end somewhere
         seen = context.key_modality >= 0
         start = seen.sum(dim=1).to(tokens.query.device) - (tokens.query_modality >= 0).sum(dim=1)
     out, state, recorded = moda(tokens, visible, state, cached is not None and aligns, start, record)
     if isinstance(cached, MODAStaticLayer) and state is not None:
         cached.store(state.detach())  # in place
-    elif state is not None:
+    elif state is not None and cached is not None:
         cached.gram = state  # with its history, which the keys in the cache keep too
     return out, recorded
 
@@ -249,11 +290,18 @@ def _static_gram(aligner: DuplexAligner, key: Tensor, context: ModalityContext) 
     past = 0 if not isinstance(context.start, Tensor) else key.shape[2]  # a number: the first pass
     modality = context.key_modality.to(key.device)[:, :past]
     before = torch.arange(past, device=key.device) < context.start
-    keywords = {"key_norm": aligner.key_norm, "window": 0}
-    return GramState.from_keys(key[:, :, :past], modality.masked_fill(~before, -1), context.num_modalities, **keywords)
+    return GramState.from_keys(
+        key[:, :, :past],
+        modality.masked_fill(~before, -1),
+        context.num_modalities,
+        key_norm=aligner.key_norm,
+        window=0,
+    )
 
 
-def _check_premises(module, query, key, context: ModalityContext, kwargs: dict) -> CacheLayerMixin | None:
+def _check_premises(
+    module: SelfAttention, query: Tensor, key: Tensor, context: ModalityContext, kwargs: dict
+) -> CacheLayerMixin | None:
     """Raises unless query, keys and context belong to one pass, as far as shapes tell. Returns the layer's cache."""
     tokens, keys, cache = (query.shape[0], query.shape[2]), key.shape[2], context.cache
     if context.query_modality.shape != tokens:
@@ -304,11 +352,13 @@ def _fail(what: str) -> NoReturn:
     )
 
 
-def _has_settings(config) -> bool:
+def _has_settings(config: object) -> bool:
     return getattr(config, "moda", None) is not None
 
 
-def _tokens(query, key, value, visible, scaling, context: ModalityContext) -> tuple[Tokens, Tensor | None]:
+def _tokens(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float | None, context: ModalityContext
+) -> tuple[Tokens, Tensor | None]:
     """The tokens, and which keys each query sees where the model says.
 
     Static caches: the unused part has modality -1, and several new tokens are moved to the end.
@@ -356,13 +406,13 @@ def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor)
 
 
 def moda_mask(
-    *args,
+    *args: Any,
     kv_length: int,
     kv_offset: int,
-    mask_function,
+    mask_function: Callable,
     attention_mask: Tensor | None,
-    config,
-    **kwargs,
+    config: object,
+    **kwargs: Any,
 ) -> Tensor | None:
     """The mask function "moda" of Transformers' ``AttentionMaskInterface``.
 
@@ -372,8 +422,16 @@ def moda_mask(
     otherwise is an error.
     """
     if mask_function is not causal_mask_function or not _has_settings(config):
-        options = {"kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function, "config": config}
-        return sdpa_mask(*args, **options, attention_mask=attention_mask, **kwargs)
+        plain: Callable[..., Tensor | None] = sdpa_mask
+        return plain(
+            *args,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            config=config,
+            **kwargs,
+        )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
 

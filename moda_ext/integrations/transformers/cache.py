@@ -6,12 +6,14 @@ is dropped (None) and the next call makes it again from the keys.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -40,8 +42,8 @@ QUERIES = ("get_", "has_", "is_", "supports_")
 def _refusing_unknown_methods(layer_class: type) -> type:
     """Makes a layer refuse what a later Transformers may do to its tokens, as nobody would do it to the Gram."""
 
-    def refusal(name: str):
-        def refuse(self, *args, **kwargs):
+    def refusal(name: str) -> Callable[..., None]:
+        def refuse(self: CacheLayerMixin, *args: Any, **kwargs: Any) -> None:
             raise NotImplementedError(f"MODA does not know what {name}() does to the tokens of a cache {versions()}")
 
         return refuse
@@ -54,13 +56,19 @@ def _refusing_unknown_methods(layer_class: type) -> type:
     return layer_class
 
 
-class MODALayerMixin:
+if TYPE_CHECKING:
+    _CacheLayer = CacheLayerMixin
+else:
+    _CacheLayer = object
+
+
+class MODALayerMixin(_CacheLayer):
     """Modality ids (held by the first such layer of a cache, for all) and the Gram of one layer."""
 
     modality: Tensor | None = None  # (B, tokens seen), int32
     gram: GramState | None = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
@@ -70,7 +78,7 @@ class MODALayerMixin:
         if self.gram is not None:
             self.gram = self.gram.reorder(rows)
 
-    def _select_of(self, pick) -> None:
+    def _select_of(self, pick: Callable[[Tensor], Tensor]) -> None:
         held = self.modality if self.gram is None else self.gram.gram
         if held is not None:
             self._select(pick(torch.arange(held.shape[0], device=held.device)))
@@ -90,8 +98,10 @@ class MODADynamicLayer(MODALayerMixin, DynamicLayer):
                 "Start from an empty cache"
             )
         # More ids than keys: a forward pass that failed before it came to this layer.
-        self.modality = modality if not seen else torch.cat([self.modality[:, :seen], modality], dim=1)
-        return self.modality
+        if seen and self.modality is not None:
+            modality = torch.cat([self.modality[:, :seen], modality], dim=1)
+        self.modality = modality
+        return modality
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -128,7 +138,7 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
 
     def append(self, modality: Tensor) -> Tensor:
         """(B, N) new ones -> (B, max_cache_len), -1 where no token is yet."""
-        if self.modality is None:
+        if self.modality is None or self.known is None:
             if self.is_initialized and self.cumulative_length > 0:
                 raise ValueError("the cache holds tokens without modalities: it was filled while MODA was off")
             self.modality = modality.new_full((modality.shape[0], self.max_cache_len), -1)
@@ -149,7 +159,7 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
     def crop(self, tokens_to_remove: int) -> None:  # Transformers 5.24 and later
         super().crop(tokens_to_remove)
         self.gram_is_stale = self.gram is not None and (self.gram_is_stale or tokens_to_remove != 0)
-        if self.modality is not None:
+        if self.modality is not None and self.known is not None:
             places = torch.arange(self.max_cache_len, device=self.modality.device)
             self.modality.masked_fill_(places >= self.get_seq_length(), -1)
             self.known.clamp_(max=self.get_seq_length())
@@ -157,7 +167,7 @@ class MODAStaticLayer(MODALayerMixin, StaticLayer):
     def reset(self) -> None:
         super().reset()
         self.gram_is_stale = False
-        if self.modality is not None:
+        if self.modality is not None and self.known is not None:
             self.modality.fill_(-1)
             self.known.zero_()
         if self.gram is not None:
@@ -201,6 +211,8 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, MODALayerMixin | StaticSlidingWindowLayer):  # the latter's attention is plain
             continue
+        if not isinstance(layer, CacheLayerMixin):
+            refuse_cache(type(layer))
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
                 f"the cache holds {int(layer.get_seq_length())} tokens, but no modalities: it was filled while MODA "
@@ -209,9 +221,9 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         if type(layer) is DynamicLayer:
             cache.layers[index] = MODADynamicLayer()
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = MODADynamicSlidingWindowLayer(layer.sliding_window)
+            cache.layers[index] = windowed = MODADynamicSlidingWindowLayer(layer.sliding_window)
             if layer.record_past:
-                cache.layers[index].activate_past_recording()
+                windowed.activate_past_recording()
         elif type(layer) is StaticLayer:
             cache.layers[index] = MODAStaticLayer(layer.max_cache_len)
         else:
@@ -225,7 +237,7 @@ def modality_layer(cache: Cache) -> MODADynamicLayer | MODAStaticLayer:
         NotImplementedError: no layer can, all are static sliding windows.
     """
     for layer in cache.layers:
-        if isinstance(layer, MODALayerMixin):
+        if isinstance(layer, MODADynamicLayer | MODAStaticLayer):
             return layer
     raise NotImplementedError("MODA needs a cache with at least one layer that is not a static sliding window")
 

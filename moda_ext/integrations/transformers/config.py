@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from moda_ext.nn.mask import CONDITIONAL, VARIANTS
 
@@ -59,7 +61,7 @@ class MODAConfig:
     layers: list[int] | None = None
     mode: str = "moda"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _plain(field.name, getattr(self, field.name)))
         ids = set(self.modalities.values())
@@ -96,12 +98,12 @@ class MODAConfig:
             self.layers = sorted(set(self.layers))
 
     @classmethod
-    def plain(cls, **settings) -> MODAConfig:
+    def plain(cls, **settings: Any) -> MODAConfig:
         """Plain attention with no weights of ours, equal to ``sdpa``: for measuring."""
         return cls(aligner=None, mask=None, **settings)
 
     @classmethod
-    def fixed_prior(cls, prior, **settings) -> MODAConfig:
+    def fixed_prior(cls, prior: Tensor | Sequence, **settings: Any) -> MODAConfig:
         """Rebalancing without training: a fixed prior and no parameters.
 
         Args:
@@ -117,6 +119,7 @@ class MODAConfig:
 
     def mask_options(self) -> dict:
         """What :class:`moda_ext.mask.ModularMask` takes."""
+        assert self.mask is not None, "asked for where there is a mask"
         options = dict(self.mask)
         options["base"] = -math.inf if options["base"] is None else options["base"]
         if options.get("prior") is not None:
@@ -154,7 +157,7 @@ class MODAConfig:
         return cls.from_dict(_map_numbers(json.loads(text), lambda x: -math.inf if x == "-inf" else x))
 
 
-def _map_numbers(value, function):
+def _map_numbers(value: Any, function: Callable[[Any], Any]) -> Any:
     """``value`` with every number and string in its lists and dicts mapped."""
     if isinstance(value, dict):
         return {key: _map_numbers(item, function) for key, item in value.items()}
@@ -163,7 +166,7 @@ def _map_numbers(value, function):
     return function(value)
 
 
-def _plain(name: str, value):
+def _plain(name: str, value: Any) -> Any:
     """``value`` as numbers, strings, lists and dicts; ``name`` is its path in the settings, for errors."""
     if hasattr(value, "tolist"):  # tensors, arrays, NumPy's numbers
         value = value.tolist()

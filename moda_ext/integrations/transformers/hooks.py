@@ -17,7 +17,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
+from moda_ext.integrations.transformers.parts import TextStack
 from moda_ext.integrations.transformers.versions import versions
+
+if typing.TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
 
@@ -28,13 +32,13 @@ TOKEN_ID_NAMES = {
 }
 
 
-def placeholder(config, kind: str) -> int | None:
+def placeholder(config: PreTrainedConfig, kind: str) -> int | None:
     """The id of the placeholder token of a kind ("image", ...), or None for a model that has no such tokens."""
     names = TOKEN_ID_NAMES[kind]
     return next((int(value) for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def token_modalities(config, modalities: dict[str, int]) -> dict[int, int]:
+def token_modalities(config: PreTrainedConfig, modalities: dict[str, int]) -> dict[int, int]:
     """{token id: modality} of the placeholder tokens of a model's config. Every other token is text.
 
     Raises:
@@ -57,7 +61,7 @@ def cache_argument(module_class: type[nn.Module]) -> str | None:
     By type, as releases of Transformers give it different names (``past_key_values`` up to 5.23, then ``cache``).
     """
 
-    def is_cache(annotation) -> bool:
+    def is_cache(annotation: object) -> bool:
         if isinstance(annotation, str):
             return re.search(r"\b\w*Cache\b", annotation) is not None
         types = (annotation, *typing.get_args(annotation))
@@ -74,7 +78,7 @@ class BaseModelHook:
 
     token_modality: dict[int, int]
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+    def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         input_ids = args[0] if args else kwargs.get("input_ids")
         present = {token for kind in TOKEN_ID_NAMES if (token := placeholder(module.config, kind)) is not None}
         if present and present != self.token_modality.keys():  # the text stack's config has none
@@ -82,8 +86,7 @@ class BaseModelHook:
                 f"MODA: the placeholder tokens in the model's config are {sorted(present)}, and were "
                 f"{sorted(self.token_modality)} when MODA was attached. Change them before apply_moda"
             )
-        ids_came = input_ids is not None and not input_ids.is_floating_point()
-        if kwargs.get("modality_ids") is None and ids_came:
+        if kwargs.get("modality_ids") is None and input_ids is not None and not input_ids.is_floating_point():
             modality = torch.full_like(input_ids, 0, dtype=torch.int32)
             for token, m in self.token_modality.items():
                 modality = modality.masked_fill(input_ids == token, m)
@@ -98,7 +101,9 @@ class TextStackHook(BaseModelHook):
     num_modalities: int
     cache_name: str | None = None  # the argument in which a cache is handed to the text stack, if it is known
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+    def __call__(  # type: ignore[override]  # a hook is called by its own module alone
+        self, module: TextStack, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
         if len(args) > 1:
             raise TypeError("MODA: call the text stack with keyword arguments, all but input_ids")
         args, kwargs = super().__call__(module, args, kwargs)
@@ -163,7 +168,7 @@ class TextStackHook(BaseModelHook):
         return caches[0] if caches else None
 
     @staticmethod
-    def _uses_cache(module: nn.Module, kwargs: dict) -> bool:
+    def _uses_cache(module: TextStack, kwargs: dict) -> bool:
         use_cache = kwargs.get("use_cache")
         return module.config.use_cache if use_cache is None else use_cache
 
@@ -183,28 +188,30 @@ def _check_past_mask(mask: Tensor, key_modality: Tensor, start: int | Tensor) ->
     )
 
 
-def _without_padding(modality: Tensor, mask: Tensor | dict | None, start: int | Tensor) -> Tensor:
+def _without_padding(modality: Tensor, mask: Tensor | dict[str, Tensor] | None, start: int | Tensor) -> Tensor:
     """-1 for the tokens that the attention mask leaves out."""
     if isinstance(mask, dict):  # one mask for each kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
+        of_stack: Tensor | None = mask.get("full_attention", next(iter(mask.values())))
+    else:
+        of_stack = mask
+    if of_stack is None:
         return modality
     rows, new = modality.shape
-    mask = mask.to(modality.device)
+    shown = of_stack.to(modality.device)
     columns = torch.arange(new, device=modality.device) + start
-    if mask.dim() == 4 and mask.dtype == torch.bool:
-        index = columns[:, None].expand(mask.shape[0], new, 1)
-        visible = mask[:, 0].gather(2, index).squeeze(2)  # a token that does not see itself
-    elif mask.dim() == 2:
-        if not isinstance(start, Tensor) and mask.shape[1] < start + new:
+    if shown.dim() == 4 and shown.dtype == torch.bool:
+        index = columns[:, None].expand(shown.shape[0], new, 1)
+        visible = shown[:, 0].gather(2, index).squeeze(2)  # a token that does not see itself
+    elif shown.dim() == 2:
+        if not isinstance(start, Tensor) and shown.shape[1] < start + new:
             raise ValueError(
                 f"attention_mask must cover the {start} tokens in the cache and the {new} new ones, got shape "
-                f"{tuple(mask.shape)}"
+                f"{tuple(shown.shape)}"
             )
-        visible = mask.index_select(1, columns) != 0
+        visible = shown.index_select(1, columns) != 0
     else:
         raise NotImplementedError(
             "MODA takes an attention_mask of shape (B, N), or a boolean one of shape (B, 1, Nq, Nk), got "
-            f"{tuple(mask.shape)} of {mask.dtype}"
+            f"{tuple(shown.shape)} of {shown.dtype}"
         )
     return modality.masked_fill(~visible.expand(rows, new), -1)

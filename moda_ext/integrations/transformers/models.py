@@ -6,6 +6,8 @@ import contextlib
 import functools
 import re
 import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -18,8 +20,14 @@ from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument, token_modalities
+from moda_ext.integrations.transformers.parts import SelfAttention, TextStack
 from moda_ext.integrations.transformers.proof import TINY, prove
 from moda_ext.integrations.transformers.versions import beyond_tested, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from moda_ext.integrations.transformers.parts import GenerativeModel
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
 
@@ -47,10 +55,17 @@ AUTO_CLASSES = (
 )
 
 
-class MODAModelMixin:
+Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    _Generative = GenerativeModel
+else:
+    _Generative = object
+
+
+class MODAModelMixin(_Generative):
     """What the generated ``...MODAForConditionalGeneration`` and ``...MODAModel`` classes add to their families'."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         requested = config.text_config._attn_implementation
         super().__init__(config, *args, **kwargs)
         settings = _settings(config) or MODAConfig()
@@ -59,7 +74,7 @@ class MODAModelMixin:
         if requested not in (None, NAME):
             self.set_attn_implementation({"text_config": requested})
 
-    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         chosen = self.config.text_config._attn_implementation
         if chosen != NAME:
@@ -70,7 +85,7 @@ class MODAModelMixin:
                 stacklevel=2,
             )
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self.config.text_config._attn_implementation == NAME:
             raise NotImplementedError(
                 "MODA has no continuous batching (generate_batch) yet: its paged cache keeps no modalities and no "
@@ -78,7 +93,7 @@ class MODAModelMixin:
             )
         return super().init_continuous_batching(*args, **kwargs)
 
-    def _initialize_missing_keys(self, *args, **kwargs):
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         super()._initialize_missing_keys(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, MODAAttention):
@@ -86,20 +101,21 @@ class MODAModelMixin:
                 if module.mask is not None:
                     module.mask.take_infinities_out()  # of a checkpoint of before
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _rename_as_in_checkpoints(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[type, type, type]:
     """The config, model and base model class of one family with MODA, known to the Auto classes."""
-    prefix, base_config = FAMILIES[model_type], base_model.config_class
+    prefix, base_config, moda_type = FAMILIES[model_type], base_model.config_class, model_type + SUFFIX
+    assert base_config is not None, "every model has its config class"
     config_class = type(
         f"{prefix}MODAConfig",
         (base_config,),
-        {"model_type": model_type + SUFFIX, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
+        {"model_type": moda_type, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
     )
-    AutoConfig.register(config_class.model_type, config_class)
+    AutoConfig.register(moda_type, config_class)
     model_class = _make_class(f"{prefix}MODAForConditionalGeneration", config_class, base_model)
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name)
@@ -110,7 +126,7 @@ def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[t
     # By class too (see _make_class): a config that is read from a checkpoint without MODA keeps that one's model type.
     mapping = _conversion_mapping(base_model)
     if mapping is not None:
-        register_checkpoint_conversion_mapping(config_class.model_type, mapping)
+        register_checkpoint_conversion_mapping(moda_type, mapping)
     return config_class, model_class, base_class
 
 
@@ -127,7 +143,9 @@ def _make_class(name: str, config_class: type, plain_class: type[PreTrainedModel
 
 def _conversion_mapping(plain_class: type[PreTrainedModel]) -> list | None:
     by_class = get_checkpoint_conversion_mapping(plain_class.__name__)
-    return by_class or get_checkpoint_conversion_mapping(plain_class.config_class.model_type)
+    if by_class or plain_class.config_class is None:
+        return by_class
+    return get_checkpoint_conversion_mapping(plain_class.config_class.model_type)
 
 
 def _rename_as_in_checkpoints(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -166,7 +184,7 @@ def _rename_as_in_checkpoints(model: PreTrainedModel, state_dict: dict[str, Tens
         )
 
 
-def _find_models() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
+def _find_models() -> tuple[dict[str, type[GenerativeModel]], dict[str, str]]:
     """The families that this Transformers has, and why it lacks the others: these cost themselves only."""
     models, missing = {}, {}
     for model_type, prefix in FAMILIES.items():
@@ -209,7 +227,7 @@ def _apply_settings_after(model_class: type, method: str) -> None:
     original = getattr(model_class, method)
 
     @functools.wraps(original)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: GenerativeModel, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if type(self) is model_class and self.config.text_config._attn_implementation == NAME:
             settings = _settings(self.config)
@@ -233,7 +251,7 @@ def _prove(family: str) -> None:
         raise
 
 
-def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreTrainedModel:
+def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
     """Puts MODA into the text stack of a loaded vision-language model, in place.
 
     The model keeps its weights and gets the family's MODA class: ``save_pretrained`` saves MODA with it, and
@@ -269,16 +287,16 @@ def apply_moda(model: PreTrainedModel, config: MODAConfig | None = None) -> PreT
             + (f" around a {type(inner).__name__}; apply MODA first, then wrap" if inner is not model else "")
         )
     if config is None:
-        config = _settings(model.config) or MODAConfig()
+        config = _settings(inner.config) or MODAConfig()
     _prove(family)
-    modules, hooks = _prepare(model, config)  # raises before anything changes
-    model.config.text_config.moda = config.values()
-    model.config.__class__, model.__class__ = config_class, model_class
-    _attach(model, modules, hooks)
+    modules, hooks = _prepare(inner, config)  # raises before anything changes
+    inner.config.text_config.moda = config.values()
+    inner.config.__class__, inner.__class__ = config_class, model_class
+    _attach(inner, modules, hooks)
     return model
 
 
-def text_stack(model: nn.Module) -> nn.Module:
+def text_stack(model: nn.Module) -> TextStack:
     """The decoder of a vision-language model, also of one inside of wrappers (PEFT, data parallelism, ...)."""
     return _pretrained(model, "text_stack").get_decoder()
 
@@ -288,13 +306,13 @@ def has_moda(model: nn.Module, caller: str) -> bool:
     return isinstance(_pretrained(model, caller), MODAModelMixin)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: nn.Module) -> list[SelfAttention]:
     """``self_attn`` of every layer of the text stack."""
     return [layer.self_attn for layer in text_stack(model).layers]
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None):
+def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] | None = None) -> Iterator[None]:
     """Calls ``recorder`` after every attention call of the text stack, within a ``with`` block.
 
     A model without MODA runs the attention "moda" in its plain form meanwhile, which equals ``sdpa``, and is as it was
@@ -410,7 +428,8 @@ class _Forced(LogitsProcessor):
     """Makes ``generate`` choose given tokens, or the best ones but for ``banned``, which it collects."""
 
     def __init__(self, tokens: list[Tensor] | None, banned: list[int]):
-        self.given, self.banned, self.tokens = tokens, banned, []
+        self.given, self.banned = tokens, banned
+        self.tokens: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.given is None:
@@ -421,7 +440,14 @@ class _Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 
 
-def _logits(inner, call, inputs: dict, new_tokens: int, implementation: str, tokens: list[Tensor] | None):
+def _logits(
+    inner: GenerativeModel,
+    call: Callable,
+    inputs: dict,
+    new_tokens: int,
+    implementation: str,
+    tokens: list[Tensor] | None,
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """Logits of ``inputs`` without padding, (tokens, V), and of each new token (rows, V), under one attention; and the
     new tokens, which are ``tokens`` if they are given."""
     before, settings = inner.config.text_config._attn_implementation, inner.generation_config
@@ -448,8 +474,8 @@ def _logits(inner, call, inputs: dict, new_tokens: int, implementation: str, tok
         arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
         result = inner.generate(**arguments, generation_config=greedy, logits_processor=LogitsProcessorList([forced]))
         for step, new in enumerate(result.logits):
-            padded_end = mask is not None and step == 0  # the first is computed where the prompt ends
-            logits.append(new[mask[:, -1].to(new.device)] if padded_end else new)
+            # The first is computed where the prompt ends, which may be padding.
+            logits.append(new if mask is None or step else new[mask[:, -1].to(new.device)])
         return [part for part in logits if part.numel()], forced.tokens
     finally:
         inner.generation_config = settings
@@ -458,7 +484,7 @@ def _logits(inner, call, inputs: dict, new_tokens: int, implementation: str, tok
             module.training = True
 
 
-def _settings(config) -> MODAConfig | None:
+def _settings(config: PreTrainedConfig) -> MODAConfig | None:
     """Those in a model's config."""
     settings = getattr(config.text_config, "moda", None)
     return None if settings is None else MODAConfig.from_dict(settings)
@@ -466,7 +492,8 @@ def _settings(config) -> MODAConfig | None:
 
 def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODAAttention], list]:
     """The module of each layer that gets one, and the hooks of :func:`_hooks`."""
-    layers, modules = _check_layers(model, config), {}
+    layers = _check_layers(model, config)
+    modules: dict[int, MODAAttention] = {}
     if config.mode == "release" or config.aligner is not None or config.mask is not None:
         for attention in attention_modules(model):
             if attention.layer_idx in layers:
@@ -475,7 +502,7 @@ def _prepare(model: PreTrainedModel, config: MODAConfig) -> tuple[dict[int, MODA
     return modules, _hooks(model, config.modalities)
 
 
-def _execution(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.device | int | str, torch.dtype]:
+def _execution(model: PreTrainedModel, attention: SelfAttention) -> tuple[torch.device | int | str, torch.dtype]:
     """Where a layer's attention computes, and in which dtype.
 
     Both are those of its projections' weights, if these are there and of a dtype that computes. Else (quantised, by
@@ -484,15 +511,16 @@ def _execution(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.devi
     """
     layer = next(layer for layer in text_stack(model).layers if layer.self_attn is attention)
     modules = (attention.q_proj, *layer.children(), model.get_input_embeddings())
-    weights = [getattr(module, "weight", None) for module in modules]
-    weights = [weight for weight in weights if isinstance(weight, Tensor)]  # dynamic quantisation makes it a method
+    found = [getattr(module, "weight", None) for module in modules]
+    weights = [weight for weight in found if isinstance(weight, Tensor)]  # dynamic quantisation makes it a method
     dtypes = [dtype for dtype in (*(w.dtype for w in weights), model.config.text_config.dtype) if dtype in COMPUTING]
     dtype = dtypes[0] if dtypes else torch.get_default_dtype()
     for module in (attention.q_proj, attention, layer):
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):  # of a sequence of hooks
-            if getattr(part, "execution_device", None) is not None:
-                return part.execution_device, dtype
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return device, dtype
     return weights[0].device, dtype
 
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.versions import versions
+
+if TYPE_CHECKING:
+    from moda_ext.integrations.recording import AttentionRecord
+    from moda_ext.integrations.transformers.parts import GenerativeModel
 
 __all__ = ["TINY", "prove"]
 
@@ -107,13 +112,16 @@ TINY = {
 STEPS = 4  # tokens that are generated
 TOLERANCE = 1e-4  # of the largest logit; a token that is left out moves it by much more
 # A trained model: every parameter random, so that a cache which forgets anything gives other logits.
-TRAINED = {"aligner": {"rank": 4}, "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True}}
+TRAINED: dict[str, dict] = {
+    "aligner": {"rank": 4},
+    "mask": {"length": 64, "decay": 0.05, "base": -3.0, "learn_base": True},
+}
 
 
 def prove(
     model_type: str,
-    make_model: Callable[[], nn.Module],
-    attach: Callable[[nn.Module, MODAConfig], object],
+    make_model: Callable[[], GenerativeModel],
+    attach: Callable[[GenerativeModel, MODAConfig], object],
     recording: Callable[..., contextlib.AbstractContextManager],
 ) -> None:
     """Raises unless a tiny model computes the same with MODA attached, decodes as it reads, and can be measured.
@@ -142,7 +150,11 @@ def prove(
         torch.set_default_dtype(default)
 
 
-def _prove(make_model, attach, recording) -> None:
+def _prove(
+    make_model: Callable[[], GenerativeModel],
+    attach: Callable[[GenerativeModel, MODAConfig], object],
+    recording: Callable[..., contextlib.AbstractContextManager],
+) -> None:
     model = make_model().eval()
     for name, parameter in model.named_parameters():
         if ".q_proj.weight" in name or ".k_proj.weight" in name:
@@ -155,7 +167,7 @@ def _prove(make_model, attach, recording) -> None:
     plain = _full_pass(model, inputs)
     expected = _generate(model, inputs, "dynamic").sequences
 
-    records = []
+    records: list[AttentionRecord] = []
     with recording(model, records.append):
         _same(_full_pass(model, inputs), plain, "logits change while attention is measured")
         first = len(records)
@@ -171,7 +183,7 @@ def _prove(make_model, attach, recording) -> None:
     if len(steps) != STEPS:
         raise RuntimeError(f"{len(steps)} passes are measured where {STEPS} tokens are generated")
 
-    attach(model, MODAConfig(**TRAINED))
+    attach(model, MODAConfig(aligner=TRAINED["aligner"], mask=TRAINED["mask"]))
     parameters = {name: parameter for name, parameter in model.named_parameters() if ".moda." in name}
     for name, parameter in parameters.items():
         if name.endswith(".base"):
@@ -201,13 +213,13 @@ def _prove(make_model, attach, recording) -> None:
             raise RuntimeError(f"{what} with a cache gives other tokens than without one")
 
 
-def _full_pass(model: nn.Module, inputs: dict) -> torch.Tensor:
+def _full_pass(model: GenerativeModel, inputs: dict) -> torch.Tensor:
     """Logits of one pass without a cache, positions counted without padding as ``generate`` does."""
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return model(**inputs, position_ids=positions, use_cache=False).logits * inputs["attention_mask"][..., None]
 
 
-def _generate(model: nn.Module, inputs: dict, cache: str | None, **more):
+def _generate(model: GenerativeModel, inputs: dict, cache: str | None, **more: Any) -> Any:
     options = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO, START, END]}
     options |= {"cache_implementation": cache, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(**inputs, **options, **more)

@@ -33,7 +33,8 @@ def check_minimum() -> None:
 
 def beyond_tested() -> bool:
     """Whether the installed Transformers is of a release that did not exist when moda_ext was tested."""
-    return _series(found()) >= TRANSFORMERS_BELOW
+    version = found()
+    return version is not None and _series(version) >= TRANSFORMERS_BELOW
 
 
 def versions() -> str:

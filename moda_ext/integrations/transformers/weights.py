@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import is_available
+from transformers import PreTrainedModel
 
 from moda_ext.integrations.transformers.attention import MODAAttention
 from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
 
-if is_available():
+if TYPE_CHECKING or is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.tensor import DTensor, distribute_tensor
 else:
@@ -88,7 +91,7 @@ def optimizer_groups(
         "moda": {"lr": lr if moda_lr is None else moda_lr, "weight_decay": weight_decay},
         "moda_fast": {"lr": fast_lr, "weight_decay": 0.0},
     }
-    groups = {name: [] for name in settings}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # ".moda.", not "moda": multi_modal_projector has that in its name. Of whichever adapter, used or not.
@@ -107,7 +110,7 @@ def _moda_modules(model: nn.Module) -> dict[str, MODAAttention]:
     return result
 
 
-def _in_use(moda: nn.Module) -> MODAAttention:
+def _in_use(moda: Any) -> MODAAttention:
     """The module itself: of those in PEFT's wrapper of modules to save the one that it calls."""
     copies = getattr(moda, "modules_to_save", None)
     if copies is not None:
@@ -133,7 +136,7 @@ def moda_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _unsharded(model: nn.Module):
+def _unsharded(model: nn.Module) -> Iterator[bool]:
     """A block in which FullyShardedDataParallel has whole parameters, which change with it; says if there is any."""
     sharded = any(isinstance(module, FSDP) for module in model.modules())
     with FSDP.summon_full_params(model) if sharded else contextlib.nullcontext():
@@ -147,8 +150,9 @@ def _loaded_state_dict(module: nn.Module) -> dict[str, Tensor]:
         hook = getattr(part, "_hf_hook", None)
         for name in part._parameters.keys() | part._buffers.keys():
             full = f"{place}.{name}" if place else name
-            if full in state and state[full].is_meta and getattr(hook, "weights_map", None) is not None:
-                state[full] = hook.weights_map[name]
+            offloaded = getattr(hook, "weights_map", None)
+            if full in state and state[full].is_meta and offloaded is not None:
+                state[full] = offloaded[name]
     return state
 
 
@@ -230,7 +234,7 @@ def load_moda(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     return model
 
 
-def load_release(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
+def load_release(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> list[str]:
     """Loads a checkpoint of the authors' release into a plain model of the family, in ``release`` mode, in place.
 
     The aligners and the language model (names ``model.*`` and ``lm_head.*``) are loaded; the release has a vision tower
@@ -266,7 +270,9 @@ def load_release(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
         loaded.add("lm_head.weight")
     config = MODAConfig(aligner=None, mask=None, mode="release", layers=sorted(aligners))
     apply_moda(model, config)
-    for module in attention_modules(model):
-        if module.layer_idx in aligners:
-            module.moda.aligner.load_state_dict(aligners[module.layer_idx])
+    modules = _moda_modules(model)
+    for layer, weights in aligners.items():
+        aligner = modules[f"layers.{layer}.moda"].aligner
+        assert aligner is not None, "of mode='release'"
+        aligner.load_state_dict(weights)
     return sorted(rest.keys() - loaded)
