@@ -1,4 +1,4 @@
-// The run planner: from the modality of every key to key tiles of a single modality (KERNELS.md, "Structure").
+// The run planner: from the modality of every key to key tiles of a single modality (docs/kernels.md, "Structure").
 //
 // Multimodal sequences are long runs (an image's patches, then text), so nearly every tile lies inside one run and the
 // inner loops of the kernels are plain attention with one scalar per row. Padding keys (modality -1) are in no tile:

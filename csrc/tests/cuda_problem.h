@@ -205,7 +205,7 @@ struct Problem {
   }
 };
 
-// The equations of MATH.md sections 2 and 3 in double precision. Beside each result the sum of the magnitudes that went
+// The equations of docs/mathematics.md sections 2 and 3 in double precision. Beside each result the sum of the magnitudes that went
 // into it: what a rounding error is relative to.
 template <class Element>
 struct Oracle {

@@ -180,7 +180,8 @@ def causal_gram_projection(
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    r"""Each query through the Gram matrices of the tokens up to it: alignment that leaks nothing (MATH.md section 1).
+    r"""Each query through the Gram matrices of the tokens up to it: alignment that leaks nothing
+    (docs/mathematics.md section 1).
 
     .. math::
         o_{i,m} = q_i \hat G^m_{\le i} = s_{i,m} \Big( q_i G^m_0
@@ -331,7 +332,7 @@ def duplex_query_views(
 ) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
     r"""The query views of :class:`DuplexAligner` with ``fusion="concat"`` and ``scope="causal"``, in one fused step.
 
-    View a is the query as keys of modality a meet it (Eq. 6, moved to the query; MATH.md section 1):
+    View a is the query as keys of modality a meet it (Eq. 6, moved to the query; docs/mathematics.md section 1):
 
     .. math::
         q^{(a)}_i = q_i W_{1,a}^\top + \sum_{m \ne a} q_i W_{2,a}^\top \hat G^m_{\le i}, \qquad

@@ -108,7 +108,7 @@ def duplex_attention(
 
     with the bias b, the sink c, and a condition :math:`\lambda` on the indicator e. Number for number what the two
     calls give. On the CPU, where no gradient is asked for, one operator does both: the views, M times the query, then
-    never exist as a whole. Source: MODA (arXiv 2507.04635), Eq. 5-10; MATH.md sections 1 and 2.
+    never exist as a whole. Source: MODA (arXiv 2507.04635), Eq. 5-10; docs/mathematics.md sections 1 and 2.
 
     Args:
         query: (B, Hq, Nq, D), as in :func:`modular_attention`, and so are key, value, key_modality, num_modalities,

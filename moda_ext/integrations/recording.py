@@ -57,7 +57,8 @@ class AttentionRecord:
 
     Attributes:
         layer: index of the layer in the text stack.
-        mass: (B, Hq, Nq, M), float32 or float64: :math:`\sum_{j: a_j = m} p_{ij}` (MATH.md section 3). Rows of padding
+        mass: (B, Hq, Nq, M), float32 or float64: :math:`\sum_{j: a_j = m} p_{ij}` (docs/mathematics.md section 3). Rows
+        of padding
             hold anything.
         lse: (B, Hq, Nq), in the dtype of ``mass``: logarithm of the softmax's denominator, with the sink; None if the
             layer's softmax is split, which has two.

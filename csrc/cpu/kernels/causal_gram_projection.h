@@ -1,4 +1,4 @@
-// Causal Gram projection, forward and backward: linear attention whose values are its keys (MATH.md section 1).
+// Causal Gram projection, forward and backward: linear attention whose values are its keys (docs/mathematics.md section 1).
 //
 //   o_{i,m} = s_{i,m} q_i G^m_i         G^m_i = G^m_0 + sum_{j <= i, a_j = m} phi_j^T phi_j
 //   u_{i,m} = do_{i,m} G^m_i            dq_i = sum_m s_{i,m} u_{i,m}      ds_{i,m} = q_i . u_{i,m}

@@ -1,5 +1,5 @@
 // The keys themselves mapped into the spaces of the other modalities, for scopes in which all rows see the same Grams
-// (MATH.md section 1, fusion "concat"):
+// (docs/mathematics.md section 1, fusion "concat"):
 //
 //   k'_j = k_j + k_j [A1_a | H_a^T] [B1_a ; B2_a]      a = a_j
 //   H_a  = sum_{m != a} A2_a^T Ghat^m                  Ghat^m: row d of G^m times a scale s_{m,d}

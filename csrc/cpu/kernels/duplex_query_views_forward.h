@@ -1,4 +1,4 @@
-// Query views of the duplex aligner in causal scope, one fused step (MATH.md section 1, fusion "concat"):
+// Query views of the duplex aligner in causal scope, one fused step (docs/mathematics.md section 1, fusion "concat"):
 //
 //   view_{a,i} = q_i + y A1_a^T + sum_{m != a} s_{i,m} x H_{a,m,i}     y = q_i B1_a^T, x = q_i B2_a^T
 //   H_{a,m,i}  = A2_a^T G^m_i = sum_{j <= i, a_j = m} z_{a,j}^T phi_j  z_{a,j} = phi_j A2_a

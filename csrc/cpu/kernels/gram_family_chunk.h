@@ -1,4 +1,4 @@
-// What the kernels of the Gram family share: chunks of keys, their features phi, and products of blocks (MATH.md
+// What the kernels of the Gram family share: chunks of keys, their features phi, and products of blocks (docs/mathematics.md
 // section 1).
 //
 // Tokens are taken in chunks of kChunk positions. The keys of a chunk are grouped by modality, so that each modality's

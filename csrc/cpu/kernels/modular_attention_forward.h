@@ -1,4 +1,4 @@
-// Forward pass of modular attention on the CPU (MATH.md sections 2 and 3).
+// Forward pass of modular attention on the CPU (docs/mathematics.md sections 2 and 3).
 //
 //   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j
 //   L = log(sum_j exp(S) + exp(c))        mass_m = sum_{a_j = m} p

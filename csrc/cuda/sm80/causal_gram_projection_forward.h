@@ -1,4 +1,4 @@
-// Causal Gram projection (MATH.md section 1) for compute capability 8.0 and later: linear attention whose values are
+// Causal Gram projection (docs/mathematics.md section 1) for compute capability 8.0 and later: linear attention whose values are
 // its keys.
 //
 //   o_{i,m} = s_{i,m} q_i G^m_i         G^m_i = G^m_0 + sum_{j <= i, a_j = m} phi_j^T phi_j

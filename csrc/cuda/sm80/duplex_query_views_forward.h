@@ -1,4 +1,4 @@
-// Query views of the duplex aligner in causal scope (MATH.md section 1, fusion "concat") for compute capability 8.0 and
+// Query views of the duplex aligner in causal scope (docs/mathematics.md section 1, fusion "concat") for compute capability 8.0 and
 // later, as cpu/kernels/duplex_query_views_forward.h:
 //
 //   view_{a,i} = q_i + y A1_a^T + sum_{m != a} s_{i,m} x A2_a^T G^m_i     y = q_i B1_a^T, x = q_i B2_a^T

@@ -1,4 +1,4 @@
-// Weights of low rank (MATH.md section 1, fusion "concat"), and rows that they multiply.
+// Weights of low rank (docs/mathematics.md section 1, fusion "concat"), and rows that they multiply.
 #pragma once
 
 #include "cuda/sm80/gram_family_tiles.h"

@@ -1,4 +1,4 @@
-// Raw Gram matrices of every modality (MATH.md section 1) and their backward pass, for compute capability 8.0 and
+// Raw Gram matrices of every modality (docs/mathematics.md section 1) and their backward pass, for compute capability 8.0 and
 // later.
 //
 //   G^m = sum_{a_j = m} phi_j^T phi_j        dphi_j = phi_j (dG^m + dG^mT),  m = a_j

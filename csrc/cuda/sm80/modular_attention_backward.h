@@ -1,4 +1,4 @@
-// Backward pass of modular attention (MATH.md section 3) for compute capability 8.0 and later.
+// Backward pass of modular attention (docs/mathematics.md section 3) for compute capability 8.0 and later.
 //
 //   D_i = dO_i . o_i + sum_m g_im mass_im - dL_i                   dS_ij = p_ij (dO_i . v_j + g_{i,a_j} - D_i)
 //   dq^(m)_i = tau sum_{a_j = m} dS_ij k_j    dk_j = tau sum_i dS_ij q_i^(a_j)    dv_j = sum_i p_ij dO_i

@@ -1,4 +1,4 @@
-// Forward pass of modular attention (MATH.md sections 2 and 3) for compute capability 8.0 and later.
+// Forward pass of modular attention (docs/mathematics.md sections 2 and 3) for compute capability 8.0 and later.
 //
 //   S = tau q^(a_j) . k_j + b_{i, a_j}    p = exp(S - L)    o = sum_j p v_j
 //   L = log(sum_j exp(S) + exp(c))        mass_m = sum_{a_j = m} p
