@@ -1,6 +1,6 @@
 // What every device does first with the arguments of the Gram family (modality_gram, causal_gram_projection and the
 // duplex operators): check what memory safety depends on, and describe the shapes. As in modular_attention_checks.h,
-// user-facing validation is moda_ext/_ops/checks.py.
+// user-facing validation is moda_ext/functional/checks.py.
 #pragma once
 
 #include <optional>

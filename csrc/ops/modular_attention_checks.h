@@ -1,6 +1,6 @@
 // What every device does first with the arguments of modular_attention and modular_attention_varlen: check what memory
 // safety depends on, and reduce both layouts to one description. User-facing validation, with Python's error types, is
-// moda_ext/_ops/checks.py; these checks guard direct callers of torch.ops.
+// moda_ext/functional/checks.py; these checks guard direct callers of torch.ops.
 #pragma once
 
 #include <cstdint>

@@ -6,31 +6,9 @@ is what a sum of exponentials that only enlarges the denominator amounts to. Not
 these files import nothing of the package but each other.
 """
 
-from moda_ext.reference.alignment import (
-    causal_gram_projection,
-    duplex_query_views,
-    modality_gram,
-    normalize_gram,
-    project_queries,
-)
-from moda_ext.reference.attention import (
-    dense_attention,
-    merged_attention,
-    modular_attention,
-    modular_attention_varlen,
-)
-from moda_ext.reference.sink import pseudo_score_sink, stable_mask_weights
+from moda_ext.reference import alignment, attention, sink
+from moda_ext.reference.alignment import *  # noqa: F403  an operator is named in its family's file alone
+from moda_ext.reference.attention import *  # noqa: F403
+from moda_ext.reference.sink import *  # noqa: F403
 
-__all__ = [
-    "causal_gram_projection",
-    "dense_attention",
-    "duplex_query_views",
-    "merged_attention",
-    "modality_gram",
-    "modular_attention",
-    "modular_attention_varlen",
-    "normalize_gram",
-    "project_queries",
-    "pseudo_score_sink",
-    "stable_mask_weights",
-]
+__all__ = [*alignment.__all__, *attention.__all__, *sink.__all__]

@@ -7,6 +7,14 @@ from torch import Tensor
 
 from moda_ext.reference.common import accumulation_dtype, members
 
+__all__ = [
+    "causal_gram_projection",
+    "duplex_query_views",
+    "modality_gram",
+    "normalize_gram",
+    "project_queries",
+]
+
 
 def modality_gram(
     key: Tensor,

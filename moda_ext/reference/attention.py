@@ -8,6 +8,13 @@ from torch import Tensor
 
 from moda_ext.reference.common import accumulation_dtype, pack_results, raise_if_on_host
 
+__all__ = [
+    "dense_attention",
+    "merged_attention",
+    "modular_attention",
+    "modular_attention_varlen",
+]
+
 
 @overload
 def modular_attention(

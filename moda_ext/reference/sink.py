@@ -7,6 +7,11 @@ from torch import Tensor
 
 from moda_ext.reference.common import raise_if_on_host
 
+__all__ = [
+    "pseudo_score_sink",
+    "stable_mask_weights",
+]
+
 
 def pseudo_score_sink(
     num_rows: int,
