@@ -5,7 +5,6 @@ Each function checks its arguments, brings them to the form of the operators and
 """
 
 from collections.abc import Callable
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from moda_ext import reference
 from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, KEY_NORMS, MAX_RANK, NORMALIZATIONS, accumulation_dtype
 from moda_ext.functional import checks, composite
-from moda_ext.functional.attention import last_contiguous
+from moda_ext.functional.attention import Results, last_contiguous
 from moda_ext.functional.gram import (
     GramOptions,
     causal_gram_scale,
@@ -119,54 +118,6 @@ def project_queries(query: Tensor, gram: Tensor) -> Tensor:
     return project(query, gram)
 
 
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: Literal[True],
-) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
-
-
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: bool,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
-
-
 def causal_gram_projection(
     query: Tensor,
     key: Tensor,
@@ -179,7 +130,7 @@ def causal_gram_projection(
     eps: float = 1e-6,
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> Results:
     r"""Each query through the Gram matrices of the tokens up to it: alignment that leaks nothing
     (docs/mathematics.md section 1).
 
@@ -249,69 +200,6 @@ def causal_gram_projection(
     return (projection, (gram, trace)) if return_state else projection
 
 
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: Literal[False] = ...,
-    return_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: Literal[True],
-    return_state: Literal[False] = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: bool = ...,
-    return_state: bool = ...,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
-
-
 def duplex_query_views(
     query: Tensor,
     key: Tensor,
@@ -329,7 +217,7 @@ def duplex_query_views(
     state: tuple[Tensor, Tensor] | None = None,
     return_indicator: bool = False,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
+) -> Results:
     r"""The query views of :class:`DuplexAligner` with ``fusion="concat"`` and ``scope="causal"``, in one fused step.
 
     View a is the query as keys of modality a meet it (Eq. 6, moved to the query; docs/mathematics.md section 1):
@@ -410,43 +298,6 @@ def gram_indicator(query: Tensor, gram_projection: Tensor) -> Tensor:
     return (dots / square.clamp(min=torch.finfo(dtype).tiny)).movedim(0, -1)
 
 
-@overload
-def query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    num_modalities: int,
-    *,
-    key_norm: str | None,
-    normalize: str | None,
-    eps: float,
-    state: tuple[Tensor, Tensor] | None,
-    return_indicator: Literal[False],
-    return_state: Literal[False],
-) -> Tensor: ...
-
-
-@overload
-def query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    num_modalities: int,
-    *,
-    key_norm: str | None,
-    normalize: str | None,
-    eps: float,
-    state: tuple[Tensor, Tensor] | None,
-    return_indicator: Literal[True],
-    return_state: Literal[False],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
 def query_views(
     query: Tensor,
     key: Tensor,
@@ -461,24 +312,7 @@ def query_views(
     state: tuple[Tensor, Tensor] | None,
     return_indicator: bool,
     return_state: bool,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
-
-
-def query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    num_modalities: int,
-    *,
-    key_norm: str | None,
-    normalize: str | None,
-    eps: float,
-    state: tuple[Tensor, Tensor] | None,
-    return_indicator: bool,
-    return_state: bool,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
+) -> Results:
     """:func:`duplex_query_views` of arguments that are checked, and cast for autocast."""
     op = "duplex_query_views"
     options: GramOptions = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}

@@ -5,7 +5,7 @@ calls the operator, or :mod:`moda_ext.reference` where there are no kernels.
 """
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,39 +15,8 @@ from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, INTEGERS, OFFSETS, accumulation_dtype
 from moda_ext.functional import checks
 
-
-@overload
-def modular_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def modular_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: bool = ...,
-    return_mass: bool = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
+# A tensor, or the tuple that flags ask for: which of them a type checker cannot see.
+Results: TypeAlias = Tensor | Any
 
 
 def modular_attention(
@@ -63,7 +32,7 @@ def modular_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     r"""Attention with a bias per (row, key modality), a sink per row, and the attention mass of every modality.
 
     With :math:`a_j` the modality of key j, :math:`b` the modality bias and :math:`c` the sink,
@@ -143,48 +112,6 @@ def modular_attention(
     )
 
 
-@overload
-def modular_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def modular_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: bool = ...,
-    return_mass: bool = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
-
-
 def modular_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -202,7 +129,7 @@ def modular_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     """:func:`modular_attention` over sequences of different lengths packed into one: no padding, no batch dimension.
 
     Sequence s has the queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s]`` to
@@ -312,7 +239,7 @@ def attend(
     scale: float | None,
     return_lse: bool,
     return_mass: bool,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     """:func:`modular_attention` of arguments that are checked, and cast for autocast."""
     if backend.choose("modular_attention", query) == backend.REFERENCE:
         return reference.modular_attention(
@@ -353,9 +280,7 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def pack_results(
-    out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool
-) -> Tensor | tuple[Tensor, ...]:
+def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool) -> Results:
     """out, or the tuple (out[, lse][, mass]) that was asked for."""
     if not (return_lse or return_mass):
         return out

@@ -1,7 +1,5 @@
 """Duplex attention: alignment and attention in one, causal."""
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -15,64 +13,8 @@ from moda_ext.functional.alignment import (
     query_views,
     row_scale,
 )
-from moda_ext.functional.attention import attend, check_attention, expand, last_contiguous, pack_results
+from moda_ext.functional.attention import Results, attend, check_attention, expand, last_contiguous, pack_results
 from moda_ext.functional.gram import GramOptions
-
-
-@overload
-def duplex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    new_key: Tensor | None = ...,
-    new_modality: Tensor | None = ...,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    modality_bias: Tensor | None = ...,
-    condition: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def duplex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    new_key: Tensor | None = ...,
-    new_modality: Tensor | None = ...,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    modality_bias: Tensor | None = ...,
-    condition: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    scale: float | None = ...,
-    return_lse: bool = ...,
-    return_mass: bool = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def duplex_attention(
@@ -99,7 +41,7 @@ def duplex_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     r"""Causal duplex attention: :func:`moda_ext.alignment.duplex_query_views`, then :func:`modular_attention`.
 
     .. math::

@@ -276,9 +276,8 @@ class DuplexAligner(nn.Module):
         if self.fusion == "concat":
             weights = self.a1, self.b1, self.a2, self.b2
             arguments = query, key, *modalities, *weights, self.num_modalities
-            if return_indicator:
-                return duplex_query_views(*arguments, return_indicator=True, **keywords)
-            return (duplex_query_views(*arguments, **keywords),)
+            results = duplex_query_views(*arguments, return_indicator=return_indicator, **keywords)
+            return tuple(results) if return_indicator else (results,)
 
         dtype = accumulation_dtype(query.dtype)
         upcast = query.to(dtype)

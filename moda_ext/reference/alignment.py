@@ -1,11 +1,9 @@
 """The alignment operators with every product written out, an Nq x Nk matrix of scores for every modality."""
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
-from moda_ext.reference.common import accumulation_dtype, members
+from moda_ext.reference.common import Results, accumulation_dtype, members
 
 __all__ = [
     "causal_gram_projection",
@@ -60,54 +58,6 @@ def project_queries(query: Tensor, gram: Tensor) -> Tensor:
     return projection.reshape(num_modalities, batch, heads, rows, head_size).to(query.dtype)
 
 
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: Literal[True],
-) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
-
-
-@overload
-def causal_gram_projection(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_state: bool,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
-
-
 def causal_gram_projection(
     query: Tensor,
     key: Tensor,
@@ -120,7 +70,7 @@ def causal_gram_projection(
     eps: float = 1e-6,
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> Results:
     """Dense :func:`moda_ext.alignment.causal_gram_projection`: an Nq x Nk matrix of scores for every modality.
 
     q_i Ghat^m_{<=i} = s_im (q_i G^m_0 + sum_{j <= i, a_j = m} (q_i . phi_j) phi_j)
@@ -141,69 +91,6 @@ def causal_gram_projection(
     return (projection, state) if return_state else projection
 
 
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: Literal[False] = ...,
-    return_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: Literal[True],
-    return_state: Literal[False] = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def duplex_query_views(
-    query: Tensor,
-    key: Tensor,
-    query_modality: Tensor,
-    key_modality: Tensor,
-    a1: Tensor,
-    b1: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    num_modalities: int = ...,
-    *,
-    key_norm: str | None = ...,
-    normalize: str | None = ...,
-    eps: float = ...,
-    state: tuple[Tensor, Tensor] | None = ...,
-    return_indicator: bool = ...,
-    return_state: bool = ...,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]: ...
-
-
 def duplex_query_views(
     query: Tensor,
     key: Tensor,
@@ -221,7 +108,7 @@ def duplex_query_views(
     state: tuple[Tensor, Tensor] | None = None,
     return_indicator: bool = False,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
+) -> Results:
     """Dense :func:`moda_ext.alignment.duplex_query_views`: the causal projection, then both fusers one after the other.
 
     q^(a) = q W1_a^T + sum_{m != a} (q Ghat^m_{<=i}) W2_a^T      with W1_a = I + A1_a B1_a, W2_a = A2_a B2_a

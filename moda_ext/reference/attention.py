@@ -1,12 +1,11 @@
 """Dense attention, equation by equation."""
 
 import math
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda_ext.reference.common import accumulation_dtype, pack_results, raise_if_on_host
+from moda_ext.reference.common import Results, accumulation_dtype, pack_results, raise_if_on_host
 
 __all__ = [
     "dense_attention",
@@ -14,40 +13,6 @@ __all__ = [
     "modular_attention",
     "modular_attention_varlen",
 ]
-
-
-@overload
-def modular_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def modular_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: bool = ...,
-    return_mass: bool = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def modular_attention(
@@ -63,7 +28,7 @@ def modular_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     """Dense :func:`moda_ext.attention.modular_attention`: the same arguments, the same results, any head size.
 
     float16 and bfloat16 inputs are computed in float32 and the output is rounded once.
@@ -155,48 +120,6 @@ def dense_attention(
     return probability @ value, lse, probability @ members[:, None]
 
 
-@overload
-def modular_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def modular_attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_modality: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    num_modalities: int = ...,
-    modality_bias: Tensor | None = ...,
-    sink: Tensor | None = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    return_lse: bool = ...,
-    return_mass: bool = ...,
-) -> Tensor | tuple[Tensor, ...]: ...
-
-
 def modular_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -214,7 +137,7 @@ def modular_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Results:
     """:func:`moda_ext.attention.modular_attention_varlen`, one dense call per sequence; reads ``cu_seqlens``."""
     tokens, heads, head_size = query.shape[-3:]
     q_bounds = sequence_bounds("cu_seqlens_q", cu_seqlens_q, tokens, max_seqlen_q)

@@ -1,9 +1,13 @@
 """What the files of the reference share: ids of modalities, the dtype of sums, results on demand."""
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+# A tensor, or the tuple that flags ask for: which of them a type checker cannot see.
+Results: TypeAlias = Tensor | Any
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,9 +24,7 @@ def members(op: str, name: str, modality: Tensor, num_modalities: int) -> Tensor
     return modality[..., None] == torch.arange(num_modalities, device=modality.device)
 
 
-def pack_results(
-    out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool
-) -> Tensor | tuple[Tensor, ...]:
+def pack_results(out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_mass: bool) -> Results:
     """out, or the tuple (out[, lse][, mass]) that was asked for."""
     if not (return_lse or return_mass):
         return out
