@@ -1,5 +1,8 @@
-"""The modular mask. Its module is :class:`ModularMask`; see ``nn/mask.py``."""
+"""The modular mask: a prior for every pair of modalities, and pseudo scores."""
 
-from moda_ext.nn.mask import CONDITIONAL, SOFTMAXES, VARIANTS, ModularMask
+from moda_ext.nn.mask import CONDITIONAL as CONDITIONAL
+from moda_ext.nn.mask import SOFTMAXES as SOFTMAXES
+from moda_ext.nn.mask import VARIANTS as VARIANTS
+from moda_ext.nn.mask import ModularMask
 
-__all__ = ["CONDITIONAL", "SOFTMAXES", "VARIANTS", "ModularMask"]
+__all__ = ["ModularMask"]

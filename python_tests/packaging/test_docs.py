@@ -221,6 +221,6 @@ def test_cited_sections_exist():
 
 
 def test_cited_tests_exist():
-    tests = "".join(path.read_text() for path in (ROOT / "python_tests").glob("*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "python_tests").rglob("test_*.py"))
     cited = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert cited and all(f"def {name}(" in tests for name in cited)
