@@ -186,10 +186,13 @@ class AttentionRecord:
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores without bias, (B, Hq, rows, keys)."""
-        query, key = query.to(self.mass.dtype) * self.scale, key.to(self.mass.dtype)
+        query, key = query.to(self.mass.dtype), key.to(self.mass.dtype)
+        scale_scores = key.shape[2] < key.shape[3]  # there are fewer of them than numbers in the query
+        query = query if scale_scores else query * self.scale
         group, rows = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
-        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
+        scores = (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
+        return scores * self.scale if scale_scores else scores
 
     def _visible(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
         """(B, 1, rows, Nk or K), bool: which rows see which keys of a modality; rows of padding see none."""
