@@ -116,13 +116,17 @@ def test_the_tolerance_of_an_identity_follows_what_eager_and_sdpa_differ_by():
     """Large scores in bfloat16: to round them otherwise, as every attention does, moves the logits."""
     model = apply_moda(make_model("qwen2_vl").to(torch.bfloat16))
     inputs = cast(make_inputs("qwen2_vl"), torch.bfloat16)
-    for module in attention_modules(model):
-        module.q_proj.weight.data.mul_(8)
-        module.k_proj.weight.data.mul_(8)
-    moved = check_identity(model, inputs)
-    assert moved > 4 * torch.finfo(torch.bfloat16).eps
+    tolerance, moved = 4 * torch.finfo(torch.bfloat16).eps, 0.0
+    for _ in range(24):  # how far a rounding carries depends on the machine: until it is far enough
+        for module in attention_modules(model):
+            module.q_proj.weight.data.mul_(1.25)
+            module.k_proj.weight.data.mul_(1.25)
+        moved = check_identity(model, inputs)
+        if moved > tolerance:
+            break
+    assert moved > tolerance
     with pytest.raises(ValueError, match="more than 0.0312"):
-        check_identity(model, inputs, tolerance=4 * torch.finfo(torch.bfloat16).eps)
+        check_identity(model, inputs, tolerance=tolerance)
 
 
 @two_families
