@@ -876,14 +876,9 @@ class TestCost:
         ids[:, 10:74] = 60
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 64, 64), "use_cache": False, "logits_to_keep": 1}
 
-    @pytest.mark.parametrize(
-        ("prompt_length", "share"), [(768, 0.05), (640, 0.08)], ids=["no generated rows", "128 generated rows"]
-    )
-    def test_measuring_costs_little_of_a_forward(self, prompt_length, share):
+    @pytest.mark.parametrize("prompt_length", [768, 640], ids=["no generated rows", "128 generated rows"])
+    def test_measuring_costs_at_most_5_percent_of_a_forward(self, prompt_length):
         """The meter's own time beside a forward pass with sdpa; mass and lse cost the kernel nothing.
-
-        5 % for a prompt. The weights of generated rows on the keys of their prompt are computed once more: 128 rows
-        in a pass took 4.5 to 5.3 % on the machines that were tried; decoding has one in a pass.
 
         In a text stack 1024 wide: the share falls with the width. On one thread, in processor time and the least of
         several runs, as other processes share the machine.
@@ -898,7 +893,7 @@ class TestCost:
         forward, measuring = [], []
         torch.set_num_threads(1)
         try:
-            for _ in range(7):
+            for _ in range(14):
                 meter, of_layers = AttentionMeter(model), []
                 with torch.no_grad():
                     forward.append(processor_time(model, **inputs))
@@ -912,7 +907,7 @@ class TestCost:
             torch.set_num_threads(threads)
         assert meter.result().tokens == {"text": 704, "vision": 64}
         assert meter.result().generated_tokens == 768 - prompt_length
-        assert min(measuring) <= share * min(forward), (min(measuring), min(forward))
+        assert min(measuring) <= 0.05 * min(forward), (min(measuring), min(forward))
 
     @pytest.mark.parametrize("prompt_length", [4096, 100], ids=["no generated rows", "3996 generated rows"])
     def test_4096_tokens_need_no_matrix_of_all_pairs(self, prompt_length):

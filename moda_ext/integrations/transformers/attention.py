@@ -149,7 +149,8 @@ class MODAAttention(nn.Module):
             attention=attention_under(visible),
         )
         recorded: Recorded | None = None
-        if record and views is not None:
+        if record:
+            assert views is not None, "asked for by return_terms"
             recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias}
         return out, state, recorded
 
@@ -238,7 +239,8 @@ def moda_attention(
         if cached is not None and not isinstance(cached, MODALayerMixin):
             _fail(f"the cache has a layer of {type(cached).__name__}")
         out, recorded = _duplex_attention(moda, tokens, visible, key, modality_context, cached, recorder is not None)
-    if recorder is not None and recorded is not None:
+    if recorder is not None:
+        assert recorded is not None, "asked for by the recorder"
         recorder(
             AttentionRecord(
                 layer=module.layer_idx,
