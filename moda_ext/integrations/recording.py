@@ -108,11 +108,11 @@ class AttentionRecord:
             (B, Hq, stop - start, Nk), in the dtype of ``mass``; 0 where row i does not see key j, as rows of padding.
         """
         rows = slice(*slice(start, stop).indices(self.query_modality.shape[1]))
+        columns = torch.arange(self.key_modality.shape[1], device=self.key.device)
         weights = self.mass.new_zeros(())
         for m in range(self.num_modalities):
-            exponentials = self._exponentials(m, rows, None)
-            sums = exponentials.sum(dim=-1, keepdim=True)
-            weights = weights + exponentials * torch.where(sums > 0, self.mass[:, :, rows, m, None] / sums, 0.0)
+            shares, mass = self._shares(m, rows, columns)
+            weights = weights + shares * mass[..., None]
         return weights
 
     def mass_on(self, chosen: Tensor, modality: int, start: int, keys: Tensor) -> Tensor:
@@ -127,12 +127,10 @@ class AttentionRecord:
             (B, Hq, rows), in the dtype of ``mass``.
         """
         rows = slice(start, start + chosen.shape[1])
-        exponentials = self._exponentials(modality, rows, keys)
-        sums = exponentials.sum(dim=-1)
+        shares, mass = self._shares(modality, rows, keys)
         # Sequence by sequence: heads and rows then change places without a copy, which einsum would make.
-        pairs = zip(exponentials, chosen.to(exponentials.dtype), strict=True)
-        of_chosen = torch.stack([(e.transpose(0, 1) @ c[..., None])[..., 0].T for e, c in pairs])
-        return torch.where(sums > 0, self.mass[:, :, rows, modality] * (of_chosen / sums), 0.0)
+        pairs = zip(shares, chosen.to(shares.dtype), strict=True)
+        return mass * torch.stack([(e.transpose(0, 1) @ c[..., None])[..., 0].T for e, c in pairs])
 
     def weight_of(self, index: Tensor) -> Tensor:
         r"""The weight :math:`p_{ij} = e^{S_{ij} - L_i}` of one key j of each sequence, without the other keys' scores.
@@ -155,8 +153,9 @@ class AttentionRecord:
         query, (batch, heads, _, size) = self.query, self.key.shape
         if query.dim() == 5:
             query = query[modality[:, 0], torch.arange(batch, device=query.device)]
-        key = self.key.gather(2, index[:, None, None, None].expand(batch, heads, 1, size))
-        score = self._scores(query, key).squeeze(-1)
+        key = self.key.gather(2, index[:, None, None, None].expand(batch, heads, 1, size))[:, :, 0]
+        key = key.repeat_interleave(query.shape[1] // heads, dim=1)  # head by head: a group's rows lie apart in memory
+        score = self.scale * torch.einsum("bhnd,bhd->bhn", query.to(mass.dtype), key.to(mass.dtype))
         if self.bias is not None:
             score = score + self.bias.to(mass.dtype).expand_as(self.mass).gather(-1, place).squeeze(-1)
         told = self.lse.abs() * torch.finfo(mass.dtype).eps <= 1e-4
@@ -172,38 +171,35 @@ class AttentionRecord:
         of_rows = self.visible[:, 0].expand(len(index), rows, -1)
         return present & of_rows.gather(2, index.long()[:, None, None].expand(-1, rows, 1))[..., 0]
 
-    def _exponentials(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
-        """(B, Hq, rows, K): exp(s - the row's largest s) of the visible keys of a modality, 0 for all others."""
-        key = self.key if keys is None else self.key.index_select(2, keys)
-        query = (self.query if self.query.dim() == 4 else self.query[modality])[:, :, rows]
-        scores = self._scores(query, key).masked_fill_(~self._visible(modality, rows, keys), -torch.inf)
-        if scores.shape[-1] == 0:
-            return scores
-        largest = scores.detach().amax(dim=-1, keepdim=True)
-        return scores.sub_(
-            largest.masked_fill_(largest == -torch.inf, 0.0)
-        ).exp_()  # in place: pages cost more than exp
+    def _shares(self, modality: int, rows: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The softmax within a modality, (B, Hq, rows, K), 0 for the keys of others, and the mass it shares out.
+
+        A row without a visible key of the modality has a mass (B, Hq, rows) of 0 and any shares, none of them NaN.
+        """
+        members = self.key_modality.index_select(1, columns) == modality  # (B, K)
+        present = self.query_modality[:, rows] >= 0
+        # What padding holds is set to 0, so that a mask can be added: a masked fill takes twice as long as the product.
+        key = torch.where(members[:, None, :, None], self.key.index_select(2, columns), 0.0)
+        query = self.query if self.query.dim() == 4 else self.query[modality]
+        scores = self._scores(torch.where(present[:, None, :, None], query[:, :, rows], 0.0), key)
+        scores += torch.where(self._visible(members, rows, columns), 0.0, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1), torch.where(present[:, None], self.mass[:, :, rows, modality], 0.0)
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores without bias, (B, Hq, rows, keys)."""
-        query, key = query.to(self.mass.dtype), key.to(self.mass.dtype)
-        scale_scores = key.shape[2] < key.shape[3]  # there are fewer of them than numbers in the query
-        query = query if scale_scores else query * self.scale
+        query, key = query.to(self.mass.dtype) * self.scale, key.to(self.mass.dtype)
         group, rows = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
-        scores = (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
-        return scores * self.scale if scale_scores else scores
+        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
 
-    def _visible(self, modality: int, rows: slice, keys: Tensor | None) -> Tensor:
-        """(B, 1, rows, Nk or K), bool: which rows see which keys of a modality; rows of padding see none."""
-        queries, number = self.query_modality.shape[1], self.key_modality.shape[1]
-        columns = torch.arange(number, device=self.key.device) if keys is None else keys
-        shown = (self.key_modality.index_select(1, columns) == modality)[:, None, None]
-        shown = shown & (self.query_modality[:, None, rows, None] >= 0)
+    def _visible(self, members: Tensor, rows: slice, columns: Tensor) -> Tensor:
+        """(B, 1, rows, K), bool: which rows see which of the keys in ``columns`` that are ``members`` (B, K)."""
+        queries, keys = self.query_modality.shape[1], self.key_modality.shape[1]
+        members = members[:, None, None]
         if self.visible is not None:
-            return shown & self.visible.expand(-1, -1, queries, -1)[:, :, rows].index_select(3, columns)
-        last = torch.arange(rows.start, rows.stop, device=columns.device) + number - queries
-        return shown & (columns <= last[:, None])
+            return members & self.visible.expand(-1, -1, queries, -1)[:, :, rows].index_select(3, columns)
+        last = torch.arange(rows.start, rows.stop, device=columns.device) + keys - queries
+        return members & (columns <= last[:, None])
 
 
 def refuse_replicas(model: nn.Module) -> None:
