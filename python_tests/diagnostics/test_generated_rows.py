@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from test_diagnostics import Dense, Stack, make_stack, measured
+from diagnosed import Dense, Stack, make_stack, measured
 from torch import nn
 
 from moda_ext.attention import AttentionState

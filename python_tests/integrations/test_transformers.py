@@ -1,35 +1,28 @@
-"""MODA in vision-language models of Transformers: tiny random models of every family.
+"""MODA in vision-language models of Transformers: what attaching changes, how it is saved, which tokens it sees."""
 
-A "trained" model has random MODA parameters of a size that moves the logits, a finite pseudo-score length and a finite
-base, so that a cache that forgets anything gives other logits.
-"""
-
-import contextlib
 import copy
-import functools
 import pickle
-import warnings
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
-
-import transformers
 from tolerance import assert_close
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    DynamicCache,
-    StaticCache,
+from trained_models import (
+    NEW,
+    PRIOR,
+    SPECIAL,
+    check_generation,
+    extended,
+    family,
+    labels_of,
+    logits_of,
+    make_trained,
+    one_row,
 )
-from transformers.cache_utils import Cache, DynamicIndexedLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from vision_language import END, FAMILIES, IMAGE, START, TEXT, VIDEO, make_config, make_inputs, make_model
 
-from moda_ext.alignment import DuplexAligner
-from moda_ext.integrations.transformers import FAMILIES as KNOWN
 from moda_ext.integrations.transformers import (
     MODAConfig,
     apply_moda,
@@ -40,65 +33,13 @@ from moda_ext.integrations.transformers import (
     load_release,
     moda_parameters,
     moda_state_dict,
-    optimizer_groups,
     recording,
     save_moda,
     text_stack,
-    train_only_moda,
 )
-from moda_ext.integrations.transformers.cache import prepare_cache
 from moda_ext.integrations.transformers.hooks import placeholder, token_modalities
 from moda_ext.integrations.transformers.proof import TRAINED
 from moda_ext.release import ReleaseAligner
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-SPECIAL = [60, 61, 62, 63]
-NEW = 6  # tokens that are generated
-SPLIT = 9  # where a prompt is cut in two
-PRIOR = [[0.0, 1.5], [0.0, 0.0]]  # text looks more at images
-CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_config("llava"), max_cache_len=32)}
-both_caches = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
-family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def make_trained(name, **settings):
-    model = apply_moda(make_model(name), MODAConfig(**{**TRAINED, **settings}))
-    torch.manual_seed(3)
-    for parameter_name, parameter in moda_parameters(model).items():
-        if not parameter_name.endswith("base"):
-            torch.nn.init.normal_(parameter, std=0.7)
-    return model
-
-
-def positions_of(name, mask):
-    """Positions that leave padding out, as generate() counts them. The Qwen families make their own."""
-    return {} if "qwen" in name else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-@torch.no_grad()
-def logits_of(name, model, inputs, **arguments):
-    arguments = {**inputs, **positions_of(name, inputs["attention_mask"]), **arguments}
-    return model(**{"use_cache": False, **arguments}).logits
-
-
-def labels_of(inputs):
-    return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-
-
-def one_row(name):
-    return make_inputs(name, rows=1)
-
-
-def extended(name, inputs, sequences):
-    """The inputs of one forward pass over the prompt and what was generated."""
-    mask = inputs["attention_mask"]
-    mask = torch.cat([mask, mask.new_ones(mask.shape[0], sequences.shape[1] - mask.shape[1])], dim=1)
-    return {**inputs, "input_ids": sequences, "attention_mask": mask, **FAMILIES[name].extra(sequences)}
-
-
-# Attaching
 
 
 @family
@@ -141,150 +82,6 @@ def test_padding_changes_nothing(family):
     assert_close(*results)
 
 
-# Generation: every way gives the logits, or tokens, of a full forward pass
-
-
-def check_generation(name, model, inputs, **options):
-    result = model.generate(
-        **copy.deepcopy(inputs),
-        max_new_tokens=NEW,
-        do_sample=False,
-        suppress_tokens=SPECIAL,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    full = logits_of(name, model, extended(name, inputs, result.sequences))[:, -NEW - 1 : -1]
-    assert torch.equal(full[..., :60].argmax(-1), result.sequences[:, -NEW:])
-    if "assistant_model" not in options and "prompt_lookup_num_tokens" not in options:
-        assert_close(torch.stack(result.logits, dim=1), full)
-    return result
-
-
-@family
-@pytest.mark.parametrize("cache", ("dynamic", "static"))
-@pytest.mark.parametrize("chunk", (None, 10), ids=("whole", "chunked"))  # 10: Gemma 3 must not cut an image
-def test_generation_with_a_cache(family, cache, chunk):
-    model = make_trained(family)
-    options = {"prefill_chunk_size": chunk} if chunk else {}
-    check_generation(family, model, make_inputs(family), cache_implementation=cache, **options)
-
-
-@family
-def test_beam_search(family):
-    model, inputs = make_trained(family), make_inputs(family)
-    options = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False, "suppress_tokens": SPECIAL}
-    expected = model.generate(**copy.deepcopy(inputs), **options, use_cache=False)
-    for cache in ("dynamic", "static"):
-        assert torch.equal(model.generate(**copy.deepcopy(inputs), **options, cache_implementation=cache), expected)
-
-
-@family
-@pytest.mark.parametrize("way", ("assisted", "lookup"))
-def test_speculative_decoding(family, way):
-    model, inputs = make_trained(family), one_row(family)
-    options = {"prompt_lookup_num_tokens": 3}
-    if way == "assisted":
-        assistant = make_trained(family)
-        with torch.no_grad():
-            assistant.lm_head.weight.add_(0.02 * torch.randn_like(assistant.lm_head.weight))  # errs now and then
-        options = {"assistant_model": assistant}
-    check_generation(family, model, inputs, **options)
-
-
-@family
-@pytest.mark.parametrize("make_cache", (DynamicCache, functools.partial(StaticCache, max_cache_len=48)), ids=CACHES)
-def test_a_cache_is_used_again_in_the_next_turn(family, make_cache):
-    model, inputs = make_trained(family), make_inputs(family)
-    cache = make_cache(config=model.config)
-    first = check_generation(family, model, inputs, past_key_values=cache)
-    answer = torch.cat([first.sequences, torch.tensor([[5, 9, 2]] * len(first.sequences))], dim=1)
-    turn = extended(family, inputs, answer)
-    without_images = {key: value for key, value in turn.items() if not key.startswith(("pixel", "image"))}
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": SPECIAL}
-    again = model.generate(**copy.deepcopy(without_images), past_key_values=cache, **options)
-    assert torch.equal(again, model.generate(**copy.deepcopy(turn), use_cache=False, **options))
-
-
-def two_passes(name, model, inputs, cache, between=lambda cache: None, order=(0, 1)):
-    """Logits of the tokens from ``SPLIT`` on, after the ones before went into ``cache`` in a pass of their own.
-
-    The second pass has the rows in another order.
-    """
-    positions = positions_of(name, inputs["attention_mask"])
-    first = {"input_ids": inputs["input_ids"][:, :SPLIT], "attention_mask": inputs["attention_mask"][:, :SPLIT]}
-    second = {"input_ids": inputs["input_ids"][:, SPLIT:], "attention_mask": inputs["attention_mask"]}
-    if positions:
-        first["position_ids"], second["position_ids"] = positions["position_ids"].tensor_split([SPLIT], dim=1)
-    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        model(**first, **rest, past_key_values=cache)
-        between(cache)
-        return model(**{key: value[list(order)] for key, value in second.items()}, past_key_values=cache).logits
-
-
-@both_caches
-def test_chunked_prefill_equals_one_pass(make_cache):
-    model, inputs = make_trained("llava"), make_inputs("llava")
-    assert_close(two_passes("llava", model, inputs, make_cache()), logits_of("llava", model, inputs)[:, SPLIT:])
-
-
-@pytest.mark.parametrize("drafts", (3, 80), ids=("within the window", "beyond the window"))
-def test_cropped_tokens_are_forgotten(drafts):
-    model, inputs = make_trained("llava"), make_inputs("llava")
-
-    def draft_and_crop(cache):
-        ids = torch.full((2, drafts), 7)
-        mask = torch.cat([inputs["attention_mask"][:, :SPLIT], torch.ones_like(ids)], dim=1)
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        cache.crop(-drafts)
-        assert (cache.layers[0].gram is None) == (drafts == 80)
-
-    assert_close(
-        two_passes("llava", model, inputs, DynamicCache(), between=draft_and_crop),
-        logits_of("llava", model, inputs)[:, SPLIT:],
-    )
-
-
-def test_rows_of_a_cache_are_repeated_selected_and_reordered():
-    model, inputs = make_trained("llava"), make_inputs("llava")
-
-    def swap(cache):
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([False, True, True, False]))  # the rows 0 and 1
-        cache.reorder_cache(torch.tensor([1, 0]))
-
-    swapped = two_passes("llava", model, inputs, DynamicCache(), between=swap, order=(1, 0))
-    assert_close(swapped, logits_of("llava", model, inputs)[[1, 0], SPLIT:])
-
-
-@both_caches
-def test_a_cache_that_is_reset_is_empty(make_cache):
-    model, inputs, cache = make_trained("llava"), make_inputs("llava"), make_cache()
-    check_generation("llava", model, inputs, past_key_values=cache)
-    cache.reset()
-    check_generation("llava", model, inputs, past_key_values=cache)
-
-
-SETTINGS = {
-    "added, frobenius": {"aligner": {"rank": 4, "fusion": "add", "normalize": "frobenius"}},
-    "raw keys": {"aligner": {"rank": 4, "key_norm": None}},
-    "split softmax": {"mask": {"softmax": "split", "base": -1.0}},
-    "learned sink": {"mask": {"variant": "learned", "base": 0.0}},
-    "learned decay": {"mask": {"learn_decay": True, "learn_base": True, "base": 0.0, "length": 40}},
-    "no mask": {"mask": None},
-    "no aligner": {"aligner": None, "mask": {"variant": "fix", "learn_prior": True, "base": -1.0}},
-    "one layer": {"layers": [1]},
-}
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("cache", ("dynamic", "static"))
-def test_generation_with_other_settings(settings, cache):
-    model = make_trained("llava", **settings)
-    check_generation("llava", model, make_inputs("llava"), cache_implementation=cache)
-
-
 @pytest.mark.parametrize("layers", (None, [0]), ids=("all", "the first"))
 def test_dense_attention_equals_the_operator(layers):
     """For masks of a model's own, here the causal one: the same logits and gradients as without it."""
@@ -299,9 +96,6 @@ def test_dense_attention_equals_the_operator(layers):
         results.append([output.logits[mask], *(p.grad for p in moda_parameters(model).values())])
     for dense, operator in zip(*results, strict=True):
         assert_close(dense, operator)
-
-
-# Saving and loading
 
 
 @family
@@ -356,79 +150,6 @@ def test_a_model_is_copied_and_pickled_with_moda():
     expected = logits_of("llava", model, inputs)
     for twin in twins:
         assert torch.equal(logits_of("llava", twin, inputs), expected)
-
-
-# Recording and priors
-
-
-@family
-def test_recording_a_plain_model_equals_its_eager_attention(family):
-    model, inputs, records = make_model(family), make_inputs(family), []
-    before = logits_of(family, model, inputs)
-    with recording(model, records.append):
-        measured = logits_of(family, model, inputs)
-    assert torch.equal(logits_of(family, model, inputs), before)  # all as it was
-    kept = inputs["attention_mask"] == 1
-    assert (measured - before)[kept].abs().max() < 1e-5
-
-    model.set_attn_implementation({"text_config": "eager"})
-    with torch.no_grad():
-        positions = positions_of(family, inputs["attention_mask"])
-        attentions = model(**inputs, **positions, output_attentions=True, use_cache=False).attentions
-    assert [record.layer for record in records] == list(range(len(attentions)))
-    ids = (inputs["input_ids"] == IMAGE).int().masked_fill(~kept, -1)
-    for record, attention in zip(records, attentions, strict=True):
-        assert torch.equal(record.query_modality, ids) and torch.equal(record.key_modality, ids)
-        rows = kept[:, None].expand(record.mass.shape[:3])
-        expected = torch.stack([(attention * (ids == m)[:, None, None]).sum(-1) for m in (0, 1)], dim=-1)
-        assert_close(record.mass[rows], expected[rows])
-        assert_close(record.weights()[rows], attention[rows])
-        assert torch.equal(record.weights(2, 7), record.weights()[:, :, 2:7])
-        seen = torch.stack([((attention[:, 0] > 0) & (ids == m)[:, None]).sum(-1) for m in (0, 1)], dim=-1)
-        assert torch.equal(record.key_counts()[kept], seen[kept])
-
-
-@pytest.mark.parametrize("name", ("llava", "gemma3"))
-def test_recording_a_model_with_moda(name):
-    model, inputs, records = make_trained(name), make_inputs(name), []
-    with recording(model, records.append), pytest.raises(ValueError, match="being recorded already"):
-        recording(model, records.append).__enter__()
-    before = logits_of(name, model, inputs)
-    with recording(model, records.append):
-        recorded = logits_of(name, model, inputs)
-    assert_close(recorded[inputs["attention_mask"] == 1], before[inputs["attention_mask"] == 1])
-    rows = (inputs["attention_mask"] == 1)[:, None].expand(records[-1].mass.shape[:3])
-    for record in records:
-        mass = torch.stack(
-            [(record.weights() * (record.key_modality == m)[:, None, None]).sum(-1) for m in (0, 1)], dim=-1
-        )
-        assert_close(mass[rows], record.mass[rows])
-        assert record.mass.sum(-1)[rows].max() < 1 + 1e-6
-    assert records[-1].query.dim() == 5 and records[-1].bias is not None
-
-
-def test_recording_while_decoding_with_a_static_cache():
-    model, inputs, records = make_model("llava"), make_inputs("llava"), []
-    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
-    with recording(model, records.append):
-        model.generate(**inputs, **options)
-    for record in records:
-        assert_close(record.mass.sum(-1)[0], torch.ones_like(record.mass.sum(-1)[0]))
-    assert int(records[-1].key_counts()[0].sum()) == inputs["input_ids"].shape[1] + 2
-
-
-def test_recording_sliding_windows_while_decoding():
-    model, inputs, records = make_model("gemma3"), make_inputs("gemma3"), []
-    options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": SPECIAL}
-    with recording(model, records.append):
-        measured = model.generate(**copy.deepcopy(inputs), **options)
-    assert torch.equal(measured, model.generate(**copy.deepcopy(inputs), **options))
-    for record in records:
-        assert_close(record.mass.sum(-1)[0], torch.ones_like(record.mass.sum(-1)[0]))
-    last = records[-3]  # the window of the last step: 8 of the tokens, none of them of the image
-    assert last.layer == 0 and last.key_counts()[0].tolist() == [[8, 0]]
-    with recording(model, records.append), pytest.raises(NotImplementedError, match="static sliding-window cache"):
-        model.generate(**inputs, **options, cache_implementation="static")
 
 
 def test_a_fixed_prior_moves_mass_without_parameters():
@@ -605,209 +326,6 @@ def test_text_stacks(stack, monkeypatch):
     check_generation("llava", make_trained("llava"), make_inputs("llava"))
 
 
-# Training
-
-
-@family
-def test_checkpointing_gives_the_same_gradients(family):
-    model, inputs = make_trained(family).train(), make_inputs(family)
-
-    def gradients():
-        model.zero_grad()
-        model(**inputs, labels=labels_of(inputs)).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    plain = gradients()
-    calls = []
-    handle = attention_modules(model)[-1].moda.register_forward_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    checkpointed = gradients()
-    handle.remove()
-    assert len(calls) == 2  # once forward, once recomputed
-    assert plain.keys() == checkpointed.keys()
-    for name, grad in plain.items():
-        assert torch.equal(checkpointed[name], grad), name
-
-
-@family
-def test_lora_and_moda_through_peft(family, tmp_path):
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(target_modules=r".*(language_model|text_model).*\.(q|v)_proj", modules_to_save=["moda"])
-    model = peft.get_peft_model(apply_moda(make_model(family), MODAConfig(**TRAINED)), settings)
-    inputs = make_inputs(family)
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable and all(".moda." in name or "lora_" in name for name in trainable)
-    optimizer = torch.optim.SGD(optimizer_groups(model, lr=1.0, fast_lr=1.0))
-    for _ in range(2):  # B is 0 at first, and so is the gradient of A
-        optimizer.zero_grad()
-        model(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        expected = model(**inputs).logits
-    model.save_pretrained(tmp_path)
-
-    base = apply_moda(make_model(family), MODAConfig(**TRAINED))
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, expected)
-        with loaded.disable_adapter():
-            assert not torch.equal(loaded(**inputs).logits, expected)
-    alone = apply_moda(make_model(family), MODAConfig(**TRAINED))
-    load_moda_state_dict(alone, moda_state_dict(loaded))
-    trained = moda_state_dict(alone)
-    assert any(trained[name].any() for name in trained if name.endswith(".b1"))
-
-
-def test_only_moda_is_trained_and_groups_have_their_rates():
-    model = apply_moda(make_model("llava"), MODAConfig(**TRAINED))
-    groups = {group["name"]: group for group in optimizer_groups(model, lr=1e-5, moda_lr=1e-4, weight_decay=0.1)}
-    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
-        "model": (1e-5, 0.1),
-        "moda": (1e-4, 0.1),
-        "moda_fast": (1e-2, 0.0),
-    }
-    grouped = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    names = {id(p): name for name, p in model.named_parameters()}
-    fast = {names[id(p)].rsplit(".", 1)[1] for p in groups["moda_fast"]["params"]}
-    assert fast == {"prior", "condition", "base"}
-
-    parameters = train_only_moda(model)
-    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert not any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
-    assert [group["name"] for group in optimizer_groups(model, lr=1e-5)] == ["moda", "moda_fast"]
-    with pytest.raises(ValueError, match="no MODA parameters"):
-        train_only_moda(make_model("llava"))
-
-
-def test_trainer_trains_moda(tmp_path):
-    pytest.importorskip("accelerate")
-    model, inputs = apply_moda(make_model("llava"), MODAConfig(**TRAINED)), make_inputs("llava")
-    train_only_moda(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = [{key: value[i] for key, value in {**inputs, "labels": labels_of(inputs)}.items()} for i in range(2)]
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
-    )
-    optimizer = torch.optim.AdamW(optimizer_groups(model, lr=1e-2))
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
-    assert trainer.train().training_loss > 0
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != (".moda." in name), name
-
-
-@family
-def test_bfloat16_autocast(family):
-    model, inputs = make_trained(family), make_inputs(family)
-    exact, kept = logits_of(family, model, inputs), inputs["attention_mask"] == 1
-    with torch.autocast("cpu", torch.bfloat16):
-        result = logits_of(family, model, inputs)
-        model.generate(**copy.deepcopy(inputs), max_new_tokens=2, do_sample=False)
-        model(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
-    assert result.dtype == torch.bfloat16
-    assert (result[kept].float() - exact[kept]).abs().max() < 0.1
-    for name, parameter in moda_parameters(model).items():
-        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
-
-
-# Compilation
-
-
-# Gemma 3 is not among them: Transformers' static sliding-window layers count in Python, so that it recompiles without
-# MODA too.
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
-def test_decoding_with_a_static_cache_is_one_graph(family):
-    model, inputs = make_trained(family), make_inputs(family)
-    rows, length = inputs["input_ids"].shape
-    full_mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
-
-    @torch.no_grad()
-    def decode(compiled):
-        cache = StaticCache(config=model.config, max_cache_len=length + NEW)
-        stack, forward = text_stack(model), text_stack(model).forward
-        model(**inputs, past_key_values=cache)
-        if compiled:
-            stack.forward = torch.compile(forward, fullgraph=True, backend="eager")
-        logits = []
-        for step in range(NEW):
-            stance = "fail_on_recompile" if compiled and step else "default"
-            mask = full_mask * (torch.arange(length + NEW) <= length + step)
-            positions = mask.sum(1, keepdim=True) - 1
-            if "qwen" in family:
-                positions = (positions + model.model.rope_deltas).expand(3, -1, -1)
-            arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            with torch.compiler.set_stance(stance):
-                logits.append(model(input_ids=torch.full((rows, 1), 5 + step), **arguments).logits)
-        stack.forward = forward
-        return torch.stack(logits)
-
-    expected = decode(compiled=False)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert_close(decode(compiled=True), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
-
-
-@family
-def test_a_compiled_training_step_has_the_same_gradients(family):
-    model, inputs = make_trained(family).train(), make_inputs(family)
-    stack, gradients = text_stack(model), []
-    for compiled in (False, True):
-        model.zero_grad()
-        if compiled:
-            torch._dynamo.reset()
-            stack.forward = torch.compile(stack.forward, fullgraph=True, backend="aot_eager")
-        model(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in moda_parameters(model).items()})
-    for name, gradient in gradients[0].items():
-        assert_close(gradients[1][name], gradient)
-    torch._dynamo.reset()
-
-
-# FSDP
-
-
-def fsdp_step(rank, world, rendezvous, result):
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    model, inputs = make_trained("llava").train(), make_inputs("llava", padding=None)
-    for layer in text_stack(model).layers:
-        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    own = {key: value[rank : rank + 1] for key, value in inputs.items()}
-    model(**own, labels=labels_of(own), use_cache=False).loss.backward()
-    optimizer.step()
-    state = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
-    if rank == 0:
-        torch.save(state, result)
-    dist.destroy_process_group()
-
-
-def test_a_step_on_two_fsdp_processes_equals_one_process(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo")
-    model, inputs = make_trained("llava").train(), make_inputs("llava", padding=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
-    optimizer.step()
-    arguments = 2, str(tmp_path / "rendezvous"), str(tmp_path / "state")
-    torch.multiprocessing.spawn(fsdp_step, arguments, nprocs=2)
-    state = torch.load(tmp_path / "state")
-    untrained = make_trained("llava").state_dict()
-    for name, tensor in model.state_dict().items():
-        assert_close(state[name], tensor)
-    assert any(not torch.equal(untrained[name], state[name]) for name in state if ".moda.aligner" in name)
-
-
-# The authors' release
-
-
 def test_release_checkpoint_is_converted():
     source = make_model("llava")
     head_dim = attention_modules(source)[0].head_dim
@@ -838,121 +356,3 @@ def test_release_checkpoint_is_converted():
     assert not torch.allclose(released.key[:, :, ~text], plain.key[:, :, ~text])
     with pytest.raises(ValueError, match="lacks weights of the language model: embed_tokens.weight"):
         load_release(make_model("llava"), {k: v for k, v in checkpoint.items() if k != "model.embed_tokens.weight"})
-
-
-# Errors and warnings
-
-
-def test_switching_the_attention_off_warns():
-    model, inputs = make_trained("llava"), make_inputs("llava")
-    expected = logits_of("llava", model, inputs)
-    with pytest.warns(UserWarning, match="switches MODA off"):
-        model.set_attn_implementation("sdpa")
-    assert not torch.equal(logits_of("llava", model, inputs), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.set_attn_implementation({"text_config": "moda"})
-    assert torch.equal(logits_of("llava", model, inputs), expected)
-    model.set_attn_implementation("moda")  # the vision tower too: it computes what sdpa does
-    assert_close(logits_of("llava", model, inputs), expected)
-
-
-def test_families_that_are_unknown_are_refused_with_those_that_are_known():
-    assert set(KNOWN) == set(FAMILIES)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT))
-    with pytest.raises(ValueError, match="unknown model family 'llama'; known are llava, llava_next, "):
-        apply_moda(model)
-    with pytest.raises(ValueError, match="model must be a LlavaForConditionalGeneration, got LlavaModel"):
-        apply_moda(make_model("llava").model)
-    with pytest.raises(ValueError, match="has MODA already"):
-        apply_moda(apply_moda(make_model("llava")))
-
-
-def test_sliding_window_layers_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"layers \[0\] cannot have MODA.*those are \[1, 2\]"):
-        apply_moda(make_model("gemma3"), MODAConfig(layers=[0, 1]))
-    config = copy.deepcopy(FAMILIES["llava_next"].config)
-    config["text_config"]["sliding_window"] = 8
-    monkeypatch.setattr(FAMILIES["llava_next"], "config", config)
-    with pytest.raises(ValueError, match="set text_config.sliding_window=None"):
-        apply_moda(make_model("llava_next"))
-
-
-def test_tokens_without_a_modality_are_refused():
-    model, inputs = make_trained("llava"), make_inputs("llava")
-    embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    with pytest.raises(ValueError, match="derives the modality of each token from input_ids"):
-        model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
-    with pytest.raises(ValueError, match="derives the modality of each token from input_ids"):
-        model.generate(inputs_embeds=embeddings, max_new_tokens=2)
-    modality = (inputs["input_ids"] == IMAGE).int()
-    result = model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], modality_ids=modality)
-    assert result.logits.isfinite().all()
-    with pytest.raises(TypeError, match="call the text stack with keyword arguments"):
-        text_stack(model)(inputs["input_ids"], inputs["attention_mask"])
-    with pytest.raises(ValueError, match=r"modality_ids must have shape \(2, 12\), got \(2, 11\)"):
-        model(inputs_embeds=embeddings, modality_ids=modality[:, 1:])
-    plain = make_model("qwen2_vl")
-    with pytest.raises(ValueError, match="modalities must say what 'video' is, which qwen2_vl has"):
-        apply_moda(plain, MODAConfig(modalities={"text": 0, "image": 1}))
-    assert type(plain) is type(make_model("qwen2_vl")) and not hasattr(plain.config.text_config, "moda")
-
-
-class LayerWithoutKeys:
-    """Of a cache, as Transformers' layers of linear attention are: no ``CacheLayerMixin``."""
-
-
-def test_caches_that_cannot_work_are_refused():
-    model, inputs = make_trained("llava"), make_inputs("llava")
-    cache = DynamicCache()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        model.set_attn_implementation("sdpa")
-        model(**inputs, past_key_values=cache)
-        model.set_attn_implementation({"text_config": "moda"})
-    step = {"input_ids": torch.tensor([[1], [2]]), "past_key_values": cache}
-    with pytest.raises(ValueError, match="holds 12 tokens, but no modalities"):
-        model(**step)
-    with pytest.raises(NotImplementedError, match="cannot use a cache of DynamicIndexedLayer"):
-        model(**inputs, past_key_values=Cache(layers=[DynamicIndexedLayer() for _ in range(2)]))
-    with pytest.raises(NotImplementedError, match="cannot use a cache of LayerWithoutKeys"):
-        prepare_cache(Cache(layers=[LayerWithoutKeys()]), 1)
-    with pytest.raises(ValueError, match="attention_mask must cover the 12 tokens in the cache and the 1 new ones"):
-        cache = model(**inputs).past_key_values
-        model(input_ids=torch.tensor([[1], [2]]), attention_mask=torch.ones(2, 1), past_key_values=cache)
-    with pytest.raises(NotImplementedError, match=r"an attention_mask of shape \(B, N\), or a boolean one"):
-        model(**{**inputs, "attention_mask": torch.zeros(2, 1, 12, 12)})
-
-
-def test_what_the_attention_function_cannot_do_is_refused():
-    inputs, config = make_inputs("llava"), make_config("llava")
-    config.text_config.moda = MODAConfig.fixed_prior(PRIOR).to_dict()
-    with pytest.raises(RuntimeError, match="has settings .*, and nothing derives the modalities of the tokens"):
-        AutoModel.from_config(config, attn_implementation="moda")(**inputs)
-    model = make_trained("llava").train()
-    for module in attention_modules(model):
-        module.attention_dropout = 0.1
-    with pytest.raises(NotImplementedError, match="no dropout, got 0.1"):
-        model(**inputs)
-    split = apply_moda(make_model("gemma3"), MODAConfig(mask={"softmax": "split"}))
-    with pytest.raises(NotImplementedError, match="softmax='split' runs in layers with plain causal attention only"):
-        split(**make_inputs("gemma3"))
-
-
-def test_settings_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="must name 'text' and number the modalities from 0"):
-        MODAConfig(modalities={"text": 0, "image": 2})
-    with pytest.raises(ValueError, match="aligner scope must be 'causal', got 'full'"):
-        MODAConfig(aligner={"scope": "full"})
-    with pytest.raises(ValueError, match="conditioned on the aligner's Gram"):
-        MODAConfig(aligner=None)
-    with pytest.raises(ValueError, match="mode must be one of"):
-        MODAConfig(mode="sdpa")
-    with pytest.raises(ValueError, match="'learned' needs a finite base"):
-        MODAConfig(mask={"variant": "learned"})
-    with pytest.raises(TypeError, match="ranks"):
-        apply_moda(make_model("llava"), MODAConfig(aligner={"ranks": 4}))
-    config = MODAConfig(**TRAINED)
-    assert MODAConfig.from_dict(config.to_dict()) == config
-    assert isinstance(attention_modules(make_trained("llava"))[0].moda.aligner, DuplexAligner)

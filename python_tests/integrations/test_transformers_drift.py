@@ -14,8 +14,8 @@ from torch import nn
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 
 import transformers
-from test_transformers import CACHES, SPLIT, check_generation, family, logits_of, make_trained, two_passes
 from tolerance import assert_close
+from trained_models import CACHES, SPLIT, check_generation, family, logits_of, make_trained, two_passes
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 from vision_language import make_inputs, make_model
