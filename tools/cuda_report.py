@@ -9,15 +9,16 @@ cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Shared memor
 with 2 modalities (shared), the kernel's own included, and with 16, the most (of 16), from the same host functions; the
 rank is the largest.
 
---check fails where a kernel spills registers or asks for more shared memory than a block may have on every GPU that it
-runs on, and, where cuobjdump is, where a 16-bit kernel of products lacks tensor-core products, matrix loads or 128-bit
-copies.
+--check also compiles the launches, where torch can be imported (its headers need no CUDA). It fails where a kernel
+spills registers or asks for more shared memory than a block may have on every GPU that it runs on, and, where cuobjdump
+is, where a 16-bit kernel of products lacks tensor-core products, matrix loads or 128-bit copies.
 """
 
 import argparse
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from pathlib import Path
 from cuda_units import write_cuda_units
 
 ROOT = Path(__file__).resolve().parents[1]
+VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-v"]
+LAUNCH_FLAGS = ["-std=c++17", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Werror", "-DUSE_CUDA=1"]
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",
     "LDSM": r"\bLDSM\.",
@@ -53,6 +56,7 @@ SHARED_PROGRAM = """
 %(includes)s
 using namespace moda_ext;
 using namespace cuda;
+using namespace %(arch)s;
 template <class Params>
 auto set_modalities(Params& params, int modalities) -> decltype(void(params.args.num_modalities = modalities)) {
   params.args.num_modalities = modalities;
@@ -109,7 +113,7 @@ def readable(symbols: list[str]) -> dict[str, str]:
     """KeyKernel<BFloat16, 128> for a mangled entry point."""
     short = {}
     for symbol, name in zip(symbols, run("c++filt", input="\n".join(symbols)).splitlines(), strict=True):
-        match = re.search(r"kernel<(.+?) ?>\(", re.sub("moda_ext::(cuda::)?", "", name))
+        match = re.search(r"kernel<(.+?) ?>\(", re.sub(r"moda_ext::(cuda::(sm\d+::)?)?", "", name))
         short[symbol] = match[1] if match else name
     return short
 
@@ -120,6 +124,7 @@ def shared_bytes(source: str, kernels: list[str], folder: Path) -> dict[str, dic
     program.write_text(
         SHARED_PROGRAM
         % {
+            "arch": Path(source).name.split("_")[0],
             "includes": "\n".join(re.findall(r'#include ".*"', (ROOT / source).read_text())),
             "modalities": ", ".join(map(str, MODALITIES.values())),
             "reports": "\n".join(f'  report<{kernel}>("{kernel}");' for kernel in kernels),
@@ -154,6 +159,20 @@ def compile_and_count(source: str, arch: str, folder: Path, disassembler: str | 
     return [{"kernel": names[symbol], "arch": arch, **row} for symbol, row in rows.items()]
 
 
+def compile_launches(sources: list[str]) -> None:
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        print("Launches were not compiled: torch cannot be imported.")
+        return
+    includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    major, minor = VERSION["TORCH_MIN"]
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+    for source in sources:
+        run(tool("nvcc"), *LAUNCH_FLAGS, target, "-Icsrc", *includes, "-c", source, "-o", os.devnull)
+    print(f"{len(sources)} launches compile")
+
+
 def problems(row: dict) -> list[str]:
     found = []
     if row["spill_stores"] or row["spill_loads"]:
@@ -178,7 +197,8 @@ def main() -> None:
     if tool("nvcc") is None:
         raise SystemExit("cuda_report.py: nvcc not found. Fix: set CUDA_HOME to a CUDA toolkit.")
     disassembler = tool("cuobjdump")
-    units = write_cuda_units(ROOT, json.loads((ROOT / "csrc/sources.json").read_text())["cuda_units"])
+    sources = json.loads((ROOT / "csrc/sources.json").read_text())
+    units = write_cuda_units(ROOT, sources["cuda_units"])
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
@@ -197,6 +217,8 @@ def main() -> None:
     print("\n".join(faults) or f"{looked_at}: every kernel is as it should be")
     if not disassembler:
         print("Instructions were not looked at. Fix: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    if arguments.check:
+        compile_launches([source for source in sources["cuda"] if source.startswith("csrc/cuda/")])
     if arguments.check and faults:
         raise SystemExit(1)
 

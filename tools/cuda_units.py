@@ -9,9 +9,10 @@ from pathlib import Path
 FOLDER = "build/generated/cuda"
 
 
-def unit_text(header: str, templates: list[str], head_size: int) -> str:
-    instances = "".join(f"template struct moda_ext::cuda::{name}<{head_size}>;\n" for name in templates)
-    return f'#include "{header}"\n\n{instances}'
+def unit_text(family: dict, head_size: int) -> str:
+    names = [f"moda_ext::cuda::{family['arch']}::{name}<{head_size}>" for name in family["templates"]]
+    instances = "".join(f"template struct {name};\n" for name in names)
+    return f'#include "cuda/{family["arch"]}/{family["header"]}"\n\n{instances}'
 
 
 def write_cuda_units(root: Path, table: dict) -> list[str]:
@@ -20,7 +21,7 @@ def write_cuda_units(root: Path, table: dict) -> list[str]:
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     units = {
-        f"{Path(family['header']).stem}_{head_size}.cu": unit_text(family["header"], family["templates"], head_size)
+        f"{family['arch']}_{Path(family['header']).stem}_{head_size}.cu": unit_text(family, head_size)
         for family in table["families"]
         for head_size in table["head_sizes"]
     }

@@ -1,5 +1,5 @@
 // Strided operands of the attention kernels, the same for every device: plain data, no torch and no STL, because
-// kernels include this file (see cpu/kernels/simd.h).
+// kernels include this file (see cpu/kernels/common/simd.h).
 #pragma once
 
 #include <stdint.h>

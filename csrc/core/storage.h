@@ -1,5 +1,5 @@
 // The dtypes of query, key and value, and the elements that C++ has no type for: the same for every device, plain data,
-// because kernels include this file (see cpu/kernels/simd.h).
+// because kernels include this file (see cpu/kernels/common/simd.h).
 #pragma once
 
 #include <stdint.h>

@@ -111,8 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> duplex_attention(
   check_ids(check.op(), in.modality_argument, new_modality, num_modalities);
   const auto attend = [&](const std::optional<Tensor>& bias, const Output& conditioned_bias) {
     DuplexQueryViews views(in, shape, modality_bias, condition, conditioned_bias);
-    return forward_with_views(
-        {check.op(), query, key, value, key_modality, bias, sink, {}, {}, num_modalities, true, scale}, views);
+    const ModularAttentionOutputs made = forward_with_views(
+        {check.op(), query, key, value, key_modality, bias, sink, {}, {}, 0, 0, num_modalities, true, scale}, views);
+    return std::tuple{made.out, made.lse, made.mass};
   };
   if (!condition) return attend(modality_bias, {});
   check_tensor(check, in, "condition", *condition, shape.indicator(), Numbers::kSums);

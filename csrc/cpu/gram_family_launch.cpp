@@ -113,14 +113,9 @@ bool nontemporal(const Tensor& result) {
   return result.numel() * static_cast<int64_t>(result.element_size()) > kCachedBytes;
 }
 
-struct CpuGramFamily {
+struct CpuGramFamily : CpuResults {
   static void check(const ArgumentCheck& check, const GramInputs& in) {
     check_ids(check.op(), in.modality_argument, in.modality, in.num_modalities);
-  }
-  static Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
-    Tensor result = empty_in_layout_of(tensor, sizes, false);
-    prefer_huge_pages(result);
-    return result;
   }
 
   static void modality_gram(const GramInputs& in, const GramShape& shape, const Tensor& gram) {

@@ -17,13 +17,11 @@
 #include <vector>
 
 #include "cpu/kernels/modular_attention_kernels.h"
+#include "ops/checks.h"
 #include "ops/operands.h"
 
 namespace moda_ext {
 namespace cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
@@ -55,6 +53,15 @@ inline void prefer_huge_pages(const Tensor& fresh) {
   (void)fresh;
 #endif
 }
+
+// How results are allocated: for the operators of every family.
+struct CpuResults {
+  static Tensor result_like(const Tensor& like, const std::vector<int64_t>& sizes, bool packed = false) {
+    Tensor result = empty_in_layout_of(like, sizes, packed);
+    prefer_huge_pages(result);
+    return result;
+  }
+};
 
 // Uninitialised, aligned scratch memory. Each thread that calls operators keeps its last few blocks, up to
 // kRetainedBytes together, because mapping fresh pages in every call costs as much as several percent of a small

@@ -94,14 +94,11 @@ void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens
   }
 }
 
-Batch plan_batch(const ModularAttentionInputs& in, const ModularAttentionShape& shape, int tile_keys, int panel_keys,
-                 int64_t max_seqlen_q, int64_t max_seqlen_k) {
+Batch plan_batch(const ModularAttentionInputs& in, const ModularAttentionShape& shape, int tile_keys, int panel_keys) {
   Batch batch;
   const int32_t* modality = static_cast<const int32_t*>(in.key_modality.const_data_ptr());
   const int64_t token_stride = in.key_modality.dim() ? in.key_modality.stride(in.key_modality.dim() - 1) : 1;
   if (in.packed()) {
-    check_cu_seqlens(in.op, "cu_seqlens_q", *in.cu_seqlens_q, shape.num_queries, max_seqlen_q, "max_seqlen_q");
-    check_cu_seqlens(in.op, "cu_seqlens_k", *in.cu_seqlens_k, shape.num_keys, max_seqlen_k, "max_seqlen_k");
     const int32_t* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
     const int32_t* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
     const int64_t q_stride = in.cu_seqlens_q->stride(0), k_stride = in.cu_seqlens_k->stride(0);
@@ -141,17 +138,8 @@ Batch plan_batch(const ModularAttentionInputs& in, const ModularAttentionShape& 
 }
 
 void fill_args(const ModularAttentionInputs& in, const ModularAttentionShape& shape, ModularAttentionArgs& args) {
-  args.head_dim = static_cast<int>(shape.head_dim);
-  args.num_modalities = static_cast<int>(in.num_modalities);
-  args.num_views = static_cast<int>(shape.num_views);
+  set_inputs(in, shape, args);
   args.group = static_cast<int>(shape.kv_heads > 0 ? shape.query_heads / shape.kv_heads : 1);
-  args.causal = in.is_causal;
-  args.scale = in.scale;
-  args.query = input(in.query, in.packed(), Last::kPresent);
-  args.key = input(in.key, in.packed(), Last::kPresent);
-  args.value = input(in.value, in.packed(), Last::kPresent);
-  args.bias = input(in.modality_bias, in.packed(), Last::kPresent);
-  args.sink = input(in.sink, in.packed(), Last::kNone);
 }
 
 // Last key position that a row sees.
@@ -360,27 +348,15 @@ void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForward
   }
 }
 
-ModularAttentionOutputs forward_from(QueryViews* views, const ModularAttentionInputs& in, int64_t max_seqlen_q,
-                                     int64_t max_seqlen_k) {
-  ModularAttentionShape shape = check_modular_attention(in);
-  if (views != nullptr) shape.num_views = in.num_modalities;
+void forward(const ModularAttentionInputs& in, const ModularAttentionShape& shape,
+             const ModularAttentionOutputs& outputs, QueryViews* views) {
   const ModularAttentionKernels& kernels =
       select_kernels(in.query.scalar_type(), Direction::kForward, rows_per_key_head(in, shape));
-  const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
-  const ModularAttentionOutputs outputs = empty_outputs(in, shape);
-  prefer_huge_pages(outputs.out);
+  const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys);
   ModularAttentionForwardArgs args;
   fill_args(in, shape, args);
-  args.out = output(outputs.out, in.packed(), Last::kPresent);
-  args.lse = output(outputs.lse, in.packed(), Last::kNone);
-  args.mass = output(outputs.mass, in.packed(), Last::kPresent);
-  args.lse_residual = output(outputs.lse_residual, in.packed(), Last::kNone);
+  set_outputs(outputs, shape, args);
   run_forward(kernels, args, shape, batch, views);
-  return outputs;
-}
-
-ModularAttentionOutputs forward(const ModularAttentionInputs& in, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  return forward_from(nullptr, in, max_seqlen_q, max_seqlen_k);
 }
 
 // -----------------------------------------------------------------------------------------------------------------
@@ -552,78 +528,55 @@ void run_backward(const ModularAttentionKernels& kernels, ModularAttentionBackwa
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const ModularAttentionInputs& in,
-                                                            const ModularAttentionSaved& saved,
-                                                            const ModularAttentionNeeds& needs, int64_t max_seqlen_q,
-                                                            int64_t max_seqlen_k) {
-  const ModularAttentionShape shape = check_modular_attention(in);
+void backward(const ModularAttentionInputs& in, const ModularAttentionShape& shape, const ModularAttentionSaved& saved,
+              const ModularAttentionGradients& gradients) {
   const ModularAttentionKernels& kernels =
       select_kernels(in.query.scalar_type(), Direction::kBackward, rows_per_key_head(in, shape));
-  const Batch batch = plan_batch(in, shape, kernels.backward_tile_keys, kernels.panel_keys, max_seqlen_q, max_seqlen_k);
-  const bool packed = in.packed();
-  const ScalarType compute = compute_dtype(in.query.scalar_type());
-  const std::vector<int64_t> rows(saved.lse.sizes().begin(), saved.lse.sizes().end());
-  check_modular_attention_saved(in, shape, saved);
-
+  const Batch batch = plan_batch(in, shape, kernels.backward_tile_keys, kernels.panel_keys);
   ModularAttentionBackwardArgs args;
   fill_args(in, shape, args);
-  args.saved_out = input(saved.out, packed, Last::kPresent);
-  args.saved_lse = input(saved.lse, packed, Last::kNone);
-  args.saved_mass = input(saved.mass, packed, Last::kPresent);
-  args.saved_lse_residual = input(saved.lse_residual, packed, Last::kNone);
-  args.grad_lse = input(saved.grad_lse, packed, Last::kNone);
-  args.grad_mass = input(saved.grad_mass, packed, Last::kPresent);
+  set_gradients(saved, gradients, shape, args);
   const Tensor zero_row = torch::stable::new_zeros(in.query, {shape.head_dim});
-  if (saved.grad_out) {
-    args.grad_out = input(*saved.grad_out, packed, Last::kPresent);
-  } else {
-    args.grad_out.data = zero_row.const_data_ptr();  // every stride 0
-  }
-
-  const Tensor delta = torch::stable::new_empty(in.query, rows, compute);
-  args.delta = output(delta, packed, Last::kNone);
-
-  const auto gradient_like = [&](const Tensor& tensor, bool needed, Output& target) {
-    if (!needed) return torch::stable::new_empty(tensor, {0});
-    Tensor gradient = empty_in_layout_of(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, packed);
-    prefer_huge_pages(gradient);
-    target = output(gradient, packed, Last::kPresent);
-    return gradient;
-  };
-  const Tensor grad_query = gradient_like(in.query, needs.query, args.grad_query);
-  Tensor grad_key = gradient_like(in.key, needs.key, args.grad_key);
-  Tensor grad_value = gradient_like(in.value, needs.value, args.grad_value);
-  const bool has_bias = needs.bias && in.modality_bias, has_sink = needs.sink && in.sink;
-  std::vector<int64_t> bias_sizes = rows;
-  bias_sizes.push_back(in.num_modalities);
-  const Tensor grad_bias = torch::stable::new_empty(in.query, has_bias ? bias_sizes : std::vector<int64_t>{0}, compute);
-  const Tensor grad_sink = torch::stable::new_empty(in.query, has_sink ? rows : std::vector<int64_t>{0}, compute);
-  const Tensor probability_sums =
-      torch::stable::new_empty(in.query, has_bias ? bias_sizes : std::vector<int64_t>{0}, compute);
-  if (has_bias) {
-    args.grad_bias = output(grad_bias, packed, Last::kPresent);
-    args.probability_sums = output(probability_sums, packed, Last::kPresent);
-  }
-  if (has_sink) args.grad_sink = output(grad_sink, packed, Last::kNone);
-
-  if (!batch.covers_every_row) {
-    if (needs.key) torch::stable::zero_(grad_key);
-    if (needs.value) torch::stable::zero_(grad_value);
-  }
+  if (!saved.grad_out) args.grad_out.data = zero_row.const_data_ptr();  // every stride 0
+  const Tensor delta = empty_sums(in.query, shape.rows());
+  args.delta = output(delta, shape.packed, Last::kNone);
+  const Tensor probability_sums = empty_sums(in.query, shape.mass(), args.grad_bias.data != nullptr);
+  args.probability_sums = wanted_output(probability_sums, shape.packed, Last::kPresent);
+  if (!batch.covers_every_row)
+    for (Tensor gradient : {gradients.key, gradients.value}) torch::stable::zero_(gradient);
   run_backward(kernels, args, shape, batch);
-  return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
 }
+
+struct CpuModularAttention : CpuResults {
+  static void check(const ArgumentCheck& check, const ModularAttentionInputs& in, const ModularAttentionShape& shape) {
+    if (!shape.packed) return;
+    check_cu_seqlens(check.op(), "cu_seqlens_q", *in.cu_seqlens_q, shape.num_queries, in.max_seqlen_q, "max_seqlen_q");
+    check_cu_seqlens(check.op(), "cu_seqlens_k", *in.cu_seqlens_k, shape.num_keys, in.max_seqlen_k, "max_seqlen_k");
+  }
+  static void modular_attention(const ModularAttentionInputs& in, const ModularAttentionShape& shape,
+                                const ModularAttentionOutputs& outputs) {
+    forward(in, shape, outputs, nullptr);
+  }
+  static void modular_attention_backward(const ModularAttentionInputs& in, const ModularAttentionShape& shape,
+                                         const ModularAttentionSaved& saved,
+                                         const ModularAttentionGradients& gradients) {
+    backward(in, shape, saved, gradients);
+  }
+};
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> forward_with_views(const ModularAttentionInputs& in, QueryViews& views) {
-  const ModularAttentionOutputs outputs = forward_from(&views, in, 0, 0);
-  return {outputs.out, outputs.lse, outputs.mass};
+ModularAttentionOutputs forward_with_views(const ModularAttentionInputs& in, QueryViews& views) {
+  ModularAttentionShape shape = check_modular_attention(in);
+  shape.num_views = in.num_modalities;
+  const ModularAttentionOutputs outputs = empty_outputs<CpuModularAttention>(in, shape);
+  forward(in, shape, outputs, &views);
+  return outputs;
 }
 
 }  // namespace cpu
 }  // namespace moda_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
-  moda_ext::ModularAttentionOperators<&moda_ext::cpu::forward, &moda_ext::cpu::backward>::implement(m);
+  moda_ext::ModularAttentionOperators<moda_ext::cpu::CpuModularAttention>::implement(m);
 }

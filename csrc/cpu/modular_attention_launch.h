@@ -1,8 +1,6 @@
 // The forward pass of modular_attention on query views that are made while it runs.
 #pragma once
 
-#include <tuple>
-
 #include "core/operand.h"
 #include "ops/modular_attention_checks.h"
 
@@ -20,7 +18,7 @@ class QueryViews {
 };
 
 // modular_attention(views of in.query, ...) with the views of a few key heads at a time. Not for packed sequences.
-std::tuple<Tensor, Tensor, Tensor> forward_with_views(const ModularAttentionInputs& in, QueryViews& views);
+ModularAttentionOutputs forward_with_views(const ModularAttentionInputs& in, QueryViews& views);
 
 }  // namespace cpu
 }  // namespace moda_ext

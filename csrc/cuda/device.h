@@ -18,12 +18,20 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-inline int multiprocessor_count(int32_t device) {
-  int count = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+inline int device_attribute(int32_t device, cudaDeviceAttr attribute) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("moda_ext: cannot ask the device: ") + cudaGetErrorString(error));
-  return count;
+  return value;
+}
+
+inline int multiprocessor_count(int32_t device) { return device_attribute(device, cudaDevAttrMultiProcessorCount); }
+
+// 80 for 8.0.
+inline int compute_capability(int32_t device) {
+  return 10 * device_attribute(device, cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(device, cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace cuda

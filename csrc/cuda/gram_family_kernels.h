@@ -67,36 +67,45 @@ struct DuplexQueryViewsBackwardArgs : DuplexArgs, CausalGramGradients {
 };
 
 // As ModularAttentionForwardKernels. `multiprocessors` decides how far few keys are split over the sequence.
+namespace sm80 {
+
 template <int kHeadDim>
 struct ModalityGramForwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const ModalityGramArgs& args, Storage storage, int multiprocessors);
   static void run(const ModalityGramArgs& args, Storage storage, int multiprocessors, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct ModalityGramBackwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const ModalityGramBackwardArgs& args, Storage storage);
   static void run(const ModalityGramBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct CausalGramProjectionForwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const CausalGramProjectionForwardArgs& args, Storage storage);
   static void run(const CausalGramProjectionForwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct CausalGramProjectionBackwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const CausalGramProjectionBackwardArgs& args, Storage storage);
   static void run(const CausalGramProjectionBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct DuplexQueryViewsForwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const DuplexQueryViewsForwardArgs& args, Storage storage);
   static void run(const DuplexQueryViewsForwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 template <int kHeadDim>
 struct DuplexQueryViewsBackwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const DuplexQueryViewsBackwardArgs& args, Storage storage);
   static void run(const DuplexQueryViewsBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -66,9 +66,10 @@ void fill_args(const DuplexQueryViewsInputs& in, const GramShape& shape, const T
 template <template <int> class Kernels, class Args>
 void run(const Tensor& key, const Args& args) {
   const Storage storage = storage_of(key.scalar_type());
-  with_kernels<Kernels>(args.head_dim, [&](auto kernels) {
+  const int32_t device = key.get_device_index();
+  with_kernels<Kernels>(compute_capability(device), args.head_dim, [&](auto kernels) {
     const Tensor workspace = new_workspace(key, kernels.workspace(args, storage));
-    kernels.run(args, storage, workspace.mutable_data_ptr(), current_stream(key.get_device_index()));
+    kernels.run(args, storage, workspace.mutable_data_ptr(), current_stream(device));
   });
 }
 
@@ -81,13 +82,10 @@ void fill_gradients(const CausalGramInputs& in, const std::optional<Tensor>& gra
   args.grad_initial = in.initial ? numbers(results.grad_initial) : nullptr;
 }
 
-struct CudaGramFamily {
+struct CudaGramFamily : CudaResults {
   using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
   static void check(const ArgumentCheck& check, const GramInputs& in) { check_dtype(check, "key", in.key); }
-  static Tensor result_like(const Tensor& tensor, const std::vector<int64_t>& sizes) {
-    return empty_in_layout_of(tensor, sizes, false);
-  }
 
   static void modality_gram(const GramInputs& in, const GramShape& shape, const Tensor& gram) {
     if (gram.numel() == 0) return;
@@ -98,7 +96,7 @@ struct CudaGramFamily {
     fill_args(in, shape, key, args);
     args.gram = numbers(gram);
     const Storage storage = storage_of(key.scalar_type());
-    with_kernels<ModalityGramForwardKernels>(shape.head_dim, [&](auto kernels) {
+    with_kernels<sm80::ModalityGramForwardKernels>(compute_capability(device), shape.head_dim, [&](auto kernels) {
       const int multiprocessors = multiprocessor_count(device);
       const Tensor workspace = new_workspace(key, kernels.workspace(args, storage, multiprocessors));
       kernels.run(args, storage, multiprocessors, workspace.mutable_data_ptr(), current_stream(device));
@@ -114,7 +112,7 @@ struct CudaGramFamily {
     fill_args(in, shape, key, args);
     args.grad_gram = weights(grad_gram);
     args.grad_key = rows_out(grad_key);
-    run<ModalityGramBackwardKernels>(key, args);
+    run<sm80::ModalityGramBackwardKernels>(key, args);
   }
 
   static void causal_gram_projection(const CausalGramInputs& in, const GramShape& shape, const Tensor& projection,
@@ -126,7 +124,7 @@ struct CudaGramFamily {
     fill_args(in, shape, key, query, args);
     args.projection = rows_out(projection);
     args.gram = numbers(gram);
-    run<CausalGramProjectionForwardKernels>(key, args);
+    run<sm80::CausalGramProjectionForwardKernels>(key, args);
   }
 
   static void causal_gram_projection_backward(const CausalGramInputs& in, const GramShape& shape,
@@ -140,7 +138,7 @@ struct CudaGramFamily {
     fill_args(in, shape, key, query, args);
     args.grad_projection = rows(grad);
     fill_gradients(in, grad_gram, results, args);
-    run<CausalGramProjectionBackwardKernels>(key, args);
+    run<sm80::CausalGramProjectionBackwardKernels>(key, args);
   }
 
   static void duplex_query_views(const DuplexQueryViewsInputs& in, const GramShape& shape, const Tensor& views,
@@ -153,7 +151,7 @@ struct CudaGramFamily {
     args.views = rows_out(views);
     if (indicator != nullptr) args.indicator = rows_out(*indicator);
     if (gram != nullptr) args.gram = numbers(*gram);
-    run<DuplexQueryViewsForwardKernels>(key, args);
+    run<sm80::DuplexQueryViewsForwardKernels>(key, args);
   }
 
   // Also of an empty batch: the weights have a gradient then, zero.
@@ -177,7 +175,7 @@ struct CudaGramFamily {
     args.grad_b1 = numbers(results.grad_b1);
     args.grad_a2 = numbers(results.grad_a2);
     args.grad_b2 = numbers(results.grad_b2);
-    run<DuplexQueryViewsBackwardKernels>(key, args);
+    run<sm80::DuplexQueryViewsBackwardKernels>(key, args);
   }
 };
 

@@ -1,14 +1,13 @@
-// What the CUDA launches share: what kernels ask of tensors, and which kernels serve a head size.
+// What the CUDA launches share: what kernels ask of tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstddef>
 #include <cstdint>
-#include <iterator>
+#include <vector>
 
 #include "cuda/device.h"
-#include "cuda/modular_attention_kernels.h"
+#include "cuda/dispatch.h"
 #include "ops/checks.h"
 
 namespace moda_ext {
@@ -18,6 +17,13 @@ inline void check_dtype(const ArgumentCheck& check, const char* argument, const 
   const ScalarType dtype = tensor.scalar_type();
   check.require(dtype != ScalarType::Double, argument, "float32, bfloat16 or float16 on CUDA", dtype);
 }
+
+// How results are allocated: for the operators of every family.
+struct CudaResults {
+  static Tensor result_like(const Tensor& like, const std::vector<int64_t>& sizes, bool packed = false) {
+    return empty_in_layout_of(like, sizes, packed);
+  }
+};
 
 // Kernels move 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied.
 inline Tensor with_aligned_rows(const Tensor& tensor) {
@@ -29,14 +35,6 @@ inline Tensor with_aligned_rows(const Tensor& tensor) {
 
 inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
-
-// Calls use(Kernels<size>{}) for the smallest of kHeadSizes that holds head_dim.
-template <template <int> class Kernels, size_t index = 0, class Use>
-void with_kernels(int64_t head_dim, const Use& use) {
-  if constexpr (index + 1 < std::size(kHeadSizes))
-    if (head_dim > kHeadSizes[index]) return with_kernels<Kernels, index + 1>(head_dim, use);
-  use(Kernels<kHeadSizes[index]>{});
 }
 
 }  // namespace cuda

@@ -42,23 +42,27 @@ struct ModularAttentionBackwardArgs : ModularAttentionArgs {
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
 };
 
-// Kernels for head sizes up to kHeadDim, one of kHeadSizes (head_sizes in csrc/sources.json, which has a translation
-// unit for each of them and direction).
+// Kernels of an architecture (its namespace, its folder) for head sizes up to kHeadDim, one of kHeadSizes
+// (cuda/dispatch.h; csrc/sources.json has a translation unit for each of them and direction). GPUs of kCapability and
+// later run them.
 // workspace(): device memory, in bytes, that a call needs. `multiprocessors` decides how far few rows are split over
 // the keys. Launches go to `stream` (a cudaStream_t); nothing waits.
-constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};
+namespace sm80 {
 
 template <int kHeadDim>
 struct ModularAttentionForwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const ModularAttentionForwardArgs& args, Storage storage, int multiprocessors);
   static void run(const ModularAttentionForwardArgs& args, Storage storage, int multiprocessors, void* workspace,
                   void* stream);
 };
 template <int kHeadDim>
 struct ModularAttentionBackwardKernels {
+  static constexpr int kCapability = 80;
   static int64_t workspace(const ModularAttentionBackwardArgs& args, Storage storage);
   static void run(const ModularAttentionBackwardArgs& args, Storage storage, void* workspace, void* stream);
 };
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -67,4 +67,8 @@ Tensor empty_in_layout_of(const Tensor& like, const std::vector<int64_t>& sizes,
   return tokens_first ? torch::stable::transpose(result, -3, -2) : result;
 }
 
+Tensor empty_sums(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted) {
+  return torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, compute_dtype(like.scalar_type()));
+}
+
 }  // namespace moda_ext

@@ -19,6 +19,8 @@ ScalarType compute_dtype(ScalarType storage);
 // New tensor of the given sizes (..., heads, tokens, last) in the memory order of `like`: tokens before heads where its
 // row stride exceeds its head stride, contiguous otherwise. Packed tensors are contiguous.
 Tensor empty_in_layout_of(const Tensor& like, const std::vector<int64_t>& sizes, bool packed);
+// New contiguous tensor in the compute dtype of `like`; without elements where it is not wanted.
+Tensor empty_sums(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted = true);
 
 // Conditions on the arguments of one operator: each throws std::invalid_argument naming the operator, the argument,
 // what was expected and what came. A call checks some thirty of them: text is made only for the one that fails.

@@ -75,8 +75,4 @@ GramShape check_duplex_aligned_keys(const ArgumentCheck& check, const DuplexAlig
   return shape;
 }
 
-Tensor empty_sums(const Tensor& key, const std::vector<int64_t>& sizes, bool wanted) {
-  return torch::stable::new_empty(key, wanted ? sizes : std::vector<int64_t>{0}, compute_dtype(key.scalar_type()));
-}
-
 }  // namespace moda_ext

@@ -59,7 +59,5 @@ GramShape check_duplex_aligned_keys(const ArgumentCheck& check, const DuplexAlig
 enum class Numbers { kStored, kSums, kContiguousSums };
 void check_tensor(const ArgumentCheck& check, const GramInputs& inputs, const char* name, const Tensor& tensor,
                   const std::vector<int64_t>& sizes, Numbers numbers);
-// A contiguous result of the compute dtype on the key's device; without elements where it is not wanted.
-Tensor empty_sums(const Tensor& key, const std::vector<int64_t>& sizes, bool wanted = true);
 
 }  // namespace moda_ext

@@ -8,18 +8,19 @@
 namespace moda_ext {
 namespace {
 
-// (batch, heads, queries), or (queries, heads) when packed: one number for each row.
-std::vector<int64_t> row_sizes(const ModularAttentionInputs& in, const ModularAttentionShape& shape) {
-  if (in.packed()) return {shape.num_queries, shape.query_heads};
-  return {shape.batch, shape.query_heads, shape.num_queries};
-}
-
 std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
   sizes.push_back(last);
   return sizes;
 }
 
 }  // namespace
+
+std::vector<int64_t> ModularAttentionShape::rows() const {
+  if (packed) return {num_queries, query_heads};
+  return {batch, query_heads, num_queries};
+}
+std::vector<int64_t> ModularAttentionShape::out() const { return with_last(rows(), head_dim); }
+std::vector<int64_t> ModularAttentionShape::mass() const { return with_last(rows(), num_modalities); }
 
 ModularAttentionShape check_modular_attention(const ModularAttentionInputs& in) {
   const ArgumentCheck check(in.op);
@@ -32,6 +33,8 @@ ModularAttentionShape check_modular_attention(const ModularAttentionInputs& in) 
   check.require(std::isfinite(in.scale), "scale", "a finite number", std::isnan(in.scale) ? "nan" : "an infinity");
 
   ModularAttentionShape shape;
+  shape.packed = in.packed();
+  shape.num_modalities = in.num_modalities;
   const int64_t token_dim = in.packed() ? 0 : 2, head_dim = 1, first = dims - rank;
   shape.num_views = first == 1 ? in.query.size(0) : 1;
   shape.batch = in.packed() ? 1 : in.query.size(first);
@@ -74,14 +77,13 @@ ModularAttentionShape check_modular_attention(const ModularAttentionInputs& in) 
   check.device("value", in.value, in.query);
   check.device("key_modality", in.key_modality, in.query);
 
-  const std::vector<int64_t> rows = row_sizes(in, shape);
   if (in.sink) {
-    check.sizes("sink", *in.sink, rows);
+    check.sizes("sink", *in.sink, shape.rows());
     check.dtype("sink", *in.sink, compute_dtype(dtype));
     check.device("sink", *in.sink, in.query);
   }
   if (in.modality_bias) {
-    check.sizes("modality_bias", *in.modality_bias, with_last(rows, in.num_modalities));
+    check.sizes("modality_bias", *in.modality_bias, shape.mass());
     check.dtype("modality_bias", *in.modality_bias, compute_dtype(dtype));
     check.device("modality_bias", *in.modality_bias, in.query);
   }
@@ -92,33 +94,23 @@ void check_modular_attention_saved(const ModularAttentionInputs& in, const Modul
                                    const ModularAttentionSaved& saved) {
   const ArgumentCheck check(in.op);
   const ScalarType storage = in.query.scalar_type(), compute = compute_dtype(storage);
-  const std::vector<int64_t> rows = row_sizes(in, shape);
   const auto check_tensor = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,
                                 ScalarType dtype) {
     check.sizes(name, tensor, sizes);
     check.dtype(name, tensor, dtype);
     check.device(name, tensor, in.query);
   };
-  check_tensor("out", saved.out, with_last(rows, shape.head_dim), storage);
-  check_tensor("lse", saved.lse, rows, compute);
-  check_tensor("mass", saved.mass, with_last(rows, in.num_modalities), compute);
-  check_tensor("lse_residual", saved.lse_residual, rows, compute);
+  check_tensor("out", saved.out, shape.out(), storage);
+  check_tensor("lse", saved.lse, shape.rows(), compute);
+  check_tensor("mass", saved.mass, shape.mass(), compute);
+  check_tensor("lse_residual", saved.lse_residual, shape.rows(), compute);
   check.contiguous_last("out", saved.out);
   if (saved.grad_out) {
-    check_tensor("grad_out", *saved.grad_out, with_last(rows, shape.head_dim), storage);
+    check_tensor("grad_out", *saved.grad_out, shape.out(), storage);
     check.contiguous_last("grad_out", *saved.grad_out);
   }
-  if (saved.grad_lse) check_tensor("grad_lse", *saved.grad_lse, rows, compute);
-  if (saved.grad_mass) check_tensor("grad_mass", *saved.grad_mass, with_last(rows, in.num_modalities), compute);
-}
-
-ModularAttentionOutputs empty_outputs(const ModularAttentionInputs& in, const ModularAttentionShape& shape) {
-  const ScalarType compute = compute_dtype(in.query.scalar_type());
-  const std::vector<int64_t> rows = row_sizes(in, shape);
-  return {empty_in_layout_of(in.query, with_last(rows, shape.head_dim), in.packed()),
-          torch::stable::new_empty(in.query, rows, compute),
-          torch::stable::new_empty(in.query, with_last(rows, in.num_modalities), compute),
-          torch::stable::new_empty(in.query, rows, compute)};
+  if (saved.grad_lse) check_tensor("grad_lse", *saved.grad_lse, shape.rows(), compute);
+  if (saved.grad_mass) check_tensor("grad_mass", *saved.grad_mass, shape.mass(), compute);
 }
 
 }  // namespace moda_ext

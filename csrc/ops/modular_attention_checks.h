@@ -17,6 +17,7 @@ struct ModularAttentionInputs {
   std::optional<Tensor> modality_bias, sink;
   // Present: packed layout (tokens, heads, ...), else (batch, heads, tokens, ...).
   std::optional<Tensor> cu_seqlens_q, cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
   int64_t num_modalities;
   bool is_causal;
   double scale;
@@ -29,6 +30,13 @@ struct ModularAttentionShape {
   int64_t query_heads, kv_heads;
   int64_t num_queries, num_keys;  // rows of the tensors: totals in the packed layout
   int64_t head_dim, num_views;    // num_views 1: one query serves all key modalities
+  int64_t num_modalities;
+  bool packed;
+
+  // (batch, heads, queries), or (queries, heads) when packed: one number for each row.
+  std::vector<int64_t> rows() const;
+  std::vector<int64_t> out() const;
+  std::vector<int64_t> mass() const;
 };
 
 // Throws std::invalid_argument, naming operator and argument.
@@ -39,15 +47,15 @@ ModularAttentionShape check_modular_attention(const ModularAttentionInputs& inpu
 struct ModularAttentionOutputs {
   Tensor out, lse, mass, lse_residual;
 };
-ModularAttentionOutputs empty_outputs(const ModularAttentionInputs& inputs, const ModularAttentionShape& shape);
 
-// What a backward receives beside the inputs; which gradients it is to make.
+// What a backward receives beside the inputs.
 struct ModularAttentionSaved {
   std::optional<Tensor> grad_out, grad_lse, grad_mass;
   Tensor out, lse, mass, lse_residual;
 };
-struct ModularAttentionNeeds {
-  bool query, key, value, bias, sink;
+// What it makes. What is not needed has no elements.
+struct ModularAttentionGradients {
+  Tensor query, key, value, bias, sink;
 };
 
 // check_modular_attention for what a backward receives beside the inputs.

@@ -46,5 +46,9 @@ inline Input input(const std::optional<torch::stable::Tensor>& tensor, bool pack
 inline Output output(const torch::stable::Tensor& tensor, bool packed, Last last) {
   return make_operand<Output>(tensor, tensor.mutable_data_ptr(), packed, last);
 }
+// Of a result that may not be wanted: then it has no elements, and perhaps not its dimensions.
+inline Output wanted_output(const torch::stable::Tensor& tensor, bool packed, Last last) {
+  return tensor.numel() > 0 ? output(tensor, packed, last) : Output{};
+}
 
 }  // namespace moda_ext

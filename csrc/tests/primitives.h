@@ -33,7 +33,7 @@ struct Conversions {
   void (*to_float16)(const float* from, uint16_t* to, int count);
 };
 
-// Products with AMX (cpu/kernels/amx.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are
+// Products with AMX (cpu/kernels/amx/amx.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are
 // row-major with leading dimension `stride`.
 struct TileProducts {
   static constexpr int kDepth = 96;

@@ -1,5 +1,5 @@
 // The tile products of amx.h for unit tests. The vector code of these kernels is that of AVX-512, tested there.
-#include "cpu/kernels/amx.h"
+#include "cpu/kernels/amx/amx.h"
 #include "primitives.h"
 
 namespace moda_ext {

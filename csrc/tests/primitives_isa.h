@@ -1,7 +1,7 @@
 // Defines the tables of primitives.h for the instruction set this file is compiled for.
 #pragma once
 
-#include "cpu/kernels/modular_attention_forward.h"
+#include "cpu/kernels/vector/modular_attention_forward.h"
 #include "primitives.h"
 
 namespace moda_ext {

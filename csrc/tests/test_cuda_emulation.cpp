@@ -1,4 +1,5 @@
-// The emulated thread block itself: instructions as PTX documents them, and that it notices what it promises to.
+// The emulated thread block itself: instructions as PTX documents them, and that it notices what it promises to. And
+// which kernels a GPU gets.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/dispatch.h"
 #include "cuda/ptx.h"
 
 namespace moda_ext {
@@ -200,6 +202,45 @@ TEST(Emulation, Conversions) {
   EXPECT_TRUE(std::isnan(to_float(from_float<Float16>(NAN))));
   EXPECT_EQ(exp2_fast(-INFINITY), 0);
   EXPECT_EQ(exp2_fast(-130.0f), 0);  // subnormal results flush
+}
+
+template <int kHeadDim>
+struct OldKernels {
+  static constexpr int kCapability = 80, kSize = kHeadDim;
+};
+template <int kHeadDim>
+struct NewKernels {
+  static constexpr int kCapability = 90, kSize = kHeadDim;
+};
+
+TEST(Dispatch, AGpuGetsTheNewestKernelsItRunsAndTheSmallestSizeThatHoldsItsHeads) {
+  struct Choice {
+    int capability, size;
+  };
+  const auto choose = [](int capability, int64_t head_dim) {
+    Choice choice{};
+    with_kernels<NewKernels, OldKernels>(capability, head_dim, [&](auto kernels) {
+      choice = {decltype(kernels)::kCapability, decltype(kernels)::kSize};
+    });
+    return choice;
+  };
+  for (const int capability : {80, 86, 89}) EXPECT_EQ(choose(capability, 64).capability, 80);
+  for (const int capability : {90, 100, 120}) EXPECT_EQ(choose(capability, 64).capability, 90);
+  for (const int capability : {80, 90}) {
+    EXPECT_EQ(choose(capability, 8).size, 32);
+    EXPECT_EQ(choose(capability, 64).size, 64);
+    EXPECT_EQ(choose(capability, 72).size, 96);
+    EXPECT_EQ(choose(capability, 256).size, 256);
+  }
+}
+
+TEST(Dispatch, AnOlderGpuIsRefused) {
+  try {
+    with_kernels<OldKernels>(75, 64, [](auto) { ADD_FAILURE() << "no kernels run there"; });
+    ADD_FAILURE() << "accepted";
+  } catch (const std::runtime_error& error) {
+    EXPECT_STREQ(error.what(), "moda_ext: the CUDA kernels need compute capability 8.0 or later, this GPU has 7.5");
+  }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 namespace {
 
 struct Incoming {
@@ -184,5 +185,6 @@ TEST(CudaModularAttentionBackward, NothingToDo) {
 }
 
 }  // namespace
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

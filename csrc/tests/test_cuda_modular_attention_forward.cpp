@@ -10,6 +10,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 namespace {
 
 struct Forward {
@@ -178,5 +179,6 @@ TEST(CudaModularAttentionForward, NothingToDo) {
 }
 
 }  // namespace
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -2,7 +2,7 @@
 // plain structs and raw pointers, as in modular_attention_kernels.h.
 #pragma once
 
-#include "modular_attention_kernels.h"
+#include "cpu/kernels/modular_attention_kernels.h"
 
 namespace moda_ext {
 namespace cpu {

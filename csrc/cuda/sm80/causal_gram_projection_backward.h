@@ -33,6 +33,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 // The part of the kernels' Params that does not depend on what the forms are.
 struct BilinearForms {
@@ -628,5 +629,6 @@ void CausalGramProjectionBackwardKernels<kHeadDim>::run(const CausalGramProjecti
   causal_gram_projection_backward<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -17,6 +17,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 constexpr int kSegment = 256;
 
@@ -303,5 +304,6 @@ void CausalGramProjectionForwardKernels<kHeadDim>::run(const CausalGramProjectio
   causal_gram_projection<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -1,5 +1,5 @@
 // Backward pass of duplex_query_views_forward.h for compute capability 8.0 and later, as
-// cpu/kernels/duplex_query_views_backward.h. With d = dview_a, h_im = de_im / |q_i|^2 and w = x A2_a^T, what a loss
+// cpu/kernels/vector/duplex_query_views_backward.h. With d = dview_a, h_im = de_im / |q_i|^2 and w = x A2_a^T, what a loss
 // feels of the Grams are bilinear forms of rows:
 //
 //   sum_{m != a} s_{i,m} w_i G^m_i d_i^T for every view, and sum_m h_{i,m} q_i G^m_i q_i^T for the indicator
@@ -31,6 +31,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 // View M is the indicator: a set for every query head, because its scales are those of one head. Before it come the
 // views in one set, whose scales are of the key head.
@@ -472,5 +473,6 @@ void DuplexQueryViewsBackwardKernels<kHeadDim>::run(const DuplexQueryViewsBackwa
   duplex_query_views_backward<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

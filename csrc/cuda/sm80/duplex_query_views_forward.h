@@ -1,5 +1,5 @@
 // Query views of the duplex aligner in causal scope (docs/mathematics.md section 1, fusion "concat") for compute capability 8.0 and
-// later, as cpu/kernels/duplex_query_views_forward.h:
+// later, as cpu/kernels/vector/duplex_query_views_forward.h:
 //
 //   view_{a,i} = q_i + y A1_a^T + sum_{m != a} s_{i,m} x A2_a^T G^m_i     y = q_i B1_a^T, x = q_i B2_a^T
 //   e_{i,m}    = q_i G^m_i q_i^T / |q_i|^2
@@ -19,6 +19,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 struct DuplexQueryViewsParams {
   DuplexQueryViewsForwardArgs args;
@@ -368,5 +369,6 @@ void DuplexQueryViewsForwardKernels<kHeadDim>::run(const DuplexQueryViewsForward
   duplex_query_views<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

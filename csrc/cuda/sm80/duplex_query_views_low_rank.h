@@ -5,6 +5,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 constexpr int kRankTile = 32;  // ranks that are in shared memory together; weights are padded with zeros to whole tiles
 
@@ -273,5 +274,6 @@ class LowRankRows {
   char* const reduced;
 };
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -14,6 +14,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 template <class Element, int kHeadDim>
 constexpr int kRowStride = kHeadDim * static_cast<int>(sizeof(Element)) + 16;  // bytes
@@ -228,5 +229,6 @@ struct Fragments<float, kHeadDim> {
   }
 };
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

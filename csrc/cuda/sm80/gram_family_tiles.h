@@ -7,6 +7,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 // A batch element: these operators have no packed layout, and kernels no registers to spare for one.
 MODA_EXT_DEVICE Sequence batch_element(const GramArgs& args, int64_t index) {
@@ -393,5 +394,6 @@ MODA_EXT_DEVICE void write_key_gradient(const Output& grad_key, const GramArgs& 
   });
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -12,6 +12,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -185,5 +186,6 @@ struct DescribeTiles {
   }
 };
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -12,6 +12,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 struct ModalityGramPlan {
   int tiles_per_sequence, pieces, tiles_per_piece;
@@ -189,5 +190,6 @@ void ModalityGramBackwardKernels<kHeadDim>::run(const ModalityGramBackwardArgs& 
   modality_gram_backward<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -27,6 +27,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 // By the length of a row in bytes, as ForwardTile: warps that own 16 rows each, rows of a tile that streams by,
 // buffers.
@@ -729,5 +730,6 @@ void ModularAttentionBackwardKernels<kHeadDim>::run(const ModularAttentionBackwa
   backward<float, kHeadDim>(args, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

@@ -27,6 +27,7 @@
 
 namespace moda_ext {
 namespace cuda {
+namespace sm80 {
 
 // Rows and keys of a tile by the length of a row in bytes. Shared memory stays below 99 KB, what compute capability 8.6
 // and 8.9 have; registers hold 4 kRowFragments (kBlockN + head size) / 8 sums. Two row fragments for each warp halve
@@ -663,5 +664,6 @@ void ModularAttentionForwardKernels<kHeadDim>::run(const ModularAttentionForward
   forward<float, kHeadDim>(args, multiprocessors, workspace, stream);
 }
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace moda_ext

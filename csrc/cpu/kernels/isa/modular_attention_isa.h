@@ -2,11 +2,11 @@
 // differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
-#include "modular_attention_backward.h"
-#include "modular_attention_forward.h"
+#include "cpu/kernels/vector/modular_attention_backward.h"
+#include "cpu/kernels/vector/modular_attention_forward.h"
 #if defined(__AMX_BF16__)
-#include "modular_attention_backward_amx.h"
-#include "modular_attention_forward_amx.h"
+#include "cpu/kernels/amx/modular_attention_backward.h"
+#include "cpu/kernels/amx/modular_attention_forward.h"
 #endif
 
 namespace moda_ext {

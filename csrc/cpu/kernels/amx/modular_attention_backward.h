@@ -14,8 +14,8 @@
 // products.
 #pragma once
 
-#include "modular_attention_backward.h"
-#include "modular_attention_forward_amx.h"
+#include "cpu/kernels/amx/modular_attention_forward.h"
+#include "cpu/kernels/vector/modular_attention_backward.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -10,8 +10,8 @@
 // column, 5/8 of the work at D = 128; mirror() fills in the rest.
 #pragma once
 
-#include "gram_family_kernels.h"
-#include "pack.h"
+#include "cpu/kernels/common/pack.h"
+#include "cpu/kernels/gram_family_kernels.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -12,7 +12,7 @@
 // ports.
 #pragma once
 
-#include "simd.h"
+#include "cpu/kernels/common/simd.h"
 
 namespace moda_ext {
 namespace cpu {

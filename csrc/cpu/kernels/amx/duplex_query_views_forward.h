@@ -14,8 +14,8 @@
 // with it the rounding, must not depend on the modalities of later tokens.
 #pragma once
 
-#include "amx.h"
-#include "duplex_query_views_forward.h"
+#include "cpu/kernels/amx/amx.h"
+#include "cpu/kernels/vector/duplex_query_views_forward.h"
 
 namespace moda_ext {
 namespace cpu {

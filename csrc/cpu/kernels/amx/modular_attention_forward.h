@@ -10,8 +10,8 @@
 // level. The unit of what is skipped above the diagonal is 32 x 32.
 #pragma once
 
-#include "amx.h"
-#include "modular_attention_forward.h"
+#include "cpu/kernels/amx/amx.h"
+#include "cpu/kernels/vector/modular_attention_forward.h"
 
 namespace moda_ext {
 namespace cpu {

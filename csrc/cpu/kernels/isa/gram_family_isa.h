@@ -2,14 +2,14 @@
 // gram_family_{baseline,avx2,avx512,amx}.cpp, which differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
-#include "duplex_query_views_backward.h"
+#include "cpu/kernels/vector/duplex_query_views_backward.h"
 #if defined(__AMX_BF16__)
-#include "duplex_aligned_keys_amx.h"
-#include "duplex_query_views_forward_amx.h"
-#include "modality_gram_amx.h"
+#include "cpu/kernels/amx/duplex_aligned_keys.h"
+#include "cpu/kernels/amx/duplex_query_views_forward.h"
+#include "cpu/kernels/amx/modality_gram.h"
 #else
-#include "duplex_aligned_keys.h"
-#include "modality_gram.h"
+#include "cpu/kernels/vector/duplex_aligned_keys.h"
+#include "cpu/kernels/vector/modality_gram.h"
 #endif
 
 namespace moda_ext {

@@ -6,7 +6,7 @@
 // upper panels only. The sums stay in L2 (D^2 numbers for each modality); a key is read once.
 #pragma once
 
-#include "gram_family_chunk.h"
+#include "cpu/kernels/vector/gram_family_chunk.h"
 
 namespace moda_ext {
 namespace cpu {

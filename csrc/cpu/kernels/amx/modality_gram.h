@@ -4,8 +4,8 @@
 // is full but the last. Of the symmetric sum only the blocks on and above the diagonal are made.
 #pragma once
 
-#include "amx.h"
-#include "modality_gram.h"
+#include "cpu/kernels/amx/amx.h"
+#include "cpu/kernels/vector/modality_gram.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -16,8 +16,8 @@
 // keys of the next strip brought nothing.
 #pragma once
 
-#include "duplex_aligned_keys.h"
-#include "modality_gram_amx.h"
+#include "cpu/kernels/amx/modality_gram.h"
+#include "cpu/kernels/vector/duplex_aligned_keys.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -10,7 +10,7 @@
 // carries the sums over later rows, sum s q^T do, as a state of its own.
 #pragma once
 
-#include "gram_family_chunk.h"
+#include "cpu/kernels/vector/gram_family_chunk.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -13,7 +13,7 @@
 // N x N exists.
 #pragma once
 
-#include "pack.h"
+#include "cpu/kernels/common/pack.h"
 
 namespace moda_ext {
 namespace cpu {

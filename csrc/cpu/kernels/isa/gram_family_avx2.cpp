@@ -1,4 +1,4 @@
-#include "gram_family_isa.h"
+#include "cpu/kernels/isa/gram_family_isa.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -20,8 +20,8 @@
 // state for each chunk and view (and one D x D with the indicator): O(N) memory.
 #pragma once
 
-#include "causal_gram_projection.h"
-#include "duplex_query_views_forward.h"
+#include "cpu/kernels/vector/causal_gram_projection.h"
+#include "cpu/kernels/vector/duplex_query_views_forward.h"
 
 namespace moda_ext {
 namespace cpu {

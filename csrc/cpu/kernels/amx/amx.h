@@ -18,7 +18,7 @@
 // makes it a shift and an or of whole vectors.
 #pragma once
 
-#include "pack.h"
+#include "cpu/kernels/common/pack.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -12,7 +12,7 @@
 // on shapes and on the number of items alone: results are deterministic.
 #pragma once
 
-#include "modular_attention_forward.h"
+#include "cpu/kernels/vector/modular_attention_forward.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -11,7 +11,7 @@
 // head and chunk the query block is read once and stays in L1/L2 through all products, each view is written once.
 #pragma once
 
-#include "gram_family_chunk.h"
+#include "cpu/kernels/vector/gram_family_chunk.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -7,8 +7,8 @@
 // A work item is one key head: its Grams first, then its keys once more, which by then are near.
 #pragma once
 
-#include "duplex_query_views_forward.h"
-#include "modality_gram.h"
+#include "cpu/kernels/vector/duplex_query_views_forward.h"
+#include "cpu/kernels/vector/modality_gram.h"
 
 namespace moda_ext {
 namespace cpu {

@@ -1,4 +1,4 @@
-#include "modular_attention_isa.h"
+#include "cpu/kernels/isa/modular_attention_isa.h"
 
 namespace moda_ext {
 namespace cpu {

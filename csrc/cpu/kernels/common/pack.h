@@ -1,8 +1,8 @@
 // Loading rows into scratch blocks and packing key tiles into panels (see gemm.h for the two operand forms).
 #pragma once
 
-#include "gemm.h"
-#include "modular_attention_kernels.h"
+#include "cpu/kernels/common/gemm.h"
+#include "cpu/kernels/modular_attention_kernels.h"
 
 namespace moda_ext {
 namespace cpu {
