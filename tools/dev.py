@@ -7,6 +7,7 @@ python3 tools/dev.py lint        ruff and clang-format, without building anythin
 python3 tools/dev.py docs        the documentation as a site, in build/site, without building anything else
 python3 tools/dev.py types       set up, then mypy
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
+python3 tools/dev.py wheel       set up, then a wheel in build/wheels, which is tried from a folder of its own
 python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
                                  own, or with those that are named: transformers-oldest, torch-newest, ...
 
@@ -19,8 +20,10 @@ import argparse
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -47,7 +50,7 @@ def run(*command: object, **options) -> None:
     """Runs a command in the checkout; ends this program with its exit status if it fails."""
     words = [str(word) for word in command]
     print("$ " + " ".join(words), flush=True)
-    status = subprocess.run(words, cwd=ROOT, **options).returncode
+    status = subprocess.run(words, **{"cwd": ROOT, **options}).returncode
     if status != 0:
         raise SystemExit(f"\ndev.py: failed with status {status}: {' '.join(words)}")
 
@@ -210,6 +213,22 @@ def kernels(python: Path, arguments: list[str]) -> None:
     run(python, "tools/cuda_report.py", "--check", *arguments)
 
 
+def wheel(python: Path, arguments: list[str]) -> None:
+    ensure_torch(python)
+    step("wheel")
+    folder = ROOT / "build" / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    pip_install(python, "--quiet", *BUILD_TOOLS)
+    pip = (python, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, *arguments, ".")
+    (made,) = folder.glob("*.whl")
+    step(f"wheel: {made.name}, installed")
+    with tempfile.TemporaryDirectory() as place:
+        run(*pip, "install", "--quiet", "--no-deps", "--target", place, made)
+        env = {**os.environ, "PYTHONPATH": place, "MODA_EXT_REQUIRE_NATIVE": "1"}
+        run(python, "-m", "moda_ext.info", env=env, cwd=place)
+
+
 # name: what pip is asked for beside the package
 MATRIX = {
     "transformers-oldest": f"transformers=={VERSION['series'](VERSION['TRANSFORMERS_MIN'])}.*",
@@ -303,6 +322,7 @@ def main() -> None:
         "docs": docs,
         "types": types,
         "kernels": kernels,
+        "wheel": wheel,
         "matrix": matrix,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
