@@ -5,7 +5,7 @@ find_package(Python3 3.10 REQUIRED COMPONENTS Interpreter)
 
 execute_process(
   COMMAND
-    ${Python3_EXECUTABLE} -c
+    ${CMAKE_COMMAND} -E env --unset=ATEN_CPU_CAPABILITY ${Python3_EXECUTABLE} -c
     "import runpy, torch
 from torch.utils import cpp_extension as ext
 oldest = runpy.run_path('${PROJECT_SOURCE_DIR}/moda_ext/_version.py')['TORCH_MIN']

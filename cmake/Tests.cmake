@@ -57,12 +57,11 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
       message(STATUS "Kernel tests for ${isa} are not registered: this machine (${MODA_EXT_MACHINE_ISA}) cannot run them")
       continue()
     endif()
-    set(isa_environment "${environment};MODA_EXT_TEST_ISA=${isa}")
-    set(filter "*")
-    if(NOT isa STREQUAL "amx") # the best instruction set is what runs without a cap
-      set(filter "-Amx.*")
-      string(REPLACE baseline default capability ${isa})
-      list(APPEND isa_environment "ATEN_CPU_CAPABILITY=${capability}")
+    set(filter "-Amx.*")
+    string(REPLACE baseline default capability "set:${isa}")
+    if(isa STREQUAL "amx") # the best instruction set is what runs without a cap
+      set(filter "*")
+      set(capability "unset:")
     endif()
     gtest_discover_tests(
       moda_ext_isa_tests
@@ -70,6 +69,7 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
       TEST_LIST moda_ext_isa_tests_${isa}
       TEST_FILTER "${filter}"
       DISCOVERY_TIMEOUT 60
-      PROPERTIES ENVIRONMENT "${isa_environment}")
+      PROPERTIES ENVIRONMENT "${environment};MODA_EXT_TEST_ISA=${isa}" ENVIRONMENT_MODIFICATION
+                 "ATEN_CPU_CAPABILITY=${capability}")
   endforeach()
 endif()
