@@ -15,6 +15,7 @@ is, where a 16-bit kernel of products lacks tensor-core products, matrix loads o
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cuda_units import write_cuda_units
@@ -99,6 +101,10 @@ def tool(name: str) -> str | None:
             if path.exists():
                 return str(path)
     return None
+
+
+def parallel_jobs() -> int:
+    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
 
 def run(*command: object, **options) -> str:
@@ -202,14 +208,21 @@ def main() -> None:
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for source in (unit for unit in units if arguments.only in unit):
-            for arch in arguments.arch:
-                for row in compile_and_count(source, arch, Path(folder), disassembler):
-                    rows.append(row)
-                    print(
-                        f"{row['kernel']:50}{arch:>4}" + "".join(f"{row.get(c, '-'):>13}" for c in columns), flush=True
-                    )
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(parallel_jobs()) as pool:
+        jobs = [
+            pool.submit(compile_and_count, source, arch, Path(tempfile.mkdtemp(dir=folder)), disassembler)
+            for source in units
+            if arguments.only in source
+            for arch in arguments.arch
+        ]
+        try:
+            for row in itertools.chain.from_iterable(job.result() for job in jobs):
+                rows.append(row)
+                numbers = "".join(f"{row.get(c, '-'):>13}" for c in columns)
+                print(f"{row['kernel']:50}{row['arch']:>4}{numbers}", flush=True)
+        except SystemExit:
+            pool.shutdown(cancel_futures=True)
+            raise
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     faults = [text for row in rows for text in problems(row)]
