@@ -559,6 +559,7 @@ class _GeneratedRows:
         later = self.members & (present & (self.place >= least))[..., None]
         continued = later.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
         self.keys = {m: self.members[..., m].any(dim=0).nonzero()[:, 0] for m in continued}
+        self.later = {m: later[..., m].any(dim=0).nonzero()[:, 0] for m in continued}
 
     @classmethod
     def of(cls, call: _Call, borders: Tensor) -> _GeneratedRows | None:
@@ -580,8 +581,14 @@ class _GeneratedRows:
             block = max(1, BLOCK_ELEMENTS // (batch * heads * len(keys)))
             for start in range(0, self.borders.shape[1], block):
                 rows = slice(start, start + block)
-                in_prompt = self.place[:, None, keys] < self.borders[:, rows, None]
-                mass[:, :, rows, m] = record.mass_on(in_prompt, m, self.rows.start + start, keys)
+                borders, first, left = self.borders[:, rows, None], self.rows.start + start, None
+                if mass.device.type == "cpu":  # the fewer keys; elsewhere it would wait for the device in every layer
+                    later = self.later[m]
+                    after = self.place[:, None, later] >= borders
+                    left = record.mass_besides(after, m, first, later, borders[..., 0] > 0)
+                if left is None:
+                    left = record.mass_on(self.place[:, None, keys] < borders, m, first, keys)
+                mass[:, :, rows, m] = left
         both = torch.stack([mass, (mass - of_first[:, :, self.rows]).clamp(min=0)], dim=1)
         return self._sum(measures.prompt_shares(both))
 

@@ -132,6 +132,33 @@ class AttentionRecord:
         pairs = zip(shares, chosen.to(shares.dtype), strict=True)
         return mass * torch.stack([(e.transpose(0, 1) @ c[..., None])[..., 0].T for e, c in pairs])
 
+    def mass_besides(self, chosen: Tensor, modality: int, start: int, keys: Tensor, rows: Tensor) -> Tensor | None:
+        r"""The mass of a modality without that on some of its keys: a difference, at the cost of these keys alone.
+
+        Args:
+            chosen, modality, start: as in :meth:`mass_on`.
+            keys: (K,), integer: columns, those that count for any row among them.
+            rows: (B, rows), bool: the rows that matter. Others hold anything.
+
+        Returns:
+            (B, Hq, rows), in the dtype of ``mass``. None where the difference would cost more than four bits, or
+            :math:`e^{S - L}` cannot be told (see :meth:`weight_of`); finding that out waits for the device.
+        """
+        if self.lse is None:
+            return None
+        span = slice(start, start + chosen.shape[1])
+        mass, lse = self.mass[:, :, span, modality], self.lse[:, :, span]
+        members = self.key_modality.index_select(1, keys) == modality
+        counted = self._visible(members, span, keys) & chosen[:, None]
+        key = torch.where(members[:, None, :, None], self.key.index_select(2, keys), 0.0)
+        query = self.query if self.query.dim() == 4 else self.query[modality]
+        scores = self._scores(torch.where(rows[:, None, :, None], query[:, :, span], 0.0), key)
+        scores += torch.where(counted, 0.0, torch.finfo(scores.dtype).min)
+        shift = -lse if self.bias is None else self._bias()[:, :, span, modality] - lse
+        left = mass - (scores + shift[..., None]).exp().sum(dim=-1)
+        exact = ~rows[:, None] | ((left >= mass / 16) & self._told(lse))
+        return left if bool(exact.all()) else None
+
     def weight_of(self, index: Tensor) -> Tensor:
         r"""The weight :math:`p_{ij} = e^{S_{ij} - L_i}` of one key j of each sequence, without the other keys' scores.
 
@@ -157,9 +184,8 @@ class AttentionRecord:
         key = key.repeat_interleave(query.shape[1] // heads, dim=1)  # head by head: a group's rows lie apart in memory
         score = self.scale * torch.einsum("bhnd,bhd->bhn", query.to(mass.dtype), key.to(mass.dtype))
         if self.bias is not None:
-            score = score + self.bias.to(mass.dtype).expand_as(self.mass).gather(-1, place).squeeze(-1)
-        told = self.lse.abs() * torch.finfo(mass.dtype).eps <= 1e-4
-        return torch.where(visible, torch.where(told, (score - self.lse).exp(), torch.nan), 0.0)
+            score = score + self._bias().gather(-1, place).squeeze(-1)
+        return torch.where(visible, torch.where(self._told(self.lse), (score - self.lse).exp(), torch.nan), 0.0)
 
     def sees(self, index: Tensor) -> Tensor:
         """Which rows see one key of their sequence, in column ``index`` (B,): (B, Nq), bool."""
@@ -184,6 +210,15 @@ class AttentionRecord:
         scores = self._scores(torch.where(present[:, None, :, None], query[:, :, rows], 0.0), key)
         scores += torch.where(self._visible(members, rows, columns), 0.0, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1), torch.where(present[:, None], self.mass[:, :, rows, modality], 0.0)
+
+    def _bias(self) -> Tensor:
+        assert self.bias is not None, "asked for where there is one"
+        return self.bias.to(self.mass.dtype).expand_as(self.mass)
+
+    @staticmethod
+    def _told(lse: Tensor) -> Tensor:
+        """Where a score minus lse is off by less than 1e-4."""
+        return lse.abs() * torch.finfo(lse.dtype).eps <= 1e-4
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores without bias, (B, Hq, rows, keys)."""

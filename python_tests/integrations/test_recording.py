@@ -133,6 +133,37 @@ class TestWeights:
             total = (expected[:, :, 1:4, keys] * of_m).sum(dim=-1)
             assert_exact(record.mass_on(chosen, m, 1, keys), total)
 
+    @pytest.mark.parametrize("views", [False, True])
+    @pytest.mark.parametrize("bias", [None, [0.3, -0.7, 1.1], -math.inf], ids=str)
+    def test_mass_besides_some_keys_is_that_on_the_others(self, bias, views):
+        record, expected = make_record(bias, views=views)
+        rows, columns = QUERY_MODALITY[:, 1:4] >= 0, torch.arange(8)
+        chosen = (columns == 4).expand(2, 3, 8)
+        asked = 0
+        for m in range(NUM_MODALITIES):
+            members = torch.eq(KEY_MODALITY, m)[:, None]
+            left = (expected[:, :, 1:4] * (members & ~chosen)[:, None]).sum(dim=-1)
+            total = (expected[:, :, 1:4] * members[:, None]).sum(dim=-1)
+            found = record.mass_besides(chosen, m, 1, columns, rows)
+            assert (found is None) == bool(((left < total / 16) & rows[:, None]).any())
+            for keys in (columns, torch.tensor([4, 2]), columns.flip(0)):
+                found = record.mass_besides(chosen[..., keys], m, 1, keys, rows)
+                if found is not None:
+                    asked += 1
+                    assert_exact(found[rows[:, None].expand_as(found)], left[rows[:, None].expand_as(left)])
+        assert asked
+
+    def test_mass_besides_is_none_where_a_difference_would_cost_digits(self):
+        columns, rows = torch.arange(8), QUERY_MODALITY >= 0
+        some, every = torch.zeros(2, 5, 8, dtype=torch.bool), torch.ones(2, 5, 8, dtype=torch.bool)
+        for given in ({"split": True}, {"bias": 1e6}):
+            record, _ = make_record(**{"bias": None, **given})
+            assert record.mass_besides(some, 0, 0, columns, rows) is None
+        record, _ = make_record(None)
+        assert record.mass_besides(every, 0, 0, columns, rows) is None
+        assert record.mass_besides(every, 0, 0, columns, torch.zeros_like(rows)) is not None
+        assert_exact(record.mass_besides(some, 0, 0, columns, rows)[0], record.mass[0, ..., 0].double())
+
     def test_padding_may_hold_anything(self):
         record, expected = make_record([0.3, -0.7, 1.1])
         record.key.mT[:, :, :, 0][0] = math.nan
