@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 import transformers
+from processes import run_ranks
 from tolerance import assert_close
 from trained_models import family, labels_of, logits_of, make_trained
 from vision_language import make_inputs, make_model
@@ -144,12 +145,11 @@ def test_a_compiled_training_step_has_the_same_gradients(family):
     torch._dynamo.reset()
 
 
-def fsdp_step(rank, world, rendezvous, result):
+def fsdp_step(result):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     model, inputs = make_trained("llava").train(), make_inputs("llava", padding=None)
     for layer in text_stack(model).layers:
         fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
@@ -161,7 +161,6 @@ def fsdp_step(rank, world, rendezvous, result):
     state = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
     if rank == 0:
         torch.save(state, result)
-    dist.destroy_process_group()
 
 
 def test_a_step_on_two_fsdp_processes_equals_one_process(tmp_path):
@@ -171,8 +170,7 @@ def test_a_step_on_two_fsdp_processes_equals_one_process(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**inputs, labels=labels_of(inputs), use_cache=False).loss.backward()
     optimizer.step()
-    arguments = 2, str(tmp_path / "rendezvous"), str(tmp_path / "state")
-    torch.multiprocessing.spawn(fsdp_step, arguments, nprocs=2)
+    run_ranks(fsdp_step, 2, tmp_path / "rendezvous", str(tmp_path / "state"))
     state = torch.load(tmp_path / "state")
     untrained = make_trained("llava").state_dict()
     for name, tensor in model.state_dict().items():

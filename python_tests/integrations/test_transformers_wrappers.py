@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 from moved_models import labels_of, logits_of, make_trained, randomize, same
+from processes import run_ranks
 from tolerance import assert_close
 from torch import nn
 from vision_language import make_inputs, make_model
@@ -109,13 +110,12 @@ def check_wrapper(way, tmp_path):
         assert {group["name"] for group in optimizer_groups(model, lr=1e-3)} == {"moda", "moda_fast"}
 
 
-def sharded_steps(rank, world, rendezvous, folder):
+def sharded_steps(folder):
     """Of both kinds of FSDP: what is saved is whole, and what is loaded is what the model computes with."""
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     inputs, cpu = make_inputs("llava"), torch.device("cpu")
     for kind in (1, 2):
         model = make_trained("llava")
@@ -131,12 +131,10 @@ def sharded_steps(rank, world, rendezvous, folder):
         load_moda_state_dict(model, other)
         assert same(moda_state_dict(model), other)
         assert_close(logits_of(model, inputs), expected)
-    dist.destroy_process_group()
 
 
 def test_sharded_models_are_saved_whole(process_group, tmp_path):
-    arguments = 2, str(tmp_path / "of two"), str(tmp_path)
-    torch.multiprocessing.spawn(sharded_steps, arguments, nprocs=2)
+    run_ranks(sharded_steps, 2, tmp_path / "of two", str(tmp_path))
     expected = moda_state_dict(make_trained("llava"))
     for file in tmp_path.glob("*.safetensors"):
         assert same(moda_state_dict(load_moda(make_model("llava"), file)), expected)

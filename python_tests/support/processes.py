@@ -1,9 +1,12 @@
-"""Tests in a process of their own: with other variables, or on another instruction set."""
+"""Tests in processes of their own: with other variables, on another instruction set, or several that work together."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 TESTS = Path(__file__).parents[1]
 
@@ -30,6 +33,22 @@ def python(code: str, *arguments: str, **variables: str) -> str:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def run_ranks(function: Callable, world: int, rendezvous: Path, *arguments: object) -> None:
+    """``function(*arguments)`` in ``world`` processes that make up a group of gloo."""
+    torch.multiprocessing.spawn(_run_rank, (world, str(rendezvous), function, arguments), nprocs=world)
+
+
+def _run_rank(rank: int, world: int, rendezvous: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    function(*arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's end aborts, once in some twenty times, where a thread of gloo is not at its own yet
 
 
 # Instruction sets by ATEN_CPU_CAPABILITY, "": no cap.
