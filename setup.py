@@ -199,7 +199,6 @@ elif os.environ.get("MODA_EXT_BUILD_CUDA") == "1":
     raise SystemExit(f"moda_ext: MODA_EXT_BUILD_CUDA=1, but {missing_cuda}.")
 cuda_units = write_cuda_units(ROOT, SOURCES["cuda_units"]) if missing_cuda is None else []
 os.environ["MAX_JOBS"] = str(parallel_jobs())  # ninja, run by torch's BuildExtension, reads it
-target_major, target_minor = VERSION["TORCH_MIN"]
 flags = ["-std=c++17", "-g0", "-fvisibility=hidden"]
 headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
 depends = [*headers, "csrc/sources.json", "setup.py"]
@@ -229,7 +228,7 @@ operators = Extension(
     include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
     library_dirs=cpp_extension.library_paths(),
     libraries=["torch", "torch_cpu", "c10"],
-    define_macros=[*macros, ("TORCH_TARGET_VERSION", f"0x{target_major:02x}{target_minor:02x}000000000000ULL")],
+    define_macros=[*macros, ("TORCH_TARGET_VERSION", VERSION["TORCH_TARGET_VERSION"])],
     extra_compile_args=[*flags, "-O3"],
     extra_link_args=["-Wl,--no-undefined"] if platform.system() == "Linux" else [],  # fail here, not at import
     depends=depends,
@@ -244,7 +243,7 @@ cuda_operators = Extension(
     library_dirs=cpp_extension.library_paths("cuda" if missing_cuda is None else "cpu"),
     libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"],
     define_macros=[
-        ("TORCH_TARGET_VERSION", f"0x{target_major:02x}{target_minor:02x}000000000000ULL"),
+        ("TORCH_TARGET_VERSION", VERSION["TORCH_TARGET_VERSION"]),
         ("USE_CUDA", "1"),  # declares the stream of the stable ABI
     ],
     extra_compile_args={

@@ -8,9 +8,9 @@ execute_process(
     ${CMAKE_COMMAND} -E env --unset=ATEN_CPU_CAPABILITY ${Python3_EXECUTABLE} -c
     "import runpy, torch
 from torch.utils import cpp_extension as ext
-oldest = runpy.run_path('${PROJECT_SOURCE_DIR}/moda_ext/_version.py')['TORCH_MIN']
+target = runpy.run_path('${PROJECT_SOURCE_DIR}/moda_ext/_version.py')['TORCH_TARGET_VERSION']
 print(torch.__version__, ','.join(ext.include_paths()), ext.library_paths()[0],
-      torch.backends.cpu.get_cpu_capability(), '0x%02x%02x000000000000ULL' % oldest, sep=';', end='')"
+      torch.backends.cpu.get_cpu_capability(), target, sep=';', end='')"
   OUTPUT_VARIABLE answer
   ERROR_VARIABLE error
   RESULT_VARIABLE status)

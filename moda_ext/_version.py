@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 TORCH_MIN = (2, 11)  # first supported torch; the stable ABI the native library is compiled for
+TORCH_TARGET_VERSION = f"0x{TORCH_MIN[0]:02x}{TORCH_MIN[1]:02x}000000000000ULL"  # the same, for its headers
 TORCH_BELOW = (2, 16)  # first torch that is not supported
 TORCH_REQUIREMENT = "torch>=2.11,<2.16"
 TORCH_TESTED = "2.13.0"  # what is installed, or built against, where no torch is there yet

@@ -103,10 +103,6 @@ def tool(name: str) -> str | None:
     return None
 
 
-def parallel_jobs() -> int:
-    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
-
-
 def run(*command: object, **options) -> str:
     words = [str(word) for word in command]
     result = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
@@ -172,8 +168,7 @@ def compile_launches(sources: list[str]) -> None:
         print("Launches were not compiled: torch cannot be imported.")
         return
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    major, minor = VERSION["TORCH_MIN"]
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+    target = f"-DTORCH_TARGET_VERSION={VERSION['TORCH_TARGET_VERSION']}"
     for source in sources:
         run(tool("nvcc"), *LAUNCH_FLAGS, target, "-Icsrc", *includes, "-c", source, "-o", os.devnull)
     print(f"{len(sources)} launches compile")
@@ -208,7 +203,10 @@ def main() -> None:
     rows = []
     columns = ["registers", "spill_stores", *MODALITIES, *INSTRUCTIONS]
     print(f"{'kernel':50}{'sm':>4}" + "".join(f"{c:>13}" for c in columns), flush=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(parallel_jobs()) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool,
+    ):
         jobs = [
             pool.submit(compile_and_count, source, arch, Path(tempfile.mkdtemp(dir=folder)), disassembler)
             for source in units

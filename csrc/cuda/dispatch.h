@@ -25,12 +25,12 @@ void with_head_size(int64_t head_dim, const Use& use) {
 // with_kernels<sm90::Kernels, sm80::Kernels>.
 template <template <int> class Kernels, template <int> class... Older, class Use>
 void with_kernels(int capability, int64_t head_dim, const Use& use) {
-  if (capability >= Kernels<kHeadSizes[0]>::kCapability) return with_head_size<Kernels>(head_dim, use);
-  if constexpr (sizeof...(Older) > 0)
-    return with_kernels<Older...>(capability, head_dim, use);
-  else
-    throw std::runtime_error("moda_ext: the CUDA kernels need compute capability 8.0 or later, this GPU has " +
-                             std::to_string(capability / 10) + "." + std::to_string(capability % 10));
+  constexpr int kOldest = Kernels<kHeadSizes[0]>::kCapability;
+  if (capability >= kOldest) return with_head_size<Kernels>(head_dim, use);
+  if constexpr (sizeof...(Older) > 0) return with_kernels<Older...>(capability, head_dim, use);
+  const auto text = [](int number) { return std::to_string(number / 10) + "." + std::to_string(number % 10); };
+  throw std::runtime_error("moda_ext: the CUDA kernels need compute capability " + text(kOldest) +
+                           " or later, this GPU has " + text(capability));
 }
 
 }  // namespace cuda

@@ -148,12 +148,7 @@ class AttentionRecord:
             return None
         span = slice(start, start + chosen.shape[1])
         mass, lse = self.mass[:, :, span, modality], self.lse[:, :, span]
-        members = self.key_modality.index_select(1, keys) == modality
-        counted = self._visible(members, span, keys) & chosen[:, None]
-        key = torch.where(members[:, None, :, None], self.key.index_select(2, keys), 0.0)
-        query = self.query if self.query.dim() == 4 else self.query[modality]
-        scores = self._scores(torch.where(rows[:, None, :, None], query[:, :, span], 0.0), key)
-        scores += torch.where(counted, 0.0, torch.finfo(scores.dtype).min)
+        scores = self._scores(modality, span, keys, rows, chosen)
         shift = -lse if self.bias is None else self._bias()[:, :, span, modality] - lse
         left = mass - (scores + shift[..., None]).exp().sum(dim=-1)
         exact = ~rows[:, None] | ((left >= mass / 16) & self._told(lse))
@@ -202,14 +197,9 @@ class AttentionRecord:
 
         A row without a visible key of the modality has a mass (B, Hq, rows) of 0 and any shares, none of them NaN.
         """
-        members = self.key_modality.index_select(1, columns) == modality  # (B, K)
         present = self.query_modality[:, rows] >= 0
-        # What padding holds is set to 0, so that a mask can be added: a masked fill takes twice as long as the product.
-        key = torch.where(members[:, None, :, None], self.key.index_select(2, columns), 0.0)
-        query = self.query if self.query.dim() == 4 else self.query[modality]
-        scores = self._scores(torch.where(present[:, None, :, None], query[:, :, rows], 0.0), key)
-        scores += torch.where(self._visible(members, rows, columns), 0.0, torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1), torch.where(present[:, None], self.mass[:, :, rows, modality], 0.0)
+        shares = self._scores(modality, rows, columns, present).softmax(dim=-1)
+        return shares, torch.where(present[:, None], self.mass[:, :, rows, modality], 0.0)
 
     def _bias(self) -> Tensor:
         assert self.bias is not None, "asked for where there is one"
@@ -220,12 +210,25 @@ class AttentionRecord:
         """Where a score minus lse is off by less than 1e-4."""
         return lse.abs() * torch.finfo(lse.dtype).eps <= 1e-4
 
-    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scores without bias, (B, Hq, rows, keys)."""
-        query, key = query.to(self.mass.dtype) * self.scale, key.to(self.mass.dtype)
-        group, rows = query.shape[1] // key.shape[1], query.shape[2]
+    def _scores(
+        self, modality: int, rows: slice, columns: Tensor, present: Tensor, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Scores without bias of the keys of a modality, (B, Hq, rows, K); the lowest number where a row sees none.
+
+        Neither rows that are not ``present`` (B, rows) are looked at, nor keys that are not ``chosen`` (B, rows, K).
+        """
+        members = self.key_modality.index_select(1, columns) == modality  # (B, K)
+        shown = self._visible(members, rows, columns)
+        shown = shown if chosen is None else shown & chosen[:, None]
+        # What padding holds is set to 0, so that a mask can be added: a masked fill takes twice as long as the product.
+        key = torch.where(members[:, None, :, None], self.key.index_select(2, columns), 0.0).to(self.mass.dtype)
+        query = (self.query if self.query.dim() == 4 else self.query[modality])[:, :, rows]
+        query = torch.where(present[:, None, :, None], query, 0.0).to(self.mass.dtype) * self.scale
+        group, number = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
-        return (of_group @ key.mT).unflatten(2, (group, rows)).flatten(1, 2)
+        scores = (of_group @ key.mT).unflatten(2, (group, number)).flatten(1, 2)
+        scores += torch.where(shown, 0.0, torch.finfo(scores.dtype).min)
+        return scores
 
     def _visible(self, members: Tensor, rows: slice, columns: Tensor) -> Tensor:
         """(B, 1, rows, K), bool: which rows see which of the keys in ``columns`` that are ``members`` (B, K)."""

@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 import transformers
-from moved_models import labels_of, logits_of, lora, make_trained, randomize, same
+from moved_models import logits_of, lora, same
 from tolerance import assert_close
+from trained_models import labels_of, make_trained, randomize
 from vision_language import make_inputs, make_model
 
 from moda_ext.integrations.transformers import (

@@ -11,19 +11,9 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 import transformers
-from moved_models import (
-    HIDDEN,
-    every_family,
-    every_setting,
-    labels_of,
-    logits_of,
-    lora,
-    make_trained,
-    randomize,
-    same,
-    two_families,
-)
+from moved_models import HIDDEN, every_family, every_setting, logits_of, lora, same, two_families
 from torch import nn
+from trained_models import labels_of, make_trained, randomize
 from transformers import AutoModel, AutoModelForImageTextToText
 from vision_language import make_inputs, make_model
 

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
-from moved_models import (
-    every_family,
-    every_setting,
-    labels_of,
-    logits_of,
-    make_trained,
-    offload,
-    randomize,
-    two_families,
-)
+from moved_models import every_family, every_setting, logits_of, offload, two_families
 from torch import nn
+from trained_models import labels_of, make_trained, randomize
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from vision_language import make_inputs, make_model
 

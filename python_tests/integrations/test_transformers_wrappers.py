@@ -6,10 +6,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
-from moved_models import labels_of, logits_of, make_trained, randomize, same
+from moved_models import logits_of, same
 from processes import run_ranks
 from tolerance import assert_close
 from torch import nn
+from trained_models import labels_of, make_trained, randomize
 from vision_language import make_inputs, make_model
 
 from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter

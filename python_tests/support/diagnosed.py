@@ -78,5 +78,7 @@ def measured(model, *inputs, **options):
 
 
 # Transformers ---------------------------------------------------------------------------------------------------------
-FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
-FAMILIES += ("idefics3", "smolvlm")
+FAMILIES = (
+    *("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"),
+    *("qwen3_vl", "gemma3", "internvl", "idefics3", "smolvlm"),
+)

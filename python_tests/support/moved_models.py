@@ -7,10 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 import transformers
-from vision_language import FAMILIES, make_model
-
-from moda_ext.integrations.transformers import MODAConfig, apply_moda, moda_parameters
-from moda_ext.integrations.transformers.proof import TRAINED
+from vision_language import FAMILIES
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -35,27 +32,10 @@ two_families = pytest.mark.parametrize("family", ("llava", "qwen2_vl"))
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
-def randomize(model, seed=3):
-    """Values for MODA's parameters that move the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in moda_parameters(model).items():
-        if not name.endswith("base"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-    return model
-
-
-def make_trained(family, **settings):
-    return randomize(apply_moda(make_model(family), MODAConfig(**{**TRAINED, **settings})))
-
-
 @torch.no_grad()
 def logits_of(model, inputs):
     """Without padding."""
     return model(**inputs, use_cache=False).logits[inputs["attention_mask"] == 1]
-
-
-def labels_of(inputs):
-    return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
 
 
 def offload(model, way, folder):

@@ -30,13 +30,17 @@ CACHES = {"dynamic": DynamicCache, "static": lambda: StaticCache(config=make_con
 family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_trained(name, **settings):
-    model = apply_moda(make_model(name), MODAConfig(**{**TRAINED, **settings}))
-    torch.manual_seed(3)
-    for parameter_name, parameter in moda_parameters(model).items():
-        if not parameter_name.endswith("base"):
-            torch.nn.init.normal_(parameter, std=0.7)
+def randomize(model, seed=3):
+    """Values for MODA's parameters that move the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in moda_parameters(model).items():
+        if not name.endswith("base"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
     return model
+
+
+def make_trained(name, **settings):
+    return randomize(apply_moda(make_model(name), MODAConfig(**{**TRAINED, **settings})))
 
 
 def positions_of(name, mask):
