@@ -16,6 +16,9 @@ from torch import Tensor, nn
 __all__ = ["AttentionRecord", "Recorder", "key_counts", "refuse_replicas"]
 
 
+ACCURACY = 1e-4  # relative, of weights that are made from lse
+
+
 def key_counts(
     query_modality: Tensor,
     key_modality: Tensor,
@@ -141,8 +144,9 @@ class AttentionRecord:
             rows: (B, rows), bool: the rows that matter. Others hold anything.
 
         Returns:
-            (B, Hq, rows), in the dtype of ``mass``. None where the difference would cost more than four bits, or
-            :math:`e^{S - L}` cannot be told (see :meth:`weight_of`); finding that out waits for the device.
+            (B, Hq, rows), in the dtype of ``mass``. None if the difference would be off by more than 1e-4 of itself in
+            some row: where it is a small part of the mass, or :math:`|L_i|` is large (see :meth:`weight_of`). Finding
+            that out waits for the device.
         """
         if self.lse is None:
             return None
@@ -151,7 +155,7 @@ class AttentionRecord:
         scores = self._scores(modality, span, keys, rows, chosen)
         shift = -lse if self.bias is None else self._bias()[:, :, span, modality] - lse
         left = mass - (scores + shift[..., None]).exp().sum(dim=-1)
-        exact = ~rows[:, None] | ((left >= mass / 16) & self._told(lse))
+        exact = ~rows[:, None] | (mass * self._error(lse) <= ACCURACY * left)
         return left if bool(exact.all()) else None
 
     def weight_of(self, index: Tensor) -> Tensor:
@@ -180,7 +184,9 @@ class AttentionRecord:
         score = self.scale * torch.einsum("bhnd,bhd->bhn", query.to(mass.dtype), key.to(mass.dtype))
         if self.bias is not None:
             score = score + self._bias().gather(-1, place).squeeze(-1)
-        return torch.where(visible, torch.where(self._told(self.lse), (score - self.lse).exp(), torch.nan), 0.0)
+        return torch.where(
+            visible, torch.where(self._error(self.lse) <= ACCURACY, (score - self.lse).exp(), torch.nan), 0.0
+        )
 
     def sees(self, index: Tensor) -> Tensor:
         """Which rows see one key of their sequence, in column ``index`` (B,): (B, Nq), bool."""
@@ -206,9 +212,9 @@ class AttentionRecord:
         return self.bias.to(self.mass.dtype).expand_as(self.mass)
 
     @staticmethod
-    def _told(lse: Tensor) -> Tensor:
-        """Where a score minus lse is off by less than 1e-4."""
-        return lse.abs() * torch.finfo(lse.dtype).eps <= 1e-4
+    def _error(lse: Tensor) -> Tensor:
+        """How far a weight e^(S - lse) may be off, relative to itself."""
+        return (1 + lse.abs()) * torch.finfo(lse.dtype).eps
 
     def _scores(
         self, modality: int, rows: slice, columns: Tensor, present: Tensor, chosen: Tensor | None = None
