@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="all samples and verdicts, written after each case")
     args = parser.parse_args(argv)
     if moda_ext.info()["cuda_kernels"] != "native":
-        raise SystemExit("benchmarks.cuda: the CUDA kernels are not in use. Fix: set MODA_EXT_CUDA=native.")
+        raise SystemExit("benchmarks.cuda: the CUDA kernels are not in use. Fix: set MODA_EXT_BACKEND=native.")
     start = time.monotonic()
     rate = product_rate(args.rounds)
     about = {**machine(), "gpu": torch.cuda.get_device_name(), "product_tflops": rate / 1e12}

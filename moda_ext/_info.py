@@ -15,8 +15,8 @@ def info() -> dict:
 
     Keys: version, native (bool), build (one line), library (path), isa (CPU instruction set in use), isas_built (list),
     compiler, torch, torch_built_for, torch_supported, cuda (torch's, or None), cuda_built_for (None: no CUDA kernels),
-    cuda_archs (list), cuda_kernels ("native" or "reference": who computes on CUDA tensors, see MODA_EXT_CUDA in
-    _ops/library.py; None: no CUDA kernels are loaded), transformers (its version, or None), transformers_tested (the
+    cuda_archs (list), cuda_kernels ("native", "flex" or "reference": who computes attention on CUDA tensors in float32;
+    None: no CUDA kernels are loaded), transformers (its version, or None), transformers_tested (the
     tested range; with a later one each family of models proves itself when it is first used), python, platform,
     backends. What only a native build knows is None without one.
 
@@ -39,7 +39,7 @@ def info() -> dict:
         "cuda": torch.version.cuda,
         "cuda_built_for": built.get("cuda"),
         "cuda_archs": built.get("cuda_archs"),
-        "cuda_kernels": library.cuda_mode(),
+        "cuda_kernels": backend.explain("modular_attention", "cuda").backend if library.cuda_loaded else None,
         "transformers": _installed("transformers"),
         "transformers_tested": f">={series(TRANSFORMERS_MIN)},<{series(TRANSFORMERS_BELOW)}",
         "python": platform.python_version(),

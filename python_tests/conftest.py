@@ -28,6 +28,25 @@ hypothesis.settings.register_profile("explore", **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def _let_flex_attention_differentiate_on_the_cpu(monkeypatch):
+    """Its kernel there has no gradients, and it refuses them; its dense form, which runs uncompiled, has them."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """FlexAttention computes, on the CPU too."""
+    _let_flex_attention_differentiate_on_the_cpu(monkeypatch)
+    with moda_ext.use_backend("flex"):
+        yield
+
+
+if os.environ.get("MODA_EXT_BACKEND") == "flex":
+    _let_flex_attention_differentiate_on_the_cpu(pytest.MonkeyPatch())
+
+
 def pytest_report_header(config):
     info = moda_ext.info()
     kernels = ", ".join(sorted(backend.NATIVE_DEVICES - {"meta"})) or "none, the reference runs"
@@ -48,8 +67,8 @@ def unavailable(device: str) -> str | None:
     """Why the tests cannot run on this device, or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
-    if device == "cuda" and library.cuda_loaded and library.cuda_mode() != "native":
-        return "the CUDA kernels are not in use (MODA_EXT_CUDA=native uses them)"
+    if device == "cuda" and library.cuda_loaded and backend.explain("modular_attention", "cuda").backend != "native":
+        return "the CUDA kernels are not in use (MODA_EXT_BACKEND=native uses them)"
     if library.native_loaded and device not in backend.NATIVE_DEVICES:
         return f"built without {device} kernels"
     return None

@@ -5,7 +5,7 @@ python3 tools/gpu.py [--out build/gpu] [--minutes 10] [--only build pytest ...] 
 Steps, each with a share of the time, none skipped because another failed; what does not fit into the time is cut off:
     build        the native libraries, for the GPUs of this machine
     smoke        every kernel against the reference (tools/gpu_smoke.py)
-    pytest-gpu   the Python tests that use a GPU, with MODA_EXT_CUDA=native; graphs, streams, large tensors among them
+    pytest-gpu   the Python tests that use a GPU, with our kernels; graphs, streams, large tensors among them
     memcheck, racecheck, initcheck    compute-sanitizer on the smoke run (pip install nvidia-cuda-sanitizer-api)
     benchmarks   beside every peer (benchmarks/cuda.py)
     report       registers, spills, shared memory and instructions of the kernels (tools/cuda_report.py)
@@ -13,8 +13,8 @@ Steps, each with a share of the time, none skipped because another failed; what 
 
 What a step printed is in OUT/<step>.log, the outcome of all, with the number of tests that passed, failed and were
 skipped, in OUT/gpu.json, and figures in OUT/benchmarks.json and OUT/kernels.json. The exit status is 1 if any step
-failed. When pytest and the sanitizers pass, add the compute capability to VERIFIED_CAPABILITIES in
-moda_ext/_ops/cuda_mode.py: that makes the kernels the default on such GPUs.
+failed. When pytest and the sanitizers pass, add the compute capability to CAPABILITIES in moda_ext/_ops/verified.py:
+that makes the kernels the default on such GPUs.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main() -> None:
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "MODA_EXT_CUDA": "native",
+        "MODA_EXT_BACKEND": "native",
         "MODA_EXT_REQUIRE_NATIVE": "1",
         "MODA_EXT_BUILD_CUDA": "1",
     }

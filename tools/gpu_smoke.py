@@ -1,6 +1,6 @@
 """Every CUDA kernel once, forward and backward, against moda_ext.reference in float64: under a minute, for sanitizers.
 
-MODA_EXT_CUDA=native python3 tools/gpu_smoke.py
+MODA_EXT_BACKEND=native python3 tools/gpu_smoke.py
 
 Dtypes with tensor cores and without, every head size, causal or not, query views, few rows (packed heads, keys split),
 sequences packed into one, Gram matrices, an aligner's views.

@@ -1,14 +1,22 @@
 """Who computes? One function decides for every public function, and gives the reason.
 
-Backends:
+Backends, in the order in which they are preferred:
 
 - ``"native"``: the operator's kernels (csrc);
-- ``"composed"``: other operators, one after the other, each with a backend of its own: what ``duplex_attention`` and
-  ``DuplexAligner.align_keys`` are where a gradient is asked for;
-- ``"composite"``: PyTorch's matrix products, chunk by chunk (composite.py), for dtypes without kernels;
-- ``"reference"``: :mod:`moda_ext.reference`, dense.
+- ``"flex"``: PyTorch's FlexAttention, merged (functional/flex.py): attention on GPUs where the kernels are not in use;
+- ``"composite"``: PyTorch's matrix products, chunk by chunk (functional/composite.py): the alignment there;
+- ``"reference"``: :mod:`moda_ext.reference`, dense;
+
+and ``"composed"``: other operators, one after the other, each with a backend of its own: what ``duplex_attention`` and
+``DuplexAligner.align_keys`` are where a gradient is asked for.
+
+:class:`use_backend` and the environment variable MODA_EXT_BACKEND name the backend that comes first.
 """
 
+from __future__ import annotations
+
+import os
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -17,11 +25,14 @@ from torch import Tensor
 from moda_ext._ops import library, operators
 from moda_ext._ops.operator import transformed
 
-NATIVE, COMPOSED, COMPOSITE, REFERENCE = "native", "composed", "composite", "reference"
+NATIVE, FLEX, COMPOSITE, REFERENCE, COMPOSED = "native", "flex", "composite", "reference", "composed"
+PREFERRED = (NATIVE, FLEX, COMPOSITE, REFERENCE)
+TO_ASK_FOR = (NATIVE, FLEX, REFERENCE)
 
 OPERATORS = tuple(operators.DECLARED)
 FUSED = tuple(name for name, op in operators.DECLARED.items() if op.instead)  # see Operator
 _HAS_COMPOSITE = tuple(name for name, op in operators.DECLARED.items() if op.composite)
+_HAS_FLEX = tuple(name for name, op in operators.DECLARED.items() if op.flex)
 
 # Devices with native kernels; a meta tensor is answered by the fake kernels.
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": None}
@@ -31,6 +42,56 @@ NATIVE_DEVICES = frozenset(
     if library.native_loaded
     and (key is None or torch._C._dispatch_has_kernel_for_dispatch_key("moda_ext::modular_attention", key))
 )
+FLEX_DEVICES = ("cuda", "xpu")  # where FlexAttention has kernels with a log-sum-exp and gradients; ROCm is "cuda"
+
+
+def _from_environment() -> str | None:
+    asked = os.environ.get("MODA_EXT_BACKEND") or None
+    if asked is not None and asked not in TO_ASK_FOR:
+        raise ImportError(f"moda_ext: MODA_EXT_BACKEND: expected one of {', '.join(TO_ASK_FOR)}, got {asked!r}")
+    if os.environ.get("MODA_EXT_CUDA"):
+        raise ImportError("moda_ext: MODA_EXT_CUDA has become MODA_EXT_BACKEND, for every device")
+    return asked
+
+
+_asked = _from_environment()
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.no_grad
+    """A context manager: which backend comes first, for every operator and device that it can compute.
+
+    .. code-block:: python
+
+        with moda_ext.use_backend("reference"):
+            expected = modular_attention(query, key, value, key_modality)
+
+    What it cannot compute goes to the next, as ``moda_ext info --why`` tells. The setting is the process's, as that of
+    ``torch.backends``: other threads see it. Inside of ``torch.compile`` it is part of what is compiled.
+
+    Args:
+        name: ``"native"``, ``"flex"`` or ``"reference"``; None is the default order.
+
+    Raises:
+        ValueError: no such backend.
+    """
+
+    def __init__(self, name: str | None):
+        if name is not None and name not in TO_ASK_FOR:
+            raise ValueError(f"use_backend: name must be one of {', '.join(TO_ASK_FOR)} or None, got {name!r}")
+        self.name = name
+        self._before: list[str | None] = []
+
+    def __enter__(self) -> use_backend:
+        global _asked
+        self._before.append(_asked)
+        _asked = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _asked
+        _asked = self._before.pop()
 
 
 class Choice(NamedTuple):
@@ -73,23 +134,61 @@ def explain(op: str, device_type: str, dtype: torch.dtype = torch.float32, *, di
 
 
 def _decide(op: str, device_type: str, dtype: torch.dtype, differentiated: bool, elsewhere: bool) -> Choice:
-    fused = op in FUSED
+    if op in FUSED:
+        return _decide_fused(op, device_type, dtype, differentiated, elsewhere)
+    obstacles: list[str] = []
+    asked = (_asked,) if _asked else ()
+    for backend in (*asked, *(b for b in PREFERRED if b != _asked)):
+        obstacle = _obstacle(backend, op, device_type, dtype)
+        if obstacle is None:
+            return Choice(backend, "; ".join(obstacles) or _MERITS[backend])
+        if obstacle and obstacle not in obstacles:
+            obstacles.append(obstacle)
+    return Choice(None, obstacles[0])
+
+
+_MERITS = {
+    NATIVE: "native kernels",
+    FLEX: "it is asked for",
+    REFERENCE: "it is asked for",
+}
+
+
+def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot compute, or None; empty if it is not meant for such calls."""
+    asked = backend == _asked
+    if backend == NATIVE:
+        if not library.native_loaded:
+            return library.fallback_reason or "the native library is not built"
+        if device_type not in NATIVE_DEVICES:
+            return f"this build of moda_ext has no kernels for {device_type}"
+        if device_type == "cuda" and dtype == torch.float64:
+            return "there are no float64 kernels for CUDA"
+        return library.cuda_obstacle() if device_type == "cuda" and not asked else None
+    if backend == FLEX:
+        if op not in _HAS_FLEX or not (asked or device_type in FLEX_DEVICES):
+            return ""
+        if device_type not in (*FLEX_DEVICES, "cpu"):
+            return f"FlexAttention does not serve {device_type}"
+        if dtype == torch.float64 and device_type != "cpu":
+            return "FlexAttention has no float64 kernels"
+        return "FlexAttention has no rules for torch.func and forward mode" if transformed() else None
+    if backend == COMPOSITE:
+        return None if op in _HAS_COMPOSITE and device_type in FLEX_DEVICES else ""
+    return None if asked or device_type in ("cpu", "meta", *FLEX_DEVICES) else ""
+
+
+def _decide_fused(op: str, device_type: str, dtype: torch.dtype, differentiated: bool, elsewhere: bool) -> Choice:
     if not library.native_loaded:
-        return Choice(COMPOSED if fused else REFERENCE, library.fallback_reason or "")
-    if fused and device_type != "cpu":
+        return Choice(COMPOSED, library.fallback_reason or "")
+    if _asked not in (None, NATIVE):
+        return Choice(COMPOSED, f"{_asked} is asked for, and the fused operator is native")
+    if device_type != "cpu":
         return Choice(COMPOSED, "the fused operator has kernels for the CPU alone")
-    if fused and elsewhere:
+    if elsewhere:
         return Choice(COMPOSED, "the tensors are on several devices")
-    if fused and differentiated:
+    if differentiated:
         return Choice(COMPOSED, "a gradient is asked for, and the fused operator has none")
-    if fused and transformed():
+    if transformed():
         return Choice(COMPOSED, "under torch.func and forward mode, and the fused operator has no derivative")
-    if device_type == "cuda" and library.cuda_mode() == "reference":
-        return Choice(REFERENCE, library.cuda_reason())
-    if device_type == "cuda" and dtype == torch.float64 and op not in _HAS_COMPOSITE:
-        return Choice(REFERENCE, "there are no float64 kernels for CUDA")
-    if device_type not in NATIVE_DEVICES:
-        return Choice(None, f"this build of moda_ext has no kernels for {device_type}")
-    if device_type == "cuda" and dtype == torch.float64:
-        return Choice(COMPOSITE, "there are no float64 kernels for CUDA")
     return Choice(NATIVE, "native kernels")

@@ -4,11 +4,9 @@ native_loaded is True when the operators of torch.ops.moda_ext are registered; F
 the work. build_info is what the native build says of itself (csrc/build_info.cpp), None without one.
 
 The CUDA operators are a library of their own, loaded beside a torch with CUDA. Their kernels have not run on every kind
-of GPU: cuda_mode says who computes on CUDA tensors, "native" for the kernels or "reference" for moda_ext.reference, and
-is "native" by default only where the kernels passed the tests (cuda_mode.py).
+of GPU: they are used by default only where they passed the tests (cuda_obstacle).
 
-Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one;
-MODA_EXT_CUDA=native|reference sets cuda_mode.
+Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one.
 """
 
 import ctypes
@@ -26,8 +24,6 @@ build_info: dict | None = None
 library_path: str | None = None
 fallback_reason: str | None = None
 cuda_loaded: bool = False
-
-CUDA_MODES = ("native", "reference")
 
 
 def _flag(name: str) -> bool:
@@ -109,9 +105,6 @@ def _load() -> None:
 def _load_cuda(info: dict) -> None:
     """Loads the CUDA operators where they are built and torch has CUDA; a GPU need not be there."""
     global cuda_loaded
-    mode = os.environ.get("MODA_EXT_CUDA")
-    if mode is not None and mode not in CUDA_MODES:
-        raise ImportError(f"moda_ext: MODA_EXT_CUDA: expected one of {', '.join(CUDA_MODES)}, got {mode!r}")
     operators = _library_file("_operators_cuda")
     if operators is None or torch.version.cuda is None or not info["cuda"]:
         return
@@ -133,22 +126,13 @@ def _load_cuda(info: dict) -> None:
     cuda_loaded = True
 
 
-def cuda_mode() -> str | None:
-    """Who computes on CUDA tensors, see above; None without CUDA operators. Warns once where it falls back."""
-    if not cuda_loaded:
-        return None
-    from moda_ext._ops.cuda_mode import MODE
-
-    return MODE
-
-
-def cuda_reason() -> str:
-    """Why :func:`cuda_mode` is what it is."""
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels are not in use unless they are asked for; None where they are."""
     if not cuda_loaded:
         return "there are no CUDA operators"
-    from moda_ext._ops.cuda_mode import REASON
+    from moda_ext._ops.verified import OBSTACLE
 
-    return REASON
+    return OBSTACLE
 
 
 _load()

@@ -65,7 +65,8 @@ class Operator:
         contiguous: results whose gradient the backward kernels want contiguous; of the others, the last dimension.
         instead: what has the derivative, for an operator that has none: one that does the work of several at once where
             none is asked for. It has kernels for the CPU alone.
-        composite: whether functional/composite.py computes it for dtypes that a device has no kernels of.
+        composite: whether functional/composite.py computes it where a device has no kernels.
+        flex: whether functional/flex.py does.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Operator:
         contiguous: tuple[str, ...] = (),
         instead: str = "",
         composite: bool = False,
+        flex: bool = False,
     ):
-        self.name, self.fake, self.instead, self.composite = name, fake, instead, composite
+        self.name, self.fake, self.instead = name, fake, instead
+        self.composite, self.flex = composite, flex
         self.tokens, self.sums, self.batch = tokens, sums, batch
         self.packed, self.contiguous = packed, contiguous
         self.backward: Operator | None = None  # the operator of the gradient

@@ -62,6 +62,7 @@ modular_attention = Operator(
         "mass": -4,
         "lse_residual": -3,
     },
+    flex=True,
 )
 modular_attention_varlen = Operator(
     "modular_attention_varlen",
@@ -69,6 +70,7 @@ modular_attention_varlen = Operator(
     tokens=("query", "key", "value"),
     sums=("modality_bias", "sink"),
     packed=True,
+    flex=True,
 )
 modality_gram = Operator(
     "modality_gram",

@@ -13,7 +13,7 @@ from torch import Tensor
 from moda_ext import reference
 from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, INTEGERS, OFFSETS, accumulation_dtype
-from moda_ext.functional import checks
+from moda_ext.functional import checks, flex
 
 # A tensor, or the tuple that flags ask for: which of them a type checker cannot see.
 Results: TypeAlias = Tensor | Any
@@ -189,7 +189,23 @@ def modular_attention_varlen(
         is_causal,
         scale,
     )
-    if backend.choose("modular_attention_varlen", query) == backend.REFERENCE:
+    chosen = backend.choose("modular_attention_varlen", query)
+    if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
+        made = flex.modular_attention_varlen(
+            last_contiguous(query),
+            last_contiguous(key),
+            last_contiguous(value),
+            key_modality,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            num_modalities=num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        return pack_results(*made, return_lse, return_mass)
+    if chosen != backend.NATIVE:
         return reference.modular_attention_varlen(
             query,
             key,
@@ -241,7 +257,21 @@ def attend(
     return_mass: bool,
 ) -> Results:
     """:func:`modular_attention` of arguments that are checked, and cast for autocast."""
-    if backend.choose("modular_attention", query) == backend.REFERENCE:
+    chosen = backend.choose("modular_attention", query)
+    if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
+        made = flex.modular_attention(
+            last_contiguous(query),
+            last_contiguous(key),
+            last_contiguous(value),
+            key_modality,
+            num_modalities=num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        return pack_results(*made, return_lse, return_mass)
+    if chosen != backend.NATIVE:
         return reference.modular_attention(
             query,
             key,

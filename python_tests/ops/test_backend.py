@@ -18,7 +18,7 @@ GRAMS = ("modality_gram", "causal_gram_projection", "duplex_query_views")
 def cuda_kernels(monkeypatch):
     """As if the CUDA library were loaded and in use."""
     monkeypatch.setattr(backend, "NATIVE_DEVICES", frozenset({"cpu", "cuda", "meta"}))
-    monkeypatch.setattr(library, "cuda_mode", lambda: "native")
+    monkeypatch.setattr(library, "cuda_obstacle", lambda: None)
 
 
 @native
@@ -63,20 +63,61 @@ def test_only_float64_on_cuda_has_no_kernels(cuda_kernels):
 
 @native
 def test_cuda_kernels_that_are_not_in_use(cuda_kernels, monkeypatch):
-    monkeypatch.setattr(library, "cuda_mode", lambda: "reference")
+    reason = "the CUDA kernels have not been verified on compute capability 9.0"
+    monkeypatch.setattr(library, "cuda_obstacle", lambda: reason)
+    for op in HALVES:
+        assert backend.explain(op, "cuda", torch.bfloat16) == (backend.FLEX, reason)
+        assert backend.explain(op, "cuda", torch.float64).backend == backend.REFERENCE
+    for op in GRAMS:
+        assert backend.explain(op, "cuda") == (backend.COMPOSITE, reason)
+    with moda_ext.use_backend("native"):
+        assert all(backend.explain(op, "cuda").backend == backend.NATIVE for op in (*HALVES, *GRAMS))
+
+
+@native
+def test_what_flex_attention_cannot_compute_goes_to_the_next(monkeypatch):
+    choice = backend.explain("modular_attention", "cuda", torch.float64)
+    assert choice.backend == backend.REFERENCE
+    assert "FlexAttention has no float64 kernels" in choice.reason
+    monkeypatch.setattr(backend, "transformed", lambda: True)
     choice = backend.explain("modular_attention", "cuda")
     assert choice.backend == backend.REFERENCE
-    assert choice.reason == library.cuda_reason()
+    assert "torch.func" in choice.reason
+
+
+def test_a_backend_is_asked_for_and_given_back():
+    default = backend.explain("modular_attention", "cpu")
+    with moda_ext.use_backend("reference"):
+        assert backend.explain("modular_attention", "cpu") == (backend.REFERENCE, "it is asked for")
+        with moda_ext.use_backend(None):
+            assert backend.explain("modular_attention", "cpu") == default
+        assert backend.explain("modality_gram", "cpu").backend == backend.REFERENCE
+        assert backend.explain("duplex_attention", "cpu").backend == backend.COMPOSED
+    assert backend.explain("modular_attention", "cpu") == default
+    with pytest.raises(ValueError, match="name must be one of native, flex, reference or None, got 'fast'"):
+        moda_ext.use_backend("fast")
+
+
+def test_a_backend_that_is_asked_for_computes():
+    tokens, ids = torch.randn(2, 2, 9, 16), torch.zeros(2, 9, dtype=torch.int64)
+    expected = moda_ext.attention.modular_attention(tokens, tokens, tokens, ids)
+    compiled = torch.compile(moda_ext.attention.modular_attention, backend="eager", fullgraph=True)
+    for name in ("native", "reference", None):
+        with moda_ext.use_backend(name):
+            torch.testing.assert_close(moda_ext.attention.modular_attention(tokens, tokens, tokens, ids), expected)
+            torch.testing.assert_close(compiled(tokens, tokens, tokens, ids), expected)
 
 
 @native
 def test_a_device_without_kernels_is_an_error_that_says_so():
-    assert backend.explain("modular_attention", "xpu") == (None, "this build of moda_ext has no kernels for xpu")
+    assert backend.explain("modular_attention", "xpu").backend == backend.FLEX
+    assert backend.explain("modality_gram", "xpu").backend == backend.COMPOSITE
+    assert backend.explain("modular_attention", "mps") == (None, "this build of moda_ext has no kernels for mps")
 
     class Elsewhere:
-        device, dtype = torch.device("xpu", 0), torch.float32
+        device, dtype = torch.device("mps", 0), torch.float32
 
-    with pytest.raises(NotImplementedError, match="modality_gram: key is on xpu:0, and this build of moda_ext has no"):
+    with pytest.raises(NotImplementedError, match="modality_gram: key is on mps:0, and this build of moda_ext has no"):
         backend.choose("modality_gram", Elsewhere(), name="key")
 
 

@@ -144,9 +144,16 @@ def test_instruction_set_can_be_capped(native, cap, isa):
     assert result.stdout.strip() == isa
 
 
-def test_unknown_choice_of_cuda_kernels_is_an_error(native):
-    result = run_python("-c", "import moda_ext", MODA_EXT_CUDA="fast")
-    assert "MODA_EXT_CUDA: expected one of native, reference, got 'fast'" in result.stderr
+def test_an_unknown_backend_is_an_error():
+    result = run_python("-c", "import moda_ext", MODA_EXT_BACKEND="fast")
+    assert "MODA_EXT_BACKEND: expected one of native, flex, reference, got 'fast'" in result.stderr
+    result = run_python("-c", "import moda_ext", MODA_EXT_CUDA="native")
+    assert "MODA_EXT_CUDA has become MODA_EXT_BACKEND" in result.stderr
+
+
+def test_a_backend_is_asked_for():
+    code = "import moda_ext; print(moda_ext.info()['backends']['modular_attention']['cpu']['backend'])"
+    assert run_python("-c", code, MODA_EXT_BACKEND="reference").stdout.strip() == "reference"
 
 
 def test_without_native_library_warns_once_and_falls_back(copy_without_native):
