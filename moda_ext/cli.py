@@ -19,8 +19,6 @@ from rich.table import Column, Table
 import moda_ext
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moda_ext.diagnostics.results import Diagnosis
     from moda_ext.diagnostics.runner import Picture
 
@@ -93,55 +91,36 @@ def bench(
 
     The repository's `python -m benchmarks` has more contenders, checks each against float64, and judges goals.
     """
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.utils.benchmark import Timer
-
-    from moda_ext.attention import modular_attention
+    from moda_ext.verify.timing import SDPA, attention_times
 
     if heads % 4:
         raise typer.BadParameter(f"must be a multiple of 4, got {heads}", param_hint="--heads")
-    table = Table(title=f"median ms, float32, {torch.get_num_threads()} threads, half of the keys image, causal")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    table = Table(title=f"median ms on {device.type}, {str(dtype)[6:]}, half of the keys image, causal")
     for column in ("N", "pass", "modular_attention, all on", "SDPA, causal only", "ratio"):
         table.add_column(column, justify="right")
-    for length in map(int, lengths.split(",")):
-        query = torch.randn(1, heads, length, head_dim, requires_grad=True)
-        key, value = (torch.randn(1, heads // 4, length, head_dim, requires_grad=True) for _ in range(2))
-        bias, sink = torch.zeros(1, heads, length, 2), torch.zeros(1, heads, length)
-        modality = (torch.arange(length) % (length // 2) < length // 4).int()[None]
-
-        def ours(
-            query: Tensor = query,
-            key: Tensor = key,
-            value: Tensor = value,
-            bias: Tensor = bias,
-            sink: Tensor | None = sink,
-            modality: Tensor = modality,
-        ) -> Tensor:
-            return modular_attention(
-                query,
-                key,
-                value,
-                modality,
-                modality_bias=bias,
-                sink=sink,
-                is_causal=True,
-                return_lse=True,
-                return_mass=True,
-            )[0]
-
-        def theirs(query: Tensor = query, key: Tensor = key, value: Tensor = value) -> Tensor:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-        for name, statement in (
-            ("forward", "with torch.no_grad():\n    call()"),
-            ("forward + backward", "call().sum().backward()"),
-        ):
-            medians = []
-            for call in (ours, theirs):
-                timer = Timer(statement, globals={"torch": torch, "call": call}, num_threads=torch.get_num_threads())
-                medians.append(1e3 * timer.blocked_autorange(min_run_time=seconds).median)
-            table.add_row(str(length), name, *(f"{m:.2f}" for m in medians), f"{medians[0] / medians[1]:.2f}")
+    measured = attention_times(
+        [int(length) for length in lengths.split(",")],
+        [None],
+        heads=heads,
+        head_size=head_dim,
+        device=device,
+        dtype=dtype,
+        seconds=seconds,
+    )
+    for times in measured:
+        ours, theirs = 1e3 * times.medians[""], 1e3 * times.medians[SDPA]
+        table.add_row(str(times.length), times.what, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}")
     rich.print(table)
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def verify(context: typer.Context) -> None:
+    """Proves the native operators right on this machine, and keeps a stamp of it; `verify --help` has the options."""
+    from moda_ext.verify.__main__ import main
+
+    raise typer.Exit(main(context.args))
 
 
 @app.command(cls=ManyValues)

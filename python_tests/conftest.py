@@ -3,12 +3,15 @@
 import os
 import tempfile
 
-import hypothesis
-import pytest
-import torch
+os.environ.setdefault("MODA_EXT_STAMPS", "0")  # the user's have no part in what is tested
 
-import moda_ext
-from moda_ext._ops import backend, library
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import moda_ext  # noqa: E402
+from moda_ext._ops import backend, library  # noqa: E402
+from moda_ext.verify import checks  # noqa: E402
 
 DEVICES = ("cpu", "cuda")
 
@@ -119,9 +122,6 @@ def two_threads(one_thread) -> None:
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh memory is full of NaN (integers: the largest), so a result nobody wrote, or scratch nobody set, shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    """See moda_ext.verify.checks: a result that nobody wrote, or scratch that nobody set, shows as NaN."""
+    with checks.poisoned_memory():
+        yield

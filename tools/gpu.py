@@ -4,17 +4,17 @@ python3 tools/gpu.py [--out build/gpu] [--minutes 10] [--only build pytest ...] 
 
 Steps, each with a share of the time, none skipped because another failed; what does not fit into the time is cut off:
     build        the native libraries, for the GPUs of this machine
-    smoke        every kernel against the reference (tools/gpu_smoke.py)
+    verify       every operator against the reference: `moda-ext verify`
     pytest-gpu   the Python tests that use a GPU, with our kernels; graphs, streams, large tensors among them
-    memcheck, racecheck, initcheck    compute-sanitizer on the smoke run (pip install nvidia-cuda-sanitizer-api)
+    memcheck, racecheck, initcheck    compute-sanitizer on `verify --quick` (pip install nvidia-cuda-sanitizer-api)
     benchmarks   beside every peer (benchmarks/cuda.py)
     report       registers, spills, shared memory and instructions of the kernels (tools/cuda_report.py)
     pytest-cpu   the rest of the Python tests
 
 What a step printed is in OUT/<step>.log, the outcome of all, with the number of tests that passed, failed and were
-skipped, in OUT/gpu.json, and figures in OUT/benchmarks.json and OUT/kernels.json. The exit status is 1 if any step
-failed. When pytest and the sanitizers pass, add the compute capability to CAPABILITIES in moda_ext/_ops/verified.py:
-that makes the kernels the default on such GPUs.
+skipped, in OUT/gpu.json, and figures in OUT/verify.json, OUT/benchmarks.json and OUT/kernels.json. The exit status is 1
+if any step failed. `verify` keeps the stamp that makes the kernels the default on this machine, unless MODA_EXT_STAMPS
+says otherwise; where a sanitizer fails, delete it.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("pytest-*.xml"):
         old.unlink()
-    smoke = ROOT / "tools" / "gpu_smoke.py"
+    verify = [PYTHON, "-m", "moda_ext.verify", "--device", "cuda", "--json"]
+    quick = [*verify, out / "quick.json", "--quick"]
     facts = device_facts()
     major, minor = facts["capability"]
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
@@ -72,10 +73,10 @@ def main() -> None:
     pytest = [PYTHON, "-m", "pytest", "-q", "-rs", "python_tests"]
     steps = [  # name, share of the time, command (None: cannot run)
         ("build", 0.3, [PYTHON, "setup.py", "build_clib", "build_ext", "--inplace"]),
-        ("smoke", 0.1, [PYTHON, smoke]),
+        ("verify", 0.3, [*verify, out / "verify.json"]),
         ("pytest-gpu", 0.3, [*pytest, "-k", "cuda", "--junitxml", out / "pytest-gpu.xml"]),
         *(
-            (name, 0.07, [sanitizer, "--tool", name, "--error-exitcode", "1", PYTHON, smoke] if sanitizer else None)
+            (name, 0.07, [sanitizer, "--tool", name, "--error-exitcode", "1", *quick] if sanitizer else None)
             for name in ("memcheck", "racecheck", "initcheck")
         ),
         (

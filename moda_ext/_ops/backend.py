@@ -15,6 +15,7 @@ and ``"composed"``: other operators, one after the other, each with a backend of
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import TracebackType
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ext._ops import library, operators
+from moda_ext._ops import library, operators, stamps
 from moda_ext._ops.operator import transformed
 
 NATIVE, FLEX, COMPOSITE, REFERENCE, COMPOSED = "native", "flex", "composite", "reference", "composed"
@@ -42,6 +43,9 @@ NATIVE_DEVICES = frozenset(
     if library.native_loaded
     and (key is None or torch._C._dispatch_has_kernel_for_dispatch_key("moda_ext::modular_attention", key))
 )
+_FAILED_ON_CPU = stamps.obstacles_on_cpu(OPERATORS)
+# Beside a torch for GPUs alone: what one for CPUs would do on a GPU does not depend on it.
+_LACKS_TRITON = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is None
 FLEX_DEVICES = ("cuda", "xpu")  # where FlexAttention has kernels with a log-sum-exp and gradients; ROCm is "cuda"
 
 
@@ -164,7 +168,7 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> st
             return f"this build of moda_ext has no kernels for {device_type}"
         if device_type == "cuda" and dtype == torch.float64:
             return "there are no float64 kernels for CUDA"
-        return library.cuda_obstacle() if device_type == "cuda" and not asked else None
+        return None if asked else _unproven(op, device_type)
     if backend == FLEX:
         if op not in _HAS_FLEX or not (asked or device_type in FLEX_DEVICES):
             return ""
@@ -172,10 +176,21 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> st
             return f"FlexAttention does not serve {device_type}"
         if dtype == torch.float64 and device_type != "cpu":
             return "FlexAttention has no float64 kernels"
+        if _LACKS_TRITON and device_type != "cpu":
+            return "FlexAttention needs triton there, which is not installed"
         return "FlexAttention has no rules for torch.func and forward mode" if transformed() else None
     if backend == COMPOSITE:
         return None if op in _HAS_COMPOSITE and device_type in FLEX_DEVICES else ""
     return None if asked or device_type in ("cpu", "meta", *FLEX_DEVICES) else ""
+
+
+def _unproven(op: str, device_type: str) -> str | None:
+    """Why a native operator is not trusted on this machine, or None."""
+    if device_type == "cuda":
+        from moda_ext._ops.verified import OBSTACLES
+
+        return OBSTACLES.get(op)
+    return _FAILED_ON_CPU.get(op) if device_type == "cpu" else None
 
 
 def _decide_fused(op: str, device_type: str, dtype: torch.dtype, differentiated: bool, elsewhere: bool) -> Choice:
@@ -185,6 +200,8 @@ def _decide_fused(op: str, device_type: str, dtype: torch.dtype, differentiated:
         return Choice(COMPOSED, f"{_asked} is asked for, and the fused operator is native")
     if device_type != "cpu":
         return Choice(COMPOSED, "the fused operator has kernels for the CPU alone")
+    if (failed := _unproven(op, device_type)) and _asked is None:
+        return Choice(COMPOSED, failed)
     if elsewhere:
         return Choice(COMPOSED, "the tensors are on several devices")
     if differentiated:

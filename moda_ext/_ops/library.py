@@ -3,8 +3,8 @@
 native_loaded is True when the operators of torch.ops.moda_ext are registered; False means that moda_ext.reference does
 the work. build_info is what the native build says of itself (csrc/build_info.cpp), None without one.
 
-The CUDA operators are a library of their own, loaded beside a torch with CUDA. Their kernels have not run on every kind
-of GPU: they are used by default only where they passed the tests (cuda_obstacle).
+The CUDA operators are a library of their own, loaded beside a torch with CUDA. They are used by default only where they
+are proven (stamps.py).
 
 Environment: MODA_EXT_REQUIRE_NATIVE=1 makes a missing native library an error, MODA_EXT_DISABLE_NATIVE=1 ignores one.
 """
@@ -40,16 +40,16 @@ def torch_mismatch(found: str, built_for: str) -> str | None:
     )
 
 
-def _library_file(name: str) -> str | None:
+def _library_file(name: str) -> Path | None:
     """A library of the native build; not what Python would import, which may be a file of an older build."""
     path = Path(__file__).resolve().parents[1] / f"{name}.abi3.so"
-    return str(path) if path.exists() else None
+    return path if path.exists() else None
 
 
-def _read_build_info(path: str) -> dict:
+def _read_build_info(path: Path) -> dict:
     """What a build is, from a library that links neither torch nor Python: it loads under any of both."""
     try:
-        describe = ctypes.CDLL(path).moda_ext_build_info
+        describe = ctypes.CDLL(str(path)).moda_ext_build_info
     except (OSError, AttributeError) as error:
         raise ImportError(f"moda_ext: cannot load {path}: {error}. Fix: install moda_ext again.") from error
     describe.restype = ctypes.c_char_p
@@ -91,13 +91,13 @@ def _load() -> None:
     if mismatch:
         raise ImportError(mismatch)
     try:
-        torch.ops.load_library(operators)
+        torch.ops.load_library(str(operators))
     except OSError as error:
         raise ImportError(
             f"moda_ext: cannot load {operators}, built for torch {info['torch']}, with torch "
             f"{torch.__version__}: {error.__cause__ or error}. Fix: install moda_ext again with this torch installed."
         ) from error
-    native_loaded, build_info, library_path = True, info, operators
+    native_loaded, build_info, library_path = True, info, str(operators)
 
     _load_cuda(info)
 
@@ -117,7 +117,7 @@ def _load_cuda(info: dict) -> None:
         )
         return
     try:
-        torch.ops.load_library(operators)
+        torch.ops.load_library(str(operators))
     except OSError as error:
         raise ImportError(
             f"moda_ext: cannot load {operators}, built for CUDA {info['cuda']}: {error.__cause__ or error}. "
@@ -126,13 +126,10 @@ def _load_cuda(info: dict) -> None:
     cuda_loaded = True
 
 
-def cuda_obstacle() -> str | None:
-    """Why the CUDA kernels are not in use unless they are asked for; None where they are."""
-    if not cuda_loaded:
-        return "there are no CUDA operators"
-    from moda_ext._ops.verified import OBSTACLE
-
-    return OBSTACLE
+def files() -> list[Path]:
+    """The libraries that are loaded."""
+    names = ("_operators", "_operators_cuda") if cuda_loaded else ("_operators",) if native_loaded else ()
+    return [path for name in names if (path := _library_file(name)) is not None]
 
 
 _load()

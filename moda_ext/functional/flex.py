@@ -18,6 +18,7 @@ sequence among packed ones. So the blocks of a call follow from the ids and two 
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BLOCK = 128
+LEAST_HEAD_SIZE = 16  # of FlexAttention's kernels on GPUs
+DECODED = 32  # rows for a key head that FlexAttention's kernel for few rows gets; with more it spills
 KEPT = 4  # sets of blocks: those of the last ids, which the layers of a model have in common
 
 
@@ -134,8 +137,14 @@ def make_blocks(ids: Tensor, first: Tensor, last: Tensor, num_modalities: int) -
 
 
 def _pairs(member: Tensor, first: Tensor, last: Tensor) -> Callable:
+    """One int32 for each key, its place or one beyond all: with a bool to load, Triton's kernel spills 5 KB."""
+    place = torch.arange(member.shape[1], device=member.device)
+    place = torch.where(member, place, torch.iinfo(torch.int32).max).to(torch.int32)
+    first, last = first.to(torch.int32), last.to(torch.int32)
+
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return member[batch, column] & (column >= first[row]) & (column <= last[row])
+        at = place[batch, column]
+        return (at >= first[row]) & (at <= last[row])
 
     return mask_mod
 
@@ -173,11 +182,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     present = (ids >= 0)[:, None, :, None]  # what padding holds must not meet a probability of 0
     key, value = torch.where(present, key, 0.0), torch.where(present, value, 0.0)
+    head_size = query.shape[-1]
+    scale = head_size**-0.5 if scale is None else float(scale)
+    if head_size < LEAST_HEAD_SIZE:
+        query, key, value = (pad(t, (0, LEAST_HEAD_SIZE - head_size)) for t in (query, key, value))
     outs, sums = [], []
     for m, (mask, seen) in enumerate(zip(*blocks, strict=True)):
         view = query[m] if query.dim() == 5 else query
         out, lse = _flex_attention(view, key, value, mask, scale)
-        outs.append(torch.where(seen[:, None, :, None], out, 0.0))
+        outs.append(torch.where(seen[:, None, :, None], out[..., :head_size], 0.0))
         sums.append(torch.where(seen[:, None], lse, -torch.inf))
     lse, mass = _merge(torch.stack(sums, dim=-1), modality_bias, sink)
     merged = mass[..., 0, None] * outs[0]
@@ -208,24 +221,50 @@ def _merge(sums: Tensor, modality_bias: Tensor | None, sink: Tensor | None) -> t
     return lse, weights / total[..., None]
 
 
-def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
-    inside = torch.compiler.is_compiling() or query.device.type == "cpu"
-    call: Any = flex_attention if inside else _compiled()
-    grouped = query.shape[1] != key.shape[1]
-    out, aux = call(
-        query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=AuxRequest(lse=True)
-    )
-    return out, aux.lse
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    few = query.shape[2] * (query.shape[1] // key.shape[1]) <= DECODED
+    if torch.compiler.is_compiling() or query.device.type == "cpu":
+        return _flex_attention_with(scale, few)(query, key, value, mask)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    form = query.shape[1], key.shape[1], query.shape[3], query.dtype, gradients
+    return _compiled(scale, few, form)(query, key, value, mask)
 
 
 @functools.cache
-def _compiled() -> Callable:
-    """FlexAttention as a kernel: uncompiled it makes the matrix of all pairs."""
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled(scale: float, few: bool, form: tuple) -> Callable:
+    """FlexAttention as a kernel, for calls of one form; uncompiled it makes the matrix of all pairs.
 
-    return torch.compile(flex_attention, dynamic=True)
+    torch.compile takes what differs between two calls of one function for dynamic, and of those only lengths and
+    batches may be: with a scale or a head size that it does not know there is no kernel. It knows a function by its
+    code, so each form has one of its own.
+    """
+    attend = _flex_attention_with(scale, few)
+    name = "_".join(map(str, ("attend", *form, scale, few))).replace(".", "_")
+    attend.__code__ = attend.__code__.replace(co_name=name)
+    # Too many kinds of strides and masks must be an error, and never the matrix of all pairs.
+    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    return torch.compile(attend, fullgraph=True, **limit)  # type: ignore[call-overload]
+
+
+def _flex_attention_with(scale: float, few: bool) -> Callable:
+    """``few``: rows for a key head. Left to itself FlexAttention takes its kernel for few rows up to 127 of each query
+    head, and refuses where those of a key head do not fit into a block."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+        out, aux = flex_attention(
+            query,
+            key,
+            value,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+            kernel_options=None if few or query.device.type == "cpu" else {"BACKEND": "TRITON"},
+        )
+        return out, aux.lse  # type: ignore[return-value]  # asked for
+
+    return attend
 
 
 _kept: list[tuple[tuple, Blocks]] = []

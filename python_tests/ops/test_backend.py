@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moda_ext
-from moda_ext._ops import backend, library
+from moda_ext._ops import backend, library, verified
 
 native = pytest.mark.skipif(not library.native_loaded, reason="no native library")
 HALVES = ("modular_attention", "modular_attention_varlen")
@@ -18,7 +18,7 @@ GRAMS = ("modality_gram", "causal_gram_projection", "duplex_query_views")
 def cuda_kernels(monkeypatch):
     """As if the CUDA library were loaded and in use."""
     monkeypatch.setattr(backend, "NATIVE_DEVICES", frozenset({"cpu", "cuda", "meta"}))
-    monkeypatch.setattr(library, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(verified, "OBSTACLES", {})
 
 
 @native
@@ -63,8 +63,8 @@ def test_only_float64_on_cuda_has_no_kernels(cuda_kernels):
 
 @native
 def test_cuda_kernels_that_are_not_in_use(cuda_kernels, monkeypatch):
-    reason = "the CUDA kernels have not been verified on compute capability 9.0"
-    monkeypatch.setattr(library, "cuda_obstacle", lambda: reason)
+    reason = "the CUDA kernels are not verified on this GPU"
+    monkeypatch.setattr(verified, "OBSTACLES", dict.fromkeys(backend.OPERATORS, reason))
     for op in HALVES:
         assert backend.explain(op, "cuda", torch.bfloat16) == (backend.FLEX, reason)
         assert backend.explain(op, "cuda", torch.float64).backend == backend.REFERENCE
@@ -79,6 +79,13 @@ def test_what_flex_attention_cannot_compute_goes_to_the_next(monkeypatch):
     choice = backend.explain("modular_attention", "cuda", torch.float64)
     assert choice.backend == backend.REFERENCE
     assert "FlexAttention has no float64 kernels" in choice.reason
+    with monkeypatch.context() as without:
+        without.setattr(backend, "_LACKS_TRITON", True)
+        choice = backend.explain("modular_attention", "cuda")
+        assert choice.backend == backend.REFERENCE
+        assert "needs triton there, which is not installed" in choice.reason
+        with moda_ext.use_backend("flex"):
+            assert backend.explain("modular_attention", "cpu").backend == backend.FLEX
     monkeypatch.setattr(backend, "transformed", lambda: True)
     choice = backend.explain("modular_attention", "cuda")
     assert choice.backend == backend.REFERENCE

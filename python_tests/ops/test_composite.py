@@ -1,9 +1,11 @@
-"""The alignment operators composed of PyTorch's own (for float64 on CUDA), against the reference, on the CPU."""
+"""The alignment operators composed of PyTorch's own (for GPUs), against the reference, on the CPU; and their sizes."""
 
 import pytest
 import torch
+from graphs import sizes_in_graphs
 
-from moda_ext import reference
+from moda_ext import alignment, reference
+from moda_ext._ops import backend
 from moda_ext.functional import composite
 from moda_ext.functional.gram import causal_gram_scale
 
@@ -99,3 +101,31 @@ def test_no_row_sees_a_later_token(position):
         for key in (p.key, changed)
     ]
     assert torch.equal(rows[0][..., : position + 1, :], rows[1][..., : position + 1, :])
+
+
+# Functions as users call them, on one head of 64 numbers with two modalities, so that a square of tokens is far larger
+# than what there is for each token: the views, and a state for each chunk of 128.
+OF_USERS = {
+    "modality_gram": lambda query, key, ids, *weights: alignment.modality_gram(key, ids).sum(),
+    "causal_gram_projection": lambda query, key, ids, *weights: alignment.causal_gram_projection(
+        query, key, ids, ids
+    ).sum(),
+    "duplex_query_views": lambda query, key, ids, *weights: sum(
+        result.sum() for result in alignment.duplex_query_views(query, key, ids, ids, *weights, return_indicator=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_USERS)
+def test_no_matrix_of_all_pairs_and_nothing_that_waits(name, monkeypatch):
+    monkeypatch.setattr(backend, "choose", lambda *arguments, **options: backend.COMPOSITE)
+    length, size = 16384, 64
+
+    def make():
+        tokens = (torch.randn(1, 1, length, size, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        shapes = ((2, size, 16), (2, 16, size)) * 2
+        weights = (torch.randn(shape, requires_grad=True) for shape in shapes)
+        return *tokens, torch.zeros(1, length, dtype=torch.int32), *weights
+
+    largest = sizes_in_graphs(OF_USERS[name], make)[0]
+    assert largest <= 2 * length * 128  # the pairs are 2^28: 64 times as many

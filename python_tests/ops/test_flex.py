@@ -9,6 +9,7 @@ import pytest
 import test_large_biases
 import test_varlen
 import torch
+from graphs import sizes_in_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import compare, cotangents_for, make_problem, modalities, ours, problems
@@ -169,54 +170,70 @@ def test_the_kernel_of_the_cpu_visits_the_right_blocks(monkeypatch):
         assert_close(torch.where(seen[:, None, :, None], found, 0.0), wanted)
 
 
-def graphs_of(call, *arguments):
-    """What torch.compile makes of a call and its gradient in one graph each, traced on tensors without data."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
-    with FakeTensorMode():
-        compiled(*(make() for make in arguments)).backward()
-    return graphs
-
-
 def test_no_matrix_of_all_pairs(flex):
     length = 16384
-
-    def tokens(heads):
-        return lambda: torch.randn(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True)
 
     def call(query, key, value, ids, bias):
         out, mass = modular_attention(query, key, value, ids, modality_bias=bias, is_causal=True, return_mass=True)
         return out.sum() + mass.sum()
 
-    arguments = tokens(8), tokens(2), tokens(2), lambda: torch.zeros(1, length), lambda: torch.zeros(2)
-    graphs = graphs_of(lambda q, k, v, i, b: call(q, k, v, i.int(), b), *arguments)
-    assert len(graphs) == 2  # forward and backward
-    leaves = [torch.utils._pytree.tree_leaves(n.meta.get("val")) for graph in graphs for n in graph.graph.nodes]
-    sizes = [leaf.numel() for made in leaves for leaf in made if isinstance(leaf, torch.Tensor)]
-    assert max(sizes) == 8 * length * 64  # a query; the pairs are 2^28
+    def make():
+        tokens = (torch.randn(1, n, length, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, 2, 2))
+        return *tokens, torch.zeros(1, length, dtype=torch.int32), torch.zeros(2, requires_grad=True)
+
+    assert sizes_in_graphs(call, make)[0] == 8 * length * 64  # a query; the pairs are 2^28
 
 
-def test_lengths_do_not_recompile():
-    from torch._dynamo.testing import CompileCounter
-    from torch.nn.attention.flex_attention import flex_attention
+@pytest.fixture
+def kernels(monkeypatch):
+    """The graphs that eager calls on a GPU are compiled to; the device's kernel is left out."""
+    made = []
 
+    def keep(graph, inputs):
+        made.append(graph)
+        return graph
+
+    def compile_with(function, **options):
+        return compile_(function, backend=keep, **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_with)
     torch._dynamo.reset()
-    counter, counts = CompileCounter(), []
-    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
-    for length in (200, 300, 470, 650):
-        tokens, ids = torch.randn(1, 2, length, 16), torch.randint(0, 2, (1, length))
-        for mask in backend.make_blocks(ids, *backend._dense_intervals(length, length, True, ids.device), 2).masks:
-            compiled(tokens, tokens, tokens, block_mask=mask)
-        counts.append(counter.frame_count)
-    assert counts == counts[:1] * 4, counts
+    backend._compiled.cache_clear()
+    yield made
+    backend._compiled.cache_clear()
+
+
+def compiled_attention(query, key, columns, scale=0.25):
+    """What ``_attend`` does on a GPU, without groups of heads."""
+    ids = torch.randint(0, 2, (query.shape[0], columns))
+    rows = query.shape[2]
+    for mask in backend.make_blocks(ids, *backend._dense_intervals(rows, columns, True, ids.device), 2).masks:
+        form = query.shape[1], key.shape[1], query.shape[3], query.dtype, False
+        backend._compiled(scale, rows <= backend.DECODED, form)(query, key, key, mask)
+
+
+def test_lengths_do_not_recompile(kernels):
+    counts = []
+    for length in (200, 300, 470, 650, 900, 129):
+        tokens = torch.randn(1, 2, length, 16)
+        compiled_attention(tokens, tokens, length)
+        counts.append(len(kernels))
+    assert counts == [1, 2, 2, 2, 2, 2]
+
+
+def test_kernels_know_scale_and_head_size(kernels):
+    """torch.compile makes dynamic what differs between two calls; FlexAttention has no kernel for an unknown scale."""
+    for scale, size in ((0.25, 16), (0.125, 32), (0.3, 32), (0.25, 64)):
+        for length in (200, 300):
+            tokens = torch.randn(2, 2, length, size)
+            compiled_attention(tokens, tokens, length, scale=scale)
+        graph = kernels[-1].graph
+        (call,) = [node for node in graph.nodes if "flex_attention" in str(node.target)]
+        assert call.args[5] == scale
+        shapes = [node.meta["example_value"].shape for node in call.args[:3]]
+        assert all(shape[1] == 2 and isinstance(shape[2], torch.SymInt) and shape[3] == size for shape in shapes)
+    assert len(kernels) == 8
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -232,10 +249,14 @@ def test_models_compute_on_it(flex, family, monkeypatch):
     from moda_ext.integrations.transformers import apply_moda, check_identity
 
     calls, attend = [], backend._attend
-    monkeypatch.setattr(backend, "_attend", lambda *arguments: calls.append(1) or attend(*arguments))
-    inputs = make_inputs(family)
-    check_identity(apply_moda(make_model(family)), inputs)
+    monkeypatch.setattr(backend, "_attend", lambda *arguments: calls.append(arguments[4]) or attend(*arguments))
+    inputs, model = make_inputs(family), apply_moda(make_model(family))
+    check_identity(model, inputs)
     assert calls
+    calls.clear()
+    model(**inputs)
+    assert len(calls) > 1
+    assert all(blocks is calls[0] for blocks in calls)  # every layer looks at those of the first
     model = make_trained(family)
     with moda_ext.use_backend("native"):
         expected = logits_of(family, model, inputs)

@@ -91,6 +91,7 @@ def test_the_reference_is_used_as_a_backend_alone():
     users = {
         "moda_ext",
         "moda_ext.demo",
+        "moda_ext.verify.cases",
         "moda_ext.functional.alignment",
         "moda_ext.functional.attention",
         "moda_ext.integrations.transformers.attention",  # 4-D masks of other models, under recording

@@ -65,7 +65,7 @@ def test_info():
 def test_help_lists_the_commands():
     code, output = call("--help")
     assert code == 0
-    assert all(name in output for name in ("info", "demo", "bench", "diagnose"))
+    assert all(name in output for name in ("info", "demo", "bench", "diagnose", "verify"))
 
 
 def test_demo_passes_its_path_on(monkeypatch, tmp_path):

@@ -217,3 +217,15 @@ def test_native_library_can_be_ignored():
     result = run_python("-c", "import moda_ext; print(moda_ext.info()['native'])", MODA_EXT_DISABLE_NATIVE="1")
     assert result.stdout.strip() == "False"
     assert result.stderr == ""
+
+
+def test_without_a_gpu_nothing_warns_and_what_needs_one_says_so():
+    """Beside a torch with CUDA as well, which tests under `tools/dev.py matrix` have."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    told = run_python("-W", "error", "-m", "moda_ext.info", "--why")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "no kernels for cuda" in told.stdout or "no GPU to use the kernels on" in told.stdout
+    refused = run_python("-W", "error", "-m", "moda_ext.verify", "--device", "cuda")
+    assert refused.returncode == 1
+    assert refused.stderr == f"moda-ext verify: --device cuda: torch {torch.__version__} sees no GPU\n"

@@ -1,0 +1,411 @@
+"""What is verified: calls of every operator as users make them, each beside the same mathematics done densely."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from moda_ext import reference
+from moda_ext._ops.backend import use_backend
+from moda_ext._ops.limits import accumulation_dtype
+from moda_ext.functional.alignment import causal_gram_projection, duplex_query_views, modality_gram
+from moda_ext.functional.attention import modular_attention, modular_attention_varlen
+from moda_ext.functional.duplex import duplex_attention
+from moda_ext.nn.aligner import DuplexAligner
+
+Results: TypeAlias = dict[str, Tensor]
+Call: TypeAlias = Callable[..., Results]
+
+SIZES = (8, 32, 40, 64, 96, 128, 192, 256)  # of heads: every CUDA kernel, and sizes that fill no vector
+LENGTHS = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 255, 257)  # around the tiles of every kernel
+TOKENS = ("query", "key", "value", "new_key")  # in the dtype of a case; all other numbers in that of sums
+RANK = 8
+FULL: dict[str, Any] = {"return_lse": True, "return_mass": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator.
+
+    Args:
+        operator: whose native kernels it judges.
+        make: the arguments by name, floating-point ones in float64, from a generator.
+        ours, dense: from the arguments to results by name; ``dense`` computes in the dtype of the query, or key.
+        differentiable: False for operators that have no derivative.
+        wide: results that are as accurate as the dtype of sums, whatever that of the tokens is.
+    """
+
+    operator: str
+    label: str
+    dtype: torch.dtype
+    make: Callable[[torch.Generator], dict[str, Tensor]]
+    ours: Call
+    dense: Call
+    differentiable: bool = True
+    wide: tuple[str, ...] = ("lse", "mass", "indicator", "gram", "trace")
+
+    def inputs(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """The arguments on a device, rounded to their dtypes; those that have a gradient ask for it."""
+        made = {}
+        for name, tensor in self.make(torch.Generator().manual_seed(seed)).items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype if name in TOKENS else accumulation_dtype(self.dtype))
+                tensor.requires_grad_(self.differentiable)
+            moved = tensor.to(device).detach()
+            made[name] = moved.requires_grad_(tensor.requires_grad)
+        return made
+
+
+def cases(operator: str, dtypes: Sequence[torch.dtype], *, half: bool = False) -> Iterator[Case]:
+    """All cases of an operator: every dtype and head size with every structure, at lengths that take turns.
+
+    ``half`` of them hold every dtype, every head size and every structure, and every two of these.
+    """
+    structures, build = FAMILIES[operator]
+    turns = itertools.count()
+    for (d, dtype), (n, size), (s, (label, structure)) in itertools.product(
+        enumerate(dtypes), enumerate(SIZES), enumerate(structures.items())
+    ):
+        turn = next(turns)
+        lengths = LENGTHS[5 * turn % len(LENGTHS)], LENGTHS[(3 * turn + 7) % len(LENGTHS)]
+        if not half or (d + n + s) % 2 == 0:
+            yield build(operator, f"{label}, D={size}, {str(dtype)[6:]}", dtype, size, lengths, **structure)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _ids(columns: int, modalities: int, run: int, padding: str) -> Tensor:
+    """(2, columns): runs of modalities; the two rows begin at different ones."""
+    ids = (torch.arange(columns) // run + torch.arange(2)[:, None]) % modalities
+    ids[0, {"": slice(0), "left": slice(columns // 3), "right": slice(columns - columns // 3, None)}[padding]] = -1
+    return ids
+
+
+def _tokens(generator: torch.Generator, heads: int, rows: int, size: int, *outer: int) -> Tensor:
+    """(..., 2, H, N, D), with the tokens outside of the heads in memory, as projections leave them."""
+    return torch.randn(*outer, 2, rows, heads, size, generator=generator, dtype=torch.float64).transpose(-2, -3)
+
+
+def _weights(generator: torch.Generator, modalities: int, size: int) -> dict[str, Tensor]:
+    shapes = {"a1": (size, RANK), "b1": (RANK, size), "a2": (size, RANK), "b2": (RANK, size)}
+    return {
+        name: torch.randn(modalities, *shape, generator=generator, dtype=torch.float64) / 8
+        for name, shape in shapes.items()
+    }
+
+
+def _cast(terms: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: term.to(dtype) if isinstance(term, Tensor) else term for name, term in terms.items()}
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+ATTENTION: dict[str, dict] = {
+    "causal, grouped heads, left padding": {"heads": 8, "causal": True, "padding": "left", "modalities": 3},
+    "causal, views, short runs": {"views": True, "run": 1, "causal": True, "modalities": 4},
+    "all keys, hidden modalities": {"hidden": True, "padding": "right", "other_length": True},
+    "chunk, views": {"heads": 4, "views": True, "causal": True, "columns": 270, "modalities": 3},
+    "decoding": {"heads": 16, "causal": True, "rows": 1, "columns": 500},
+    "more rows than keys": {"heads": 2, "causal": True, "rows": 270, "sink": False},
+}
+
+
+def _attention(
+    operator: str,
+    label: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    *,
+    heads: int = 2,
+    rows: int = 0,
+    columns: int = 0,
+    other_length: bool = False,
+    modalities: int = 2,
+    run: int = 50,
+    padding: str = "",
+    views: bool = False,
+    hidden: bool = False,
+    sink: bool = True,
+    causal: bool = False,
+) -> Case:
+    rows = rows or lengths[0]
+    columns = columns or (lengths[1] if other_length or rows == 270 else rows)
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        bias = torch.randn(2, heads, rows, modalities, generator=generator, dtype=torch.float64)
+        if hidden:
+            bias[:, :, ::3, 0] = -torch.inf
+            bias[:, :, ::6] = -torch.inf  # rows that see nothing
+        made = {
+            "query": _tokens(generator, heads, rows, size, *((modalities,) if views else ())),
+            "key": _tokens(generator, 2, columns, size),
+            "value": _tokens(generator, 2, columns, size),
+            "key_modality": _ids(columns, modalities, run, padding),
+            "modality_bias": bias,
+        }
+        if sink:
+            made["sink"] = torch.randn(2, heads, rows, generator=generator, dtype=torch.float64)
+        return made
+
+    options: dict[str, Any] = {"num_modalities": modalities, "is_causal": causal}
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
+        results = modular_attention(query, key, value, key_modality, **terms, **options, **FULL)
+        return dict(zip(("out", "lse", "mass"), results, strict=True))
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
+        terms = _cast(terms, query.dtype)
+        results = reference.dense_attention(query, key, value, key_modality, **terms, **options)
+        return dict(zip(("out", "lse", "mass"), results, strict=True))
+
+    return Case(operator, f"{label}, Nq={rows}, Nk={columns}", dtype, make, ours, dense)
+
+
+PACKED: dict[str, dict] = {
+    "causal": {"causal": True},
+    "views": {"views": True},
+}
+
+
+def _packed(
+    operator: str,
+    label: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    *,
+    views: bool = False,
+    causal: bool = False,
+    modalities: int = 3,
+    heads: int = 4,
+) -> Case:
+    of_queries = torch.tensor([lengths[0], 0, 40, lengths[1]])
+    of_keys = torch.tensor([lengths[0] + 20, 10, 40, lengths[1]])
+    offsets = {
+        "cu_seqlens_q": torch.nn.functional.pad(of_queries.cumsum(0), (1, 0)),
+        "cu_seqlens_k": torch.nn.functional.pad(of_keys.cumsum(0), (1, 0)),
+    }
+    rows, columns = int(of_queries.sum()), int(of_keys.sum())
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        return {
+            "query": randn(*((modalities,) if views else ()), rows, heads, size),
+            "key": randn(columns, 2, size),
+            "value": randn(columns, 2, size),
+            "key_modality": _ids(columns, modalities, 30, "left")[0],
+            **offsets,
+            "modality_bias": randn(rows, heads, modalities),
+            "sink": randn(rows, heads),
+        }
+
+    options: dict[str, Any] = {"num_modalities": modalities, "is_causal": causal}
+    longest = {"max_seqlen_q": int(of_queries.max()), "max_seqlen_k": int(of_keys.max())}
+
+    def ours(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_modality: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        **terms: Any,
+    ) -> Results:
+        packed: dict[str, Any] = {**longest, **terms, **options, **FULL}
+        results = modular_attention_varlen(query, key, value, key_modality, cu_seqlens_q, cu_seqlens_k, **packed)
+        return dict(zip(("out", "lse", "mass"), results, strict=True))
+
+    def dense(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_modality: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        *,
+        modality_bias: Tensor,
+        sink: Tensor,
+    ) -> Results:
+        row, column = torch.arange(rows, device=query.device), torch.arange(columns, device=query.device)
+        of_row = torch.searchsorted(cu_seqlens_q, row, right=True)
+        of_column = torch.searchsorted(cu_seqlens_k, column, right=True)
+        visible = of_row[:, None] == of_column
+        if causal:
+            last = cu_seqlens_k[of_row] - (cu_seqlens_q[of_row] - row)
+            visible = visible & (column <= last[:, None])
+        query, key, value = (t.transpose(-2, -3).unsqueeze(-4) for t in (query, key, value))
+        out, lse, mass = reference.dense_attention(
+            query,
+            key,
+            value,
+            key_modality[None],
+            num_modalities=modalities,
+            modality_bias=modality_bias.to(query.dtype).transpose(0, 1)[None],
+            sink=sink.to(query.dtype).T[None],
+            visible=visible,
+        )
+        return {"out": out[0].transpose(0, 1), "lse": lse[0].T, "mass": mass[0].transpose(0, 1)}
+
+    return Case(operator, f"{label}, {rows} queries and {columns} keys in all", dtype, make, ours, dense)
+
+
+# Alignment ------------------------------------------------------------------------------------------------------------
+
+GRAMS: dict[str, dict] = {
+    "unit keys, padding": {"padding": "left", "modalities": 3},
+    "raw keys, normalised by row": {"key_norm": None, "normalize": "row", "run": 1},
+}
+
+
+def _gram(
+    operator: str,
+    label: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    *,
+    padding: str = "",
+    modalities: int = 2,
+    run: int = 40,
+    **options: Any,
+) -> Case:
+    columns = 3 * lengths[0]
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        return {"key": _tokens(generator, 2, columns, size), "modality": _ids(columns, modalities, run, padding)}
+
+    def through(function: Callable[..., Tensor]) -> Call:
+        return lambda key, modality: {"gram": function(key, modality, modalities, **options)}
+
+    ours, dense = through(modality_gram), through(reference.modality_gram)
+    return Case(operator, f"{label}, N={columns}", dtype, make, ours, dense)
+
+
+CAUSAL: dict[str, dict] = {
+    "grouped heads, padding": {"heads": 8, "padding": "left", "modalities": 3},
+    "after a state": {"state": True, "chunk": 30, "run": 7},
+}
+
+
+def _causal(
+    operator: str,
+    label: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    *,
+    heads: int = 2,
+    padding: str = "",
+    modalities: int = 2,
+    run: int = 40,
+    state: bool = False,
+    chunk: int = 0,
+) -> Case:
+    """``causal_gram_projection``, ``duplex_query_views`` or, attending too, ``duplex_attention``."""
+    rows = lengths[0]
+    columns = rows + chunk
+    attends = operator == "duplex_attention"
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        made = {"query": _tokens(generator, heads, rows, size), "key": _tokens(generator, 2, columns, size)}
+        made["modality"] = _ids(columns, modalities, run, padding)
+        if operator != "causal_gram_projection":
+            made |= _weights(generator, modalities, size)
+        if state:
+            made["root"] = torch.randn(2, 2, modalities, size, size, generator=generator, dtype=torch.float64)
+        if attends:
+            made["value"] = _tokens(generator, 2, columns, size)
+            made["modality_bias"] = torch.randn(2, heads, rows, modalities, generator=generator, dtype=torch.float64)
+            made["condition"] = torch.randn(heads, 1, modalities, generator=generator, dtype=torch.float64)
+            made["sink"] = torch.randn(2, heads, rows, generator=generator, dtype=torch.float64)
+        return made
+
+    def aligned(function: Callable, given: dict[str, Tensor], **options: Any) -> Any:
+        given = dict(given)
+        modality, root = given.pop("modality"), given.pop("root", None)
+        trace = None if root is None else root.square().sum(dim=(-1, -2)) + 1
+        before = None if root is None else (root.mT @ root, trace)
+        return function(
+            query_modality=modality[:, chunk:],
+            key_modality=modality,
+            num_modalities=modalities,
+            state=before,
+            **given,
+            **options,
+        )
+
+    def through(project: Callable, views_of: Callable) -> Call:
+        def call(**given: Tensor) -> Results:
+            if operator == "causal_gram_projection":
+                out, (gram, trace) = aligned(project, given, return_state=True)
+                return {"out": out, "gram": gram, "trace": trace}
+            views, indicator, (gram, trace) = aligned(views_of, given, return_indicator=True, return_state=True)
+            return {"views": views, "indicator": indicator, "gram": gram, "trace": trace}
+
+        return call
+
+    def fused(**given: Tensor) -> Results:
+        return dict(zip(("out", "lse", "mass"), aligned(duplex_attention, given, **FULL), strict=True))
+
+    def in_two_steps(value: Tensor, modality_bias: Tensor, condition: Tensor, sink: Tensor, **given: Tensor) -> Results:
+        views, indicator = aligned(reference.duplex_query_views, given, return_indicator=True)
+        terms = {"modality_bias": modality_bias + condition * indicator, "sink": sink}
+        results = reference.dense_attention(
+            views,
+            given["key"],
+            value,
+            given["modality"],
+            num_modalities=modalities,
+            is_causal=True,
+            **_cast(terms, value.dtype),
+        )
+        return dict(zip(("out", "lse", "mass"), results, strict=True))
+
+    ours = fused if attends else through(causal_gram_projection, duplex_query_views)
+    of_reference = through(reference.causal_gram_projection, reference.duplex_query_views)
+    dense = in_two_steps if attends else of_reference
+    case = Case(operator, f"{label}, Nq={rows}, Nk={columns}", dtype, make, ours, dense)
+    # Views are rounded to the dtype of the query, so nothing that is made of them is more accurate.
+    return replace(case, differentiable=False, wide=()) if attends else case
+
+
+def _aligned_keys(
+    operator: str, label: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], *, modalities: int
+) -> Case:
+    columns = 2 * lengths[0]
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        made = {"key": _tokens(generator, 2, columns, size), "modality": _ids(columns, modalities, 40, "left")}
+        return made | _weights(generator, modalities, size)
+
+    def ours(key: Tensor, modality: Tensor, **weights: Tensor) -> Results:
+        aligner = DuplexAligner(size, num_modalities=modalities, scope="full", rank=RANK).to(key.device)
+        for name, weight in weights.items():
+            setattr(aligner, name, torch.nn.Parameter(weight))
+        return {"keys": aligner.align_keys(key, modality)}
+
+    def dense(**given: Tensor) -> Results:
+        with use_backend("reference"):
+            return ours(**given)
+
+    return Case(operator, f"{label}, N={columns}", dtype, make, ours, dense, False)
+
+
+FAMILIES: dict[str, tuple[dict[str, dict], Callable[..., Case]]] = {
+    "modular_attention": (ATTENTION, _attention),
+    "modular_attention_varlen": (PACKED, _packed),
+    "modality_gram": (GRAMS, _gram),
+    "causal_gram_projection": (CAUSAL, _causal),
+    "duplex_query_views": (CAUSAL, _causal),
+    "duplex_attention": (CAUSAL, _causal),
+    "duplex_aligned_keys": ({"two modalities": {"modalities": 2}, "three": {"modalities": 3}}, _aligned_keys),
+}
