@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moda_ext import reference
+from moda_ext import reference, use_backend
 from moda_ext.attention import modular_attention
 
 from .workloads import VISION, Case, Inputs
@@ -108,6 +108,17 @@ def build_ours_plain(case: Case, x: Inputs) -> Call:
             is_causal=True,
         )
         return (out,)
+
+    return call
+
+
+def build_ours_on_flex(case: Case, x: Inputs) -> Call:
+    """What a GPU runs where the kernels are not proven."""
+    ours = build_ours(case, x)
+
+    def call():
+        with use_backend("flex"):
+            return ours()
 
     return call
 
@@ -406,6 +417,7 @@ PEERS = [
 
 # On a GPU: plain attention by every library, FlexAttention as it is there, and the same as above for the rest.
 CUDA_PEERS = [
+    Contender("ours-flex", "the same on FlexAttention, a call for each modality", build_ours_on_flex, ALL),
     Contender(
         "cudnn",
         "cuDNN through SDPA, causal, nothing else: less work",

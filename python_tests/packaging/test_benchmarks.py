@@ -58,7 +58,7 @@ def test_contenders_of_a_gpu_agree_on_a_cpu(bench, monkeypatch, native, workload
     monkeypatch.setattr(cuda, "measure", lambda calls, rounds: {name: [1.0] * rounds for name in calls})
     case = replace(cuda.CASES[workload][0], **TINY)
     rows = cuda.run_case(case, mode, rounds=2)
-    only_there = {"cudnn", "fa4", "flex-fa4"} | ({"flex"} if mode == "train" else set())
+    only_there = {"cudnn", "fa4", "flex-fa4"} | ({"flex", "ours-flex"} if mode == "train" else set())
     for row in rows:
         excused = row["contender"] in only_there or (row["reason"] or "").startswith("n/a")
         assert excused or (row["ok"] and row["samples"] == [1.0, 1.0]), row
