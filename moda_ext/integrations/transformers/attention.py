@@ -371,7 +371,8 @@ def _tokens(
     key_modality = context.key_modality.to(device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(start, Tensor) and key.shape[2] <= key_modality.shape[1] == start + new:
-        key_modality = key_modality[:, -key.shape[2] :]  # a sliding window keeps the last ones
+        if key.shape[2] < key_modality.shape[1]:  # a sliding window keeps the last ones
+            key_modality = key_modality[:, -key.shape[2] :]  # else one tensor for all layers, see functional/flex.py
         new_key = key[:, :, -new:]
         return Tokens(query, key, value, query_modality, key_modality, new_key, query_modality, scale), visible
     if not isinstance(start, Tensor) and start == 0:  # the first pass
