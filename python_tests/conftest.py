@@ -36,6 +36,7 @@ def _let_flex_attention_differentiate_on_the_cpu(monkeypatch):
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(backend, "FLEX_IS_WHOLE_ON_CPU", True)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ and ``"composed"``: other operators, one after the other, each with a backend of
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from types import TracebackType
 from typing import NamedTuple
@@ -44,8 +43,7 @@ NATIVE_DEVICES = frozenset(
     and (key is None or torch._C._dispatch_has_kernel_for_dispatch_key("moda_ext::modular_attention", key))
 )
 _FAILED_ON_CPU = stamps.obstacles_on_cpu(OPERATORS)
-# Beside a torch for GPUs alone: what one for CPUs would do on a GPU does not depend on it.
-_LACKS_TRITON = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is None
+FLEX_IS_WHOLE_ON_CPU = False  # the tests step around what FlexAttention lacks there: gradients, and a log-sum-exp
 FLEX_DEVICES = ("cuda", "xpu")  # where FlexAttention has kernels with a log-sum-exp and gradients; ROCm is "cuda"
 
 
@@ -111,14 +109,14 @@ def choose(op: str, tensor: Tensor, *others: Tensor | None, name: str = "query")
     Args:
         op: its name, one of ``OPERATORS``.
         tensor: the argument ``name``.
-        others: for one of ``FUSED``: all other tensors that take part. Weights that are elsewhere until their module is
-            called (offloading) want it to be called.
+        others: all other tensors that take part. For one of ``FUSED``, weights that are elsewhere until their module
+            is called (offloading) want it to be called.
 
     Raises:
         NotImplementedError: nothing can compute here; it says why, and what would work.
     """
     differentiated = elsewhere = False
-    if op in FUSED:
+    if op in FUSED or _asked == FLEX:  # it costs a microsecond: where it matters
         given = [tensor, *(other for other in others if isinstance(other, Tensor))]
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         elsewhere = any(t.device.type != tensor.device.type for t in given)
@@ -143,7 +141,7 @@ def _decide(op: str, device_type: str, dtype: torch.dtype, differentiated: bool,
     obstacles: list[str] = []
     asked = (_asked,) if _asked else ()
     for backend in (*asked, *(b for b in PREFERRED if b != _asked)):
-        obstacle = _obstacle(backend, op, device_type, dtype)
+        obstacle = _obstacle(backend, op, device_type, dtype, differentiated)
         if obstacle is None:
             return Choice(backend, "; ".join(obstacles) or _MERITS[backend])
         if obstacle and obstacle not in obstacles:
@@ -158,7 +156,7 @@ _MERITS = {
 }
 
 
-def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype, differentiated: bool) -> str | None:
     """Why a backend cannot compute, or None; empty if it is not meant for such calls."""
     asked = backend == _asked
     if backend == NATIVE:
@@ -176,8 +174,16 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> st
             return f"FlexAttention does not serve {device_type}"
         if dtype == torch.float64 and device_type != "cpu":
             return "FlexAttention has no float64 kernels"
-        if _LACKS_TRITON and device_type != "cpu":
-            return "FlexAttention needs triton there, which is not installed"
+        if device_type == "cpu" and not FLEX_IS_WHOLE_ON_CPU:
+            if differentiated:
+                return "FlexAttention has no gradients on the CPU"
+            if torch.compiler.is_compiling():
+                return "FlexAttention has no log-sum-exp on the CPU where it is compiled"
+        if device_type == "cuda":
+            from moda_ext._ops.verified import FLEX as MISSING
+
+            if MISSING:
+                return MISSING
         return "FlexAttention has no rules for torch.func and forward mode" if transformed() else None
     if backend == COMPOSITE:
         return None if op in _HAS_COMPOSITE and device_type in FLEX_DEVICES else ""
@@ -187,9 +193,9 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype) -> st
 def _unproven(op: str, device_type: str) -> str | None:
     """Why a native operator is not trusted on this machine, or None."""
     if device_type == "cuda":
-        from moda_ext._ops.verified import OBSTACLES
+        from moda_ext._ops.verified import NATIVE as MISSING
 
-        return OBSTACLES.get(op)
+        return MISSING.get(op)
     return _FAILED_ON_CPU.get(op) if device_type == "cpu" else None
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from moda_ext._ops import library
+from moda_ext._version import __version__
 
 VERIFY = "python -m moda_ext.verify"
 
@@ -31,13 +32,13 @@ def folder() -> Path | None:
     if named:
         return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME")
-    home = os.path.expanduser("~")  # as it is, where there is no home
-    return (Path(cache) if cache else Path(home) / ".cache") / "moda_ext" / "stamps"
+    home = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache"
+    return home / "moda_ext" / "stamps" if home.is_absolute() else None  # no home: no stamps
 
 
 def circumstances(device: torch.device) -> dict[str, str]:
     """All that a proof on this device depends on."""
-    common = {"libraries": _digest(library.files()), "torch": torch.__version__}
+    common = {"moda_ext": __version__, "libraries": _digest(library.files()), "torch": torch.__version__}
     if device.type == "cpu":
         isa = (library.build_info or {}).get("isa", "")
         return {"device": _processor(), "isa": isa, **common}
@@ -50,7 +51,7 @@ def write(facts: dict[str, str], failures: dict[str, str]) -> Path:
     """Keeps the outcome for every operator: "" where all passed. OSError where the folder cannot be written."""
     home = folder()
     if home is None:
-        raise OSError("MODA_EXT_STAMPS=0: stamps are not in use")
+        raise OSError("stamps are not in use: MODA_EXT_STAMPS=0, or no home directory")
     home.mkdir(parents=True, exist_ok=True)
     path = home / _name(facts)
     with tempfile.NamedTemporaryFile("w", dir=home, delete=False) as file:
@@ -64,10 +65,14 @@ def read(facts: dict[str, str]) -> dict[str, str] | None:
     """The failures that a stamp for these circumstances tells of; None without one."""
     home = folder()
     try:
-        stamp = json.loads((home / _name(facts)).read_text()) if home else {}
-    except (OSError, ValueError):  # none, or one that nobody can read: no proof
+        stamp = json.loads((home / _name(facts)).read_text()) if home else None
+    except (OSError, ValueError, RecursionError):  # none, or one that nobody can read: no proof
         return None
-    return stamp["failures"] if stamp.get("circumstances") == facts else None
+    if not isinstance(stamp, dict) or stamp.get("circumstances") != facts:
+        return None
+    failures = stamp.get("failures")
+    told = isinstance(failures, dict) and all(isinstance(failure, str) for failure in failures.values())
+    return failures if told else None
 
 
 def obstacles_on_cpu(operators: Iterable[str]) -> dict[str, str]:
@@ -104,7 +109,10 @@ def _failed(failure: str, device: str) -> str:
 def _any(kind: str) -> bool:
     """Whether there are stamps at all: digests of libraries take time."""
     home = folder()
-    return home is not None and any(home.glob(f"{kind}-*.json"))
+    try:
+        return home is not None and any(name.startswith(f"{kind}-") for name in os.listdir(home))
+    except OSError:  # none yet, or one that is not ours to read
+        return False
 
 
 def _name(facts: dict[str, str]) -> str:
@@ -121,7 +129,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []

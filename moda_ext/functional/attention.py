@@ -189,7 +189,7 @@ def modular_attention_varlen(
         is_causal,
         scale,
     )
-    chosen = backend.choose("modular_attention_varlen", query)
+    chosen = backend.choose("modular_attention_varlen", query, key, value, modality_bias, sink)
     if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
         made = flex.modular_attention_varlen(
             last_contiguous(query),
@@ -257,7 +257,7 @@ def attend(
     return_mass: bool,
 ) -> Results:
     """:func:`modular_attention` of arguments that are checked, and cast for autocast."""
-    chosen = backend.choose("modular_attention", query)
+    chosen = backend.choose("modular_attention", query, key, value, modality_bias, sink)
     if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
         made = flex.modular_attention(
             last_contiguous(query),

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moda_ext.functional import checks
+
 BLOCK = 128
 LEAST_HEAD_SIZE = 16  # of FlexAttention's kernels on GPUs
 DECODED = 32  # rows for a key head that FlexAttention's kernel for few rows gets; with more it spills
@@ -54,10 +56,11 @@ def modular_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass of :func:`moda_ext.attention.modular_attention`."""
     rows, columns = query.shape[-2], key.shape[-2]
+    _check_ids("modular_attention", key_modality, num_modalities)
     blocks = _kept_blocks(
         lambda: make_blocks(key_modality, *_dense_intervals(rows, columns, is_causal, query.device), num_modalities),
         (key_modality,),
-        (rows, num_modalities, is_causal),
+        (rows, columns, num_modalities, is_causal),
     )
     return _attend(query, key, value, key_modality, blocks, modality_bias, sink, scale)
 
@@ -78,6 +81,10 @@ def modular_attention_varlen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass of :func:`moda_ext.attention.modular_attention_varlen`: one sequence to FlexAttention."""
     rows, columns = query.shape[-3], key.shape[-3]
+    _check_ids("modular_attention_varlen", key_modality, num_modalities)
+    for name, offsets, tokens in (("cu_seqlens_q", cu_seqlens_q, rows), ("cu_seqlens_k", cu_seqlens_k, columns)):
+        wrong = torch.cat([offsets[:1] != 0, offsets[-1:] != tokens, offsets.diff() < 0])
+        checks.on_host(wrong, f"modular_attention_varlen: {name}: expected offsets that rise from 0 to {tokens}")
     ids = key_modality[None]
     blocks = _kept_blocks(
         lambda: make_blocks(ids, *_packed_intervals(rows, cu_seqlens_q, cu_seqlens_k, is_causal), num_modalities),
@@ -90,6 +97,11 @@ def modular_attention_varlen(
     sink = None if sink is None else sink.expand(rows, query.shape[-3]).T[None]
     out, lse, mass = _attend(query, key, value, ids, blocks, bias, sink, scale)
     return out[0].transpose(0, 1), lse[0].T, mass[0].transpose(0, 1)
+
+
+def _check_ids(op: str, ids: Tensor, num_modalities: int) -> None:
+    message = f"{op}: key_modality must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)"
+    checks.on_host((ids < -1) | (ids >= num_modalities), message)
 
 
 def make_blocks(ids: Tensor, first: Tensor, last: Tensor, num_modalities: int) -> Blocks:
@@ -165,6 +177,7 @@ def _dense_intervals(rows: int, columns: int, is_causal: bool, device: torch.dev
 def _packed_intervals(rows: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     row = torch.arange(rows, device=cu_seqlens_q.device)
     sequence = torch.searchsorted(cu_seqlens_q, row, right=True) - 1
+    sequence = sequence.clamp(0, len(cu_seqlens_q) - 2)  # offsets that lie are no reason to read elsewhere
     first, after = cu_seqlens_k.long()[sequence], cu_seqlens_k.long()[sequence + 1]
     last = torch.maximum(after - (cu_seqlens_q.long()[sequence + 1] - row), first - 1) if is_causal else after - 1
     return first, last
@@ -204,9 +217,10 @@ def _merge(sums: Tensor, modality_bias: Tensor | None, sink: Tensor | None) -> t
     bias = torch.zeros_like(sums) if modality_bias is None else modality_bias.to(sums.dtype).expand_as(sums)
     sink = sums.new_full((), -torch.inf) if sink is None else sink.to(sums.dtype)
     sink = sink.expand(sums.shape[:-1])
+    # The bias of what a row does not see has no part in it, and may be too large for a difference.
+    bias = torch.where(sums > -torch.inf, bias, -torch.inf)
     with torch.no_grad():
-        seen = torch.where(sums > -torch.inf, bias, -torch.inf)
-        base = torch.maximum(seen.amax(dim=-1), sink)
+        base = torch.maximum(bias.amax(dim=-1), sink)
         base = torch.where(base > -torch.inf, base, 0.0)
     bias, sink = bias - base[..., None], sink - base
     scores = sums + bias
@@ -267,19 +281,36 @@ def _flex_attention_with(scale: float, few: bool) -> Callable:
     return attend
 
 
-_kept: list[tuple[tuple, Blocks]] = []
+class _Kept(NamedTuple):
+    tensors: list[weakref.ref]
+    state: tuple
+    blocks: Blocks
+
+
+_kept: list[_Kept] = []
 
 
 def _kept_blocks(make: Callable[[], Blocks], tensors: tuple[Tensor, ...], options: tuple) -> Blocks:
-    """``make()``, or what it made for these very tensors (unchanged since) and options."""
-    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # no versions to go by
+    """``make()``, or what it made for these very tensors (unchanged since), options and stream."""
+    if not _may_keep(tensors):
         return make()
-    versions = tuple(t._version for t in tensors)
-    for (references, of_versions, of_options), blocks in _kept:
-        same = all(reference() is t for reference, t in zip(references, tensors, strict=True))
-        if same and of_versions == versions and of_options == options:
-            return blocks
+    first = tensors[0]
+    stream = 0 if first.is_cpu else torch.accelerator.current_stream(first.device).stream_id
+    memory = [(t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    state = (options, stream, memory)
+    for kept in _kept:
+        if kept.state == state and all(reference() is t for reference, t in zip(kept.tensors, tensors, strict=True)):
+            return kept.blocks
     blocks = make()
-    _kept.insert(0, ((tuple(map(weakref.ref, tensors)), versions, options), blocks))
+    _kept.insert(0, _Kept([weakref.ref(t) for t in tensors], state, blocks))
     del _kept[KEPT:]
     return blocks
+
+
+def _may_keep(tensors: tuple[Tensor, ...]) -> bool:
+    """Not what is traced or captured, where blocks belong to the graph, and not where tensors have no versions."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not any(t.is_inference() for t in tensors)

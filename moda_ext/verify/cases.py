@@ -61,19 +61,20 @@ class Case:
         return made
 
 
-def cases(operator: str, dtypes: Sequence[torch.dtype], *, half: bool = False) -> Iterator[Case]:
+def cases(operator: str, dtypes: Sequence[torch.dtype], *, some: bool = False) -> Iterator[Case]:
     """All cases of an operator: every dtype and head size with every structure, at lengths that take turns.
 
-    ``half`` of them hold every dtype, every head size and every structure, and every two of these.
+    ``some``: a half or a third of them, with every two of a dtype, a head size and a structure together at least once.
     """
     structures, build = FAMILIES[operator]
+    part = min(3, len(structures))
     turns = itertools.count()
     for (d, dtype), (n, size), (s, (label, structure)) in itertools.product(
         enumerate(dtypes), enumerate(SIZES), enumerate(structures.items())
     ):
         turn = next(turns)
         lengths = LENGTHS[5 * turn % len(LENGTHS)], LENGTHS[(3 * turn + 7) % len(LENGTHS)]
-        if not half or (d + n + s) % 2 == 0:
+        if not some or (d + n + s) % part == 0:
             yield build(operator, f"{label}, D={size}, {str(dtype)[6:]}", dtype, size, lengths, **structure)
 
 
@@ -113,6 +114,15 @@ ATTENTION: dict[str, dict] = {
     "chunk, views": {"heads": 4, "views": True, "causal": True, "columns": 270, "modalities": 3},
     "decoding": {"heads": 16, "causal": True, "rows": 1, "columns": 500},
     "more rows than keys": {"heads": 2, "causal": True, "rows": 270, "sink": False},
+    "neither bias nor sink, one key head, heads first": {
+        "heads": 3,
+        "kv_heads": 1,
+        "bias": False,
+        "sink": False,
+        "modalities": 1,
+        "heads_first": True,
+    },
+    "many keys, out alone": {"heads": 4, "causal": True, "columns": 1100, "modalities": 6, "alone": True},
 }
 
 
@@ -124,6 +134,7 @@ def _attention(
     lengths: tuple[int, int],
     *,
     heads: int = 2,
+    kv_heads: int = 2,
     rows: int = 0,
     columns: int = 0,
     other_length: bool = False,
@@ -132,24 +143,29 @@ def _attention(
     padding: str = "",
     views: bool = False,
     hidden: bool = False,
+    bias: bool = True,
     sink: bool = True,
     causal: bool = False,
+    heads_first: bool = False,
+    alone: bool = False,
 ) -> Case:
     rows = rows or lengths[0]
     columns = columns or (lengths[1] if other_length or rows == 270 else rows)
 
     def make(generator: torch.Generator) -> dict[str, Tensor]:
-        bias = torch.randn(2, heads, rows, modalities, generator=generator, dtype=torch.float64)
-        if hidden:
-            bias[:, :, ::3, 0] = -torch.inf
-            bias[:, :, ::6] = -torch.inf  # rows that see nothing
         made = {
             "query": _tokens(generator, heads, rows, size, *((modalities,) if views else ())),
-            "key": _tokens(generator, 2, columns, size),
-            "value": _tokens(generator, 2, columns, size),
-            "key_modality": _ids(columns, modalities, run, padding),
-            "modality_bias": bias,
+            "key": _tokens(generator, kv_heads, columns, size),
+            "value": _tokens(generator, kv_heads, columns, size),
         }
+        if heads_first:
+            made = {name: tokens.contiguous() for name, tokens in made.items()}
+        made["key_modality"] = _ids(columns, modalities, run, padding)
+        if bias:
+            made["modality_bias"] = torch.randn(2, heads, rows, modalities, generator=generator, dtype=torch.float64)
+        if hidden:
+            made["modality_bias"][:, :, ::3, 0] = -torch.inf
+            made["modality_bias"][:, :, ::6] = -torch.inf  # rows that see nothing
         if sink:
             made["sink"] = torch.randn(2, heads, rows, generator=generator, dtype=torch.float64)
         return made
@@ -157,13 +173,15 @@ def _attention(
     options: dict[str, Any] = {"num_modalities": modalities, "is_causal": causal}
 
     def ours(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
+        if alone:
+            return {"out": modular_attention(query, key, value, key_modality, **terms, **options)}
         results = modular_attention(query, key, value, key_modality, **terms, **options, **FULL)
         return dict(zip(("out", "lse", "mass"), results, strict=True))
 
     def dense(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
         terms = _cast(terms, query.dtype)
         results = reference.dense_attention(query, key, value, key_modality, **terms, **options)
-        return dict(zip(("out", "lse", "mass"), results, strict=True))
+        return {"out": results[0]} if alone else dict(zip(("out", "lse", "mass"), results, strict=True))
 
     return Case(operator, f"{label}, Nq={rows}, Nk={columns}", dtype, make, ours, dense)
 
@@ -263,6 +281,7 @@ def _packed(
 GRAMS: dict[str, dict] = {
     "unit keys, padding": {"padding": "left", "modalities": 3},
     "raw keys, normalised by row": {"key_norm": None, "normalize": "row", "run": 1},
+    "the sums themselves": {"normalize": None, "padding": "right", "modalities": 5},
 }
 
 
@@ -293,6 +312,7 @@ def _gram(
 CAUSAL: dict[str, dict] = {
     "grouped heads, padding": {"heads": 8, "padding": "left", "modalities": 3},
     "after a state": {"state": True, "chunk": 30, "run": 7},
+    "raw keys, Frobenius norm": {"key_norm": None, "normalize": "frobenius", "run": 30},
 }
 
 
@@ -309,6 +329,7 @@ def _causal(
     run: int = 40,
     state: bool = False,
     chunk: int = 0,
+    **norms: str | None,
 ) -> Case:
     """``causal_gram_projection``, ``duplex_query_views`` or, attending too, ``duplex_attention``."""
     rows = lengths[0]
@@ -340,6 +361,7 @@ def _causal(
             num_modalities=modalities,
             state=before,
             **given,
+            **norms,
             **options,
         )
 

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import compare, cotangents_for, make_problem, modalities, ours, problems
 from tolerance import assert_close
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moda_ext
 from moda_ext import reference
+from moda_ext._ops import backend as choices
 from moda_ext.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional import flex as backend
 
@@ -68,6 +70,47 @@ def test_packed_sequences(flex, data):
 @pytest.mark.parametrize("shape", ("causal", "hidden"))
 def test_a_number_common_to_a_row_changes_nothing(flex, shape, numbers):
     test_large_biases.check(test_large_biases.build(test_large_biases.SHAPES[shape], numbers))
+
+
+@pytest.mark.parametrize("bias", ([torch.finfo().min, torch.finfo().max], [-1e38, 3e38], [-1e9, torch.inf]), ids=str)
+def test_a_bias_of_what_a_row_does_not_see_has_no_part(flex, bias):
+    """Though its difference to what the row sees has no room in the dtype."""
+    tokens, ids = torch.randn(1, 2, 9, 16, requires_grad=True), torch.zeros(1, 9, dtype=torch.int32)
+    results, gradients = [], []
+    for module in (moda_ext.attention, reference):
+        prior = torch.tensor(bias, requires_grad=True)
+        options = {"modality_bias": prior, "return_lse": True, "return_mass": True}
+        results.append(module.modular_attention(tokens, tokens, tokens, ids, **options))
+        gradients.append(torch.autograd.grad([r.sum() for r in results[-1]], [tokens, prior]))
+    for found, expected in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
+        assert_close(found, expected)
+    assert torch.equal(results[0][2][..., 1], torch.zeros(1, 2, 9))
+
+
+def test_arguments_that_lie_are_errors_on_the_cpu(flex):
+    tokens, ids = torch.randn(9, 2, 16), torch.zeros(9, dtype=torch.int32)
+    for wrong in (5, -7):
+        with pytest.raises(ValueError, match=r"key_modality must lie in \[-1, 2\)"):
+            modular_attention_varlen(tokens, tokens, tokens, ids + wrong, *[torch.tensor([0, 9])] * 2, 9, 9)
+    right = torch.tensor([0, 4, 9])
+    for offsets in ([0, 4, 8], [1, 4, 9], [0, 10, 9]):
+        for both in ((torch.tensor(offsets), right), (right, torch.tensor(offsets))):
+            with pytest.raises(ValueError, match="cu_seqlens_[qk]: expected offsets that rise from 0 to 9"):
+                modular_attention_varlen(tokens, tokens, tokens, ids, *both, 9, 9)
+
+
+def test_what_it_lacks_on_the_cpu_goes_to_the_next():
+    tokens = torch.randn(1, 2, 9, 16)
+    with moda_ext.use_backend("flex"):
+        assert choices.choose("modular_attention", tokens) == choices.FLEX
+        assert choices.choose("modular_attention", tokens, tokens.clone().requires_grad_()) != choices.FLEX
+        with torch.no_grad():
+            assert choices.choose("modular_attention", tokens.clone().requires_grad_()) == choices.FLEX
+        query = tokens.clone().requires_grad_()
+        ids = torch.zeros(1, 9, dtype=torch.int32)
+        modular_attention(query, tokens, tokens, ids).sum().backward()
+        compiled = torch.compile(modular_attention, backend="eager", fullgraph=True)
+        assert_close(compiled(tokens, tokens, tokens, ids), modular_attention(tokens, tokens, tokens, ids))
 
 
 def test_padding_holds_anything(flex):
@@ -147,6 +190,24 @@ def test_layers_share_the_blocks_of_a_pass(flex, monkeypatch):
     changed, expected = modular_attention(tokens, tokens, tokens, ids, **call), ids.clone()
     assert len(made) == 3
     assert_close(changed, reference.modular_attention(tokens, tokens, tokens, expected, **call))
+    other = torch.zeros(1, 40, dtype=torch.int32)
+    ids.data = other  # no version tells
+    assert_close(
+        modular_attention(tokens, tokens, tokens, ids, **call),
+        reference.modular_attention(tokens, tokens, tokens, other, **call),
+    )
+    traced = make_fx(lambda ids: modular_attention(tokens, tokens, tokens, ids, return_mass=True)[1])(ids)
+    assert_close(
+        traced(ids.clone().fill_(1)), reference.modular_attention(tokens, tokens, tokens, ids + 1, return_mass=True)[1]
+    )
+    packed, offsets = ids[0], torch.tensor([0, 40])
+    for rank in (1, 2, 1):  # the same tensor for both operators
+        if rank == 2:
+            packed.unsqueeze_(0)
+            modular_attention(tokens, tokens, tokens, packed)
+        else:
+            packed.squeeze_(0)
+            modular_attention_varlen(*(tokens[0].transpose(0, 1),) * 3, packed, offsets, offsets, 40, 40)
     for _ in range(9):  # what nobody holds is not found again, nor kept for long
         modular_attention(tokens, tokens, tokens, ids.clone(), **call)
     assert len(backend._kept) == backend.KEPT
