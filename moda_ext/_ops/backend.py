@@ -139,21 +139,14 @@ def _decide(op: str, device_type: str, dtype: torch.dtype, differentiated: bool,
     if op in FUSED:
         return _decide_fused(op, device_type, dtype, differentiated, elsewhere)
     obstacles: list[str] = []
-    asked = (_asked,) if _asked else ()
-    for backend in (*asked, *(b for b in PREFERRED if b != _asked)):
+    for backend in PREFERRED if _asked is None else (_asked, *PREFERRED):
         obstacle = _obstacle(backend, op, device_type, dtype, differentiated)
         if obstacle is None:
-            return Choice(backend, "; ".join(obstacles) or _MERITS[backend])
+            merit = "native kernels" if backend == NATIVE else "it is asked for"
+            return Choice(backend, "; ".join(obstacles) or merit)
         if obstacle and obstacle not in obstacles:
             obstacles.append(obstacle)
     return Choice(None, obstacles[0])
-
-
-_MERITS = {
-    NATIVE: "native kernels",
-    FLEX: "it is asked for",
-    REFERENCE: "it is asked for",
-}
 
 
 def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype, differentiated: bool) -> str | None:
@@ -180,10 +173,10 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype, diffe
             if torch.compiler.is_compiling():
                 return "FlexAttention has no log-sum-exp on the CPU where it is compiled"
         if device_type == "cuda":
-            from moda_ext._ops.verified import FLEX as MISSING
+            from moda_ext._ops.on_gpus import FLEX_OBSTACLE
 
-            if MISSING:
-                return MISSING
+            if FLEX_OBSTACLE:
+                return FLEX_OBSTACLE
         return "FlexAttention has no rules for torch.func and forward mode" if transformed() else None
     if backend == COMPOSITE:
         return None if op in _HAS_COMPOSITE and device_type in FLEX_DEVICES else ""
@@ -193,9 +186,9 @@ def _obstacle(backend: str, op: str, device_type: str, dtype: torch.dtype, diffe
 def _unproven(op: str, device_type: str) -> str | None:
     """Why a native operator is not trusted on this machine, or None."""
     if device_type == "cuda":
-        from moda_ext._ops.verified import NATIVE as MISSING
+        from moda_ext._ops.on_gpus import NATIVE_OBSTACLES
 
-        return MISSING.get(op)
+        return NATIVE_OBSTACLES.get(op)
     return _FAILED_ON_CPU.get(op) if device_type == "cpu" else None
 
 

@@ -189,45 +189,21 @@ def modular_attention_varlen(
         is_causal,
         scale,
     )
-    chosen = backend.choose("modular_attention_varlen", query, key, value, modality_bias, sink)
-    if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
-        made = flex.modular_attention_varlen(
-            last_contiguous(query),
-            last_contiguous(key),
-            last_contiguous(value),
-            key_modality,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            num_modalities=num_modalities,
-            modality_bias=modality_bias,
-            sink=sink,
-            is_causal=is_causal,
-            scale=scale,
-        )
-        return pack_results(*made, return_lse, return_mass)
+    query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
+    chosen = _choose("modular_attention_varlen", query, key, value, modality_bias, sink)
     if chosen != backend.NATIVE:
-        return reference.modular_attention_varlen(
-            query,
-            key,
-            value,
-            key_modality,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            num_modalities=num_modalities,
-            modality_bias=modality_bias,
-            sink=sink,
-            is_causal=is_causal,
-            scale=scale,
-            return_lse=return_lse,
-            return_mass=return_mass,
-        )
+        packed = query, key, value, key_modality, cu_seqlens_q, cu_seqlens_k
+        terms: dict[str, Any] = {"modality_bias": modality_bias, "sink": sink}
+        terms |= {"num_modalities": num_modalities, "is_causal": is_causal, "scale": scale}
+        if chosen == backend.FLEX:
+            return pack_results(*flex.modular_attention_varlen(*packed, **terms), return_lse, return_mass)
+        terms |= {"return_lse": return_lse, "return_mass": return_mass}
+        return reference.modular_attention_varlen(*packed, max_seqlen_q, max_seqlen_k, **terms)
     rows = query.shape[-3:-1]
     out, lse, mass, _ = operators.modular_attention_varlen(
-        query=last_contiguous(query),
-        key=last_contiguous(key),
-        value=last_contiguous(value),
+        query=query,
+        key=key,
+        value=value,
         key_modality=key_modality.to(torch.int32),
         cu_seqlens_q=cu_seqlens_q.to(torch.int32),
         cu_seqlens_k=cu_seqlens_k.to(torch.int32),
@@ -257,39 +233,20 @@ def attend(
     return_mass: bool,
 ) -> Results:
     """:func:`modular_attention` of arguments that are checked, and cast for autocast."""
-    chosen = backend.choose("modular_attention", query, key, value, modality_bias, sink)
-    if chosen == backend.FLEX and query.numel() > 0 and key.numel() > 0:
-        made = flex.modular_attention(
-            last_contiguous(query),
-            last_contiguous(key),
-            last_contiguous(value),
-            key_modality,
-            num_modalities=num_modalities,
-            modality_bias=modality_bias,
-            sink=sink,
-            is_causal=is_causal,
-            scale=scale,
-        )
-        return pack_results(*made, return_lse, return_mass)
+    query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
+    chosen = _choose("modular_attention", query, key, value, modality_bias, sink)
     if chosen != backend.NATIVE:
-        return reference.modular_attention(
-            query,
-            key,
-            value,
-            key_modality,
-            num_modalities=num_modalities,
-            modality_bias=modality_bias,
-            sink=sink,
-            is_causal=is_causal,
-            scale=scale,
-            return_lse=return_lse,
-            return_mass=return_mass,
-        )
+        tokens = query, key, value, key_modality
+        terms: dict[str, Any] = {"modality_bias": modality_bias, "sink": sink}
+        terms |= {"num_modalities": num_modalities, "is_causal": is_causal, "scale": scale}
+        if chosen == backend.FLEX:
+            return pack_results(*flex.modular_attention(*tokens, **terms), return_lse, return_mass)
+        return reference.modular_attention(*tokens, **terms, return_lse=return_lse, return_mass=return_mass)
     rows = query.shape[-4:-1]
     out, lse, mass, _ = operators.modular_attention(
-        query=last_contiguous(query),
-        key=last_contiguous(key),
-        value=last_contiguous(value),
+        query=query,
+        key=key,
+        value=value,
         key_modality=key_modality.to(torch.int32),
         modality_bias=expand(modality_bias, (*rows, num_modalities), query.dtype),
         sink=expand(sink, rows, query.dtype),
@@ -298,6 +255,12 @@ def attend(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )
     return pack_results(out, lse, mass, return_lse, return_mass)
+
+
+def _choose(op: str, query: Tensor, key: Tensor, *others: Tensor | None) -> str:
+    chosen = backend.choose(op, query, key, *others)
+    empty = chosen == backend.FLEX and (query.numel() == 0 or key.numel() == 0)  # FlexAttention takes none such
+    return backend.REFERENCE if empty else chosen
 
 
 def expand(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:

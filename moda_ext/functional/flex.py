@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,12 +56,12 @@ def modular_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass of :func:`moda_ext.attention.modular_attention`."""
     rows, columns = query.shape[-2], key.shape[-2]
-    _check_ids("modular_attention", key_modality, num_modalities)
-    blocks = _kept_blocks(
-        lambda: make_blocks(key_modality, *_dense_intervals(rows, columns, is_causal, query.device), num_modalities),
-        (key_modality,),
-        (rows, columns, num_modalities, is_causal),
-    )
+
+    def make() -> Blocks:
+        _check_on_host("modular_attention", key_modality, num_modalities)
+        return make_blocks(key_modality, *_dense_intervals(rows, columns, is_causal, query.device), num_modalities)
+
+    blocks = _kept_blocks(make, (key_modality,), (rows, columns, num_modalities, is_causal))
     return _attend(query, key, value, key_modality, blocks, modality_bias, sink, scale)
 
 
@@ -81,16 +81,14 @@ def modular_attention_varlen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass of :func:`moda_ext.attention.modular_attention_varlen`: one sequence to FlexAttention."""
     rows, columns = query.shape[-3], key.shape[-3]
-    _check_ids("modular_attention_varlen", key_modality, num_modalities)
-    for name, offsets, tokens in (("cu_seqlens_q", cu_seqlens_q, rows), ("cu_seqlens_k", cu_seqlens_k, columns)):
-        wrong = torch.cat([offsets[:1] != 0, offsets[-1:] != tokens, offsets.diff() < 0])
-        checks.on_host(wrong, f"modular_attention_varlen: {name}: expected offsets that rise from 0 to {tokens}")
-    ids = key_modality[None]
-    blocks = _kept_blocks(
-        lambda: make_blocks(ids, *_packed_intervals(rows, cu_seqlens_q, cu_seqlens_k, is_causal), num_modalities),
-        (key_modality, cu_seqlens_q, cu_seqlens_k),
-        (rows, columns, num_modalities, is_causal),
-    )
+    ids, sequences = key_modality[None], (cu_seqlens_q, cu_seqlens_k)
+
+    def make() -> Blocks:
+        offsets = {"cu_seqlens_q": (cu_seqlens_q, rows), "cu_seqlens_k": (cu_seqlens_k, columns)}
+        _check_on_host("modular_attention_varlen", key_modality, num_modalities, offsets)
+        return make_blocks(ids, *_packed_intervals(rows, *sequences, is_causal), num_modalities)
+
+    blocks = _kept_blocks(make, (key_modality, *sequences), (rows, columns, num_modalities, is_causal))
     query, key, value = (t.transpose(-2, -3).unsqueeze(-4) for t in (query, key, value))
     bias = None if modality_bias is None else modality_bias.expand(rows, query.shape[-3], num_modalities)
     bias = None if bias is None else bias.transpose(0, 1)[None]
@@ -99,9 +97,17 @@ def modular_attention_varlen(
     return out[0].transpose(0, 1), lse[0].T, mass[0].transpose(0, 1)
 
 
-def _check_ids(op: str, ids: Tensor, num_modalities: int) -> None:
+def _check_on_host(
+    op: str, ids: Tensor, num_modalities: int, offsets: Mapping[str, tuple[Tensor, int]] | None = None
+) -> None:
+    """What the kernels of the CPU refuse. ``offsets``: of packed sequences, each with the number that it ends at."""
+    if not ids.is_cpu:  # reading would wait for the device
+        return
     message = f"{op}: key_modality must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)"
     checks.on_host((ids < -1) | (ids >= num_modalities), message)
+    for name, (cu_seqlens, tokens) in (offsets or {}).items():
+        wrong = torch.cat([cu_seqlens[:1] != 0, cu_seqlens[-1:] != tokens, cu_seqlens.diff() < 0])
+        checks.on_host(wrong, f"{op}: {name}: expected offsets that rise from 0 to {tokens}")
 
 
 def make_blocks(ids: Tensor, first: Tensor, last: Tensor, num_modalities: int) -> Blocks:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moda_ext
-from moda_ext._ops import backend, library, verified
+from moda_ext._ops import backend, library, on_gpus
 
 native = pytest.mark.skipif(not library.native_loaded, reason="no native library")
 HALVES = ("modular_attention", "modular_attention_varlen")
@@ -18,7 +18,7 @@ GRAMS = ("modality_gram", "causal_gram_projection", "duplex_query_views")
 def cuda_kernels(monkeypatch):
     """As if the CUDA library were loaded and in use."""
     monkeypatch.setattr(backend, "NATIVE_DEVICES", frozenset({"cpu", "cuda", "meta"}))
-    monkeypatch.setattr(verified, "NATIVE", {})
+    monkeypatch.setattr(on_gpus, "NATIVE_OBSTACLES", {})
 
 
 @native
@@ -64,7 +64,7 @@ def test_only_float64_on_cuda_has_no_kernels(cuda_kernels):
 @native
 def test_cuda_kernels_that_are_not_in_use(cuda_kernels, monkeypatch):
     reason = "the CUDA kernels are not verified on this GPU"
-    monkeypatch.setattr(verified, "NATIVE", dict.fromkeys(backend.OPERATORS, reason))
+    monkeypatch.setattr(on_gpus, "NATIVE_OBSTACLES", dict.fromkeys(backend.OPERATORS, reason))
     for op in HALVES:
         assert backend.explain(op, "cuda", torch.bfloat16) == (backend.FLEX, reason)
         assert backend.explain(op, "cuda", torch.float64).backend == backend.REFERENCE
@@ -80,7 +80,7 @@ def test_what_flex_attention_cannot_compute_goes_to_the_next(monkeypatch):
     assert choice.backend == backend.REFERENCE
     assert "FlexAttention has no float64 kernels" in choice.reason
     with monkeypatch.context() as without:
-        without.setattr(verified, "FLEX", "FlexAttention needs triton on a GPU, which is not installed")
+        without.setattr(on_gpus, "FLEX_OBSTACLE", "FlexAttention needs triton on a GPU, which is not installed")
         choice = backend.explain("modular_attention", "cuda")
         assert choice.backend == backend.REFERENCE
         assert "needs triton on a GPU, which is not installed" in choice.reason

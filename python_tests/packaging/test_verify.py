@@ -14,7 +14,7 @@ import torch
 from processes import TIERS, environment_with
 
 import moda_ext
-from moda_ext._ops import backend, library, operators, stamps, verified
+from moda_ext._ops import backend, library, on_gpus, operators, stamps
 from moda_ext._ops.limits import FLOATS
 from moda_ext.verify import checks
 from moda_ext.verify.__main__ import lower_isas, main, usable_device
@@ -212,26 +212,26 @@ def test_on_a_gpu_operators_wait_for_their_stamp(gpu, folder, monkeypatch):
 
 def test_a_stamp_decides_who_computes(gpu, monkeypatch):
     monkeypatch.setattr(backend, "NATIVE_DEVICES", frozenset({"cpu", "cuda", "meta"}))
-    monkeypatch.delitem(sys.modules, "moda_ext._ops.verified", raising=False)
+    monkeypatch.delitem(sys.modules, "moda_ext._ops.on_gpus", raising=False)
     stamps.write(stamps.circumstances(gpu), dict.fromkeys(backend.OPERATORS, "") | {"modality_gram": "graphs: wrong"})
     try:
         assert backend.explain("modular_attention", "cuda") == (backend.NATIVE, "native kernels")
         choice = backend.explain("modality_gram", "cuda")
         assert (choice.backend, "graphs: wrong" in choice.reason) == (backend.COMPOSITE, True)
     finally:
-        sys.modules.pop("moda_ext._ops.verified", None)
+        sys.modules.pop("moda_ext._ops.on_gpus", None)
 
 
 def test_triton_is_looked_for_where_there_is_a_gpu(gpu, monkeypatch):
-    assert verified._obstacle_of_triton() == (
+    assert on_gpus._obstacle_of_triton() == (
         None if importlib.util.find_spec("triton") else "FlexAttention needs triton on a GPU, which is not installed"
     )
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton", "not a package"))  # no __spec__: ValueError
-    assert "which is not installed" in verified._obstacle_of_triton()
+    assert "which is not installed" in on_gpus._obstacle_of_triton()
     sys.modules["triton"].__spec__ = importlib.machinery.ModuleSpec("triton", None)
-    assert verified._obstacle_of_triton() is None
+    assert on_gpus._obstacle_of_triton() is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert verified._obstacle_of_triton().endswith("a GPU here has 6.1")
+    assert on_gpus._obstacle_of_triton().endswith("a GPU here has 6.1")
 
 
 # What cannot be verified ----------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from moda_ext.verify.__main__ import ISAS as CAPS
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -52,5 +54,5 @@ def _run_rank(rank: int, world: int, rendezvous: str, function: Callable, argume
 
 
 # Instruction sets by ATEN_CPU_CAPABILITY, "": no cap.
-TIERS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512", "": "amx"}
+TIERS = {cap: isa for isa, cap in CAPS.items()} | {"": "amx"}
 ORDER = ("baseline", "avx2", "avx512", "amx")

@@ -29,5 +29,5 @@ def _obstacle_of_triton() -> str | None:
     return None
 
 
-NATIVE: dict[str, str] = stamps.obstacles_on_gpus(operators.DECLARED)  # why not, by operator
-FLEX: str | None = _obstacle_of_triton()
+NATIVE_OBSTACLES: dict[str, str] = stamps.obstacles_on_gpus(operators.DECLARED)  # by operator
+FLEX_OBSTACLE: str | None = _obstacle_of_triton()
