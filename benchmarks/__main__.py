@@ -11,16 +11,19 @@ from dataclasses import replace
 import torch
 
 from . import goals
-from .aligner import ALIGNER, CONTENDERS
+from .aligner import ALIGNER
+from .aligner import CONTENDERS as OF_KEYS_IN_A_ROW
 from .gate import checked_call, forget_gates
 from .memory import measure_in_subprocess
+from .paged import PAGED
 from .peers import OURS
 from .timing import available_memory, callable_for, interleave, keep_memory, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_GATE, EXIT_GOALS = 1, 2
-GOAL_WORKLOADS = ["small-cpu", "decode", "aligned", "aligner-batch", "gram"]
+GOAL_WORKLOADS = ["small-cpu", "decode", "aligned", "aligner-batch", "gram", "paged"]
+CONTENDERS = {**OF_KEYS_IN_A_ROW, "paged": PAGED}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

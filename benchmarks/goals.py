@@ -64,6 +64,9 @@ GOALS = [
     Goal("release-loop", 0.20, "aligner-batch B=8", numerator="aligner"),
     Goal("release-loop", 0.20, "aligner-batch B=8", numerator="align-keys"),
     Goal("mm", 1 / 0.60, "gram", per_flop=True),  # 60 % of its rate
+    Goal("sdpa-gathered", 1.00, "paged decode", numerator="paged"),
+    Goal("sdpa-gathered", 1.60, "paged decode", numerator="paged-duplex"),
+    Goal("contiguous", 1.15, "paged chunk", numerator="paged-duplex"),
 ]
 
 CUDA_GOALS = [

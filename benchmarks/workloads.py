@@ -16,8 +16,8 @@ TEXT, VISION = 0, 1
 class Case:
     """One call. ``runs`` is the token layout: (modality, number of tokens), in order.
 
-    ``kind`` says of what: "attention", "aligned" (attention through an aligner), "aligner" (alone), "gram" or "module"
-    (a whole layer).
+    ``kind`` says of what: "attention", "aligned" (attention through an aligner), "aligner" (alone), "gram", "module"
+    (a whole layer) or "paged" (a step of serving).
     """
 
     workload: str
@@ -96,6 +96,17 @@ def _decode() -> list[Case]:
     ]
 
 
+def _paged() -> list[Case]:
+    def case(label: str, keys: int, rows: int) -> Case:
+        return Case("paged", f"paged {label}", image_in_text(64, 2880, keys - 2944), num_queries=rows, kind="paged")
+
+    return [
+        case("decode 4k keys", 4096, 1),
+        case("decode 32k keys", 32768, 1),
+        case("chunk of 512, 16k keys", 16384, 512),
+    ]
+
+
 LLAVA_15 = Case("llava-1.5", "llava-1.5 N=675", image_in_text(35, 576, 64))
 LLAVA_NEXT = Case("llava-next", "llava-next N=3072", image_in_text(32, 2880, 160))
 VIDEO = Case("video", "video N=16576", image_in_text(64, 16384, 128))
@@ -117,6 +128,7 @@ WORKLOADS = {
     "aligned": [_as("aligned", LLAVA_NEXT, kind="aligned")],
     "aligner-batch": [_as("aligner-batch", replace(LLAVA_15, label="llava-1.5 N=675 B=8"), batch=8, kind="aligner")],
     "gram": [_as("gram", case, kind="gram") for case in (LLAVA_NEXT, VIDEO)],
+    "paged": _paged(),
     "module": [_as("module", LLAVA_15, kind="module")],
 }
 
@@ -179,7 +191,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         },
     )
     per_modality = (case.num_modalities, *rows)
-    if case.kind in ("aligned", "aligner"):
+    if case.kind in ("aligned", "aligner", "paged"):
         weights = {"a1": (case.head_dim, case.rank), "b1": (case.rank, case.head_dim)}
         weights |= {"a2": weights["a1"], "b2": weights["b1"]}
         inputs.extra = {n: normal(case.num_modalities, *s) * case.head_dim**-0.5 for n, s in weights.items()}

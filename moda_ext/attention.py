@@ -2,6 +2,7 @@
 
 from moda_ext.functional.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional.duplex import duplex_attention
+from moda_ext.functional.paged import paged_cache_update, paged_duplex_attention, paged_modular_attention
 from moda_ext.functional.sink import pseudo_score_sink
 from moda_ext.nn.attention import ModularDuplexAttention
 from moda_ext.nn.states import AttentionState
@@ -12,5 +13,8 @@ __all__ = [
     "duplex_attention",
     "modular_attention",
     "modular_attention_varlen",
+    "paged_cache_update",
+    "paged_duplex_attention",
+    "paged_modular_attention",
     "pseudo_score_sink",
 ]

@@ -12,27 +12,6 @@ namespace moda_ext {
 namespace cpu {
 namespace {
 
-// bias + condition * indicator, where `sum` holds q G q^T / |q|^2 of the raw Gram and becomes the result.
-template <class T>
-void add_condition(const Input& bias, const Input& condition, const Input& scale, const Output& sum, int group,
-                   int64_t rows, int num_modalities, int64_t batch, int64_t kv_head) {
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto row = [&](const auto& operand, int64_t h) {
-        return operand.batch * batch + operand.head * h + operand.row * i;
-      };
-      T* out = static_cast<T*>(sum.data) + row(sum, head);
-      const T* factor = static_cast<const T*>(condition.data) + row(condition, head);
-      const T* s = static_cast<const T*>(scale.data) + row(scale, kv_head);
-      const T* added = bias.data == nullptr ? nullptr : static_cast<const T*>(bias.data) + row(bias, head);
-      for (int m = 0; m < num_modalities; ++m) {
-        const T indicator = out[m * sum.last] * s[m * scale.last];
-        const T conditioned = factor[m * condition.last] * indicator;
-        out[m * sum.last] = added == nullptr ? conditioned : added[m * bias.last] + conditioned;
-      }
-    }
-}
-
 class DuplexQueryViews : public QueryViews {
  public:
   DuplexQueryViews(const DuplexQueryViewsInputs& in, const GramShape& shape, const std::optional<Tensor>& bias,
@@ -71,10 +50,7 @@ class DuplexQueryViews : public QueryViews {
       const int64_t batch = (first + item) / args.kv_heads, head = (first + item) % args.kv_heads;
       kernels_.duplex_query_views(args, batch, head, scratch.of(thread));
       if (args.indicator.data == nullptr) return;
-      (kernels_.compute_bytes == sizeof(double) ? add_condition<double>
-                                                : add_condition<float>)(bias_, condition_, args.row_scale,
-                                                                        args.indicator, args.group, args.num_queries,
-                                                                        args.num_modalities, batch, head);
+      add_condition(kernels_, args, bias_, condition_, args.indicator, batch, head);
     });
   }
 

@@ -31,7 +31,33 @@ const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->
 Input rows(const Tensor& tensor) { return input(tensor, false, Last::kPresent); }
 Output rows_out(const Tensor& tensor) { return output(tensor, false, Last::kPresent); }
 
+template <class T>
+void add_condition_of(const CausalGramArgs& args, const Input& bias, const Input& condition, const Output& sum,
+                      int64_t batch, int64_t kv_head) {
+  for (int64_t head = kv_head * args.group; head < (kv_head + 1) * args.group; ++head)
+    for (int64_t i = 0; i < args.num_queries; ++i) {
+      const auto row = [&](const auto& operand, int64_t h) {
+        return operand.batch * batch + operand.head * h + operand.row * i;
+      };
+      T* out = static_cast<T*>(sum.data) + row(sum, head);
+      const T* factor = static_cast<const T*>(condition.data) + row(condition, head);
+      const T* scale = static_cast<const T*>(args.row_scale.data) + row(args.row_scale, kv_head);
+      const T* added = bias.data == nullptr ? nullptr : static_cast<const T*>(bias.data) + row(bias, head);
+      for (int m = 0; m < args.num_modalities; ++m) {
+        const T indicator = out[m * sum.last] * scale[m * args.row_scale.last];
+        const T conditioned = factor[m * condition.last] * indicator;
+        out[m * sum.last] = added == nullptr ? conditioned : added[m * bias.last] + conditioned;
+      }
+    }
+}
+
 }  // namespace
+
+void add_condition(const GramFamilyKernels& kernels, const CausalGramArgs& args, const Input& bias,
+                   const Input& condition, const Output& sum, int64_t batch, int64_t kv_head) {
+  const auto add = kernels.compute_bytes == sizeof(double) ? add_condition_of<double> : add_condition_of<float>;
+  add(args, bias, condition, sum, batch, kv_head);
+}
 
 const GramFamilyKernels& select_gram_family_kernels(const Tensor& key, [[maybe_unused]] int64_t rows_per_key_head) {
   const Storage storage = storage_of(key.scalar_type());

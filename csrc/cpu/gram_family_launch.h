@@ -18,6 +18,13 @@ void fill_args(const GramInputs& in, const GramShape& shape, GramArgs& args);
 void fill_args(const CausalGramInputs& in, const GramShape& shape, CausalGramArgs& args);
 void fill_args(const DuplexQueryViewsInputs& in, const GramShape& shape, DuplexArgs& args);
 
+void fill_args(const DuplexWeights& weights, const GramShape& shape, DuplexArgs& args);
+
+// bias + condition * indicator for the query heads of a key head, where `sum` holds the indicator of the raw Gram and
+// becomes the result. bias.data may be null.
+void add_condition(const GramFamilyKernels& kernels, const CausalGramArgs& args, const Input& bias,
+                   const Input& condition, const Output& sum, int64_t batch, int64_t kv_head);
+
 // The weights of `args` as the kernels want them, for as long as this lives.
 class PackedWeights {
  public:

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/runs.h"
@@ -66,13 +67,6 @@ int64_t rows_per_key_head(const ModularAttentionInputs& in, const ModularAttenti
   return shape.kv_heads > 0 ? shape.num_queries / sequences * (shape.query_heads / shape.kv_heads) : 0;
 }
 
-// The sequences of a call with the key plans they point into.
-struct Batch {
-  std::vector<KeyPlan> plans;
-  std::vector<Sequence> sequences;
-  bool covers_every_row = true;  // no padding key, no token outside the sequences
-};
-
 void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen,
                       const char* max_name) {
   const int32_t* offsets = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
@@ -95,44 +89,29 @@ void check_cu_seqlens(const char* op, const char* name, const Tensor& cu_seqlens
 }
 
 Batch plan_batch(const ModularAttentionInputs& in, const ModularAttentionShape& shape, int tile_keys, int panel_keys) {
-  Batch batch;
   const int32_t* modality = static_cast<const int32_t*>(in.key_modality.const_data_ptr());
   const int64_t token_stride = in.key_modality.dim() ? in.key_modality.stride(in.key_modality.dim() - 1) : 1;
-  if (in.packed()) {
-    const int32_t* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
-    const int32_t* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
-    const int64_t q_stride = in.cu_seqlens_q->stride(0), k_stride = in.cu_seqlens_k->stride(0);
-    for (int64_t i = 0; i + 1 < in.cu_seqlens_q->size(0); ++i) {
-      Sequence sequence;
+  const int64_t batch_stride = in.packed() ? 0 : in.key_modality.stride(0);
+  const int64_t count = in.packed() ? in.cu_seqlens_q->size(0) - 1 : shape.batch;
+  Batch batch(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    Sequence sequence;
+    if (in.packed()) {
+      const int32_t* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
+      const int32_t* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
+      const int64_t q_stride = in.cu_seqlens_q->stride(0), k_stride = in.cu_seqlens_k->stride(0);
       sequence.first_query = q[i * q_stride];
       sequence.num_queries = q[(i + 1) * q_stride] - sequence.first_query;
       sequence.first_key = k[i * k_stride];
       sequence.num_keys = k[(i + 1) * k_stride] - sequence.first_key;
-      batch.sequences.push_back(sequence);
-    }
-  } else {
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      Sequence sequence;
-      sequence.batch = b;
+    } else {
+      sequence.batch = i;
       sequence.num_queries = shape.num_queries;
       sequence.num_keys = shape.num_keys;
-      batch.sequences.push_back(sequence);
     }
-  }
-  batch.plans.reserve(batch.sequences.size());
-  for (Sequence& sequence : batch.sequences) {
-    const int64_t batch_stride = in.packed() ? 0 : in.key_modality.stride(0);
-    batch.plans.push_back(plan_keys(modality + sequence.batch * batch_stride + sequence.first_key * token_stride,
-                                    token_stride, sequence.num_keys, static_cast<int>(in.num_modalities), tile_keys,
-                                    panel_keys, in.op));
-    const KeyPlan& plan = batch.plans.back();
-    sequence.order = plan.order.data();
-    sequence.tiles = plan.tiles.data();
-    sequence.first_position = plan.first_position.data();
-    sequence.num_tiles = static_cast<int32_t>(plan.tiles.size());
-    sequence.num_panels = plan.num_panels;
-    sequence.num_slots = static_cast<int32_t>(plan.order.size());
-    if (sequence.num_slots < sequence.num_keys || sequence.num_queries == 0) batch.covers_every_row = false;
+    batch.add(sequence,
+              plan_keys(modality + sequence.batch * batch_stride + sequence.first_key * token_stride, token_stride,
+                        sequence.num_keys, static_cast<int>(in.num_modalities), tile_keys, panel_keys, in.op));
   }
   return batch;
 }
@@ -176,7 +155,7 @@ int64_t forward_block_rows(const ModularAttentionKernels& kernels, const Modular
   return block_rows;
 }
 
-ForwardPlan plan_forward(const Batch& batch, const ModularAttentionShape& shape, int64_t group, int64_t block_rows) {
+ForwardPlan plan_forward(const Batch& batch, KeyHeads heads, int64_t group, int64_t block_rows) {
   ForwardPlan plan;
   for (const Sequence& sequence : batch.sequences) {
     const int64_t rows = sequence.num_queries;
@@ -184,7 +163,7 @@ ForwardPlan plan_forward(const Batch& batch, const ModularAttentionShape& shape,
     // Short sequences of queries (decoding): several heads of the group share a block, so that a key tile is read once
     // for all.
     const int64_t heads_per_block = std::min(group, std::max<int64_t>(1, block_rows / rows));
-    for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+    for (int64_t kv_head = heads.first; kv_head < heads.last; ++kv_head) {
       const int64_t first = static_cast<int64_t>(plan.blocks.size());
       for (int64_t row = (rows - 1) / block_rows * block_rows; row >= 0; row -= block_rows) {
         for (int64_t head = 0; head < group; head += heads_per_block) {
@@ -333,9 +312,28 @@ void launch_forward(const ModularAttentionKernels& kernels, const ModularAttenti
   });
 }
 
+}  // namespace
+
+void Batch::add(Sequence sequence, KeyPlan plan) {
+  plans.push_back(std::move(plan));
+  const KeyPlan& kept = plans.back();
+  sequence.order = kept.order.data();
+  sequence.tiles = kept.tiles.data();
+  sequence.first_position = kept.first_position.data();
+  sequence.num_tiles = static_cast<int32_t>(kept.tiles.size());
+  sequence.num_panels = kept.num_panels;
+  sequence.num_slots = static_cast<int32_t>(kept.order.size());
+  if (sequence.num_slots < sequence.num_keys || sequence.num_queries == 0) covers_every_row = false;
+  sequences.push_back(sequence);
+}
+
+const ModularAttentionKernels& select_forward_kernels(ScalarType dtype, int64_t rows_per_key_head) {
+  return select_kernels(dtype, Direction::kForward, rows_per_key_head);
+}
+
 void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForwardArgs args,
-                 const ModularAttentionShape& shape, const Batch& batch, QueryViews* views) {
-  const ForwardPlan plan = plan_forward(batch, shape, args.group, forward_block_rows(kernels, shape, batch));
+                 const ModularAttentionShape& shape, const Batch& batch, KeyHeads heads, QueryViews* views) {
+  const ForwardPlan plan = plan_forward(batch, heads, args.group, forward_block_rows(kernels, shape, batch));
   if (plan.blocks.empty()) return;
   const Scratch scratch(kernels.forward_scratch_bytes(args), static_cast<int64_t>(plan.blocks.size()) * plan.splits);
   MadeViews made(views, plan.heads.size());
@@ -348,15 +346,16 @@ void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForward
   }
 }
 
+namespace {
+
 void forward(const ModularAttentionInputs& in, const ModularAttentionShape& shape,
              const ModularAttentionOutputs& outputs, QueryViews* views) {
-  const ModularAttentionKernels& kernels =
-      select_kernels(in.query.scalar_type(), Direction::kForward, rows_per_key_head(in, shape));
+  const ModularAttentionKernels& kernels = select_forward_kernels(in.query.scalar_type(), rows_per_key_head(in, shape));
   const Batch batch = plan_batch(in, shape, kernels.forward_tile_keys, kernels.panel_keys);
   ModularAttentionForwardArgs args;
   fill_args(in, shape, args);
   set_outputs(outputs, shape, args);
-  run_forward(kernels, args, shape, batch, views);
+  run_forward(kernels, args, shape, batch, {0, shape.kv_heads}, views);
 }
 
 // -----------------------------------------------------------------------------------------------------------------

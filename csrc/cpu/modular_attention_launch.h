@@ -1,7 +1,12 @@
-// The forward pass of modular_attention on query views that are made while it runs.
+// The forward pass of modular_attention for other launches: on query views that are made while it runs, and on keys
+// that are planned elsewhere.
 #pragma once
 
+#include <vector>
+
 #include "core/operand.h"
+#include "core/runs.h"
+#include "cpu/kernels/modular_attention_kernels.h"
 #include "ops/modular_attention_checks.h"
 
 namespace moda_ext {
@@ -16,6 +21,28 @@ class QueryViews {
   // and describes where the views are.
   virtual void make(int64_t first, int64_t count, char* memory, Input& views) const = 0;
 };
+
+// The sequences of a call with the key plans they point into.
+struct Batch {
+  std::vector<KeyPlan> plans;
+  std::vector<Sequence> sequences;
+  bool covers_every_row = true;  // no padding key, no token outside the sequences
+
+  explicit Batch(size_t size) {  // sequences point into plans, and items to sequences: neither moves
+    plans.reserve(size);
+    sequences.reserve(size);
+  }
+  void add(Sequence sequence, KeyPlan plan);
+};
+
+// Of a forward pass in which a key head meets so many query rows of a sequence.
+const ModularAttentionKernels& select_forward_kernels(ScalarType dtype, int64_t rows_per_key_head);
+struct KeyHeads {
+  int64_t first, last;
+};
+// Of some key heads. Without `views`, the query is that of `args`.
+void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForwardArgs args,
+                 const ModularAttentionShape& shape, const Batch& batch, KeyHeads heads, QueryViews* views = nullptr);
 
 // modular_attention(views of in.query, ...) with the views of a few key heads at a time. Not for packed sequences.
 ModularAttentionOutputs forward_with_views(const ModularAttentionInputs& in, QueryViews& views);

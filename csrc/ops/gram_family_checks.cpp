@@ -45,21 +45,24 @@ GramShape check_causal_gram(const ArgumentCheck& check, const CausalGramInputs& 
   return shape;
 }
 
-// The weights of the fuser, of which the first has the rank.
-static void check_weights(const ArgumentCheck& check, const GramInputs& in, const DuplexWeights& weights,
-                          GramShape& shape) {
+int64_t check_weights(const ArgumentCheck& check, const GramInputs& in, const DuplexWeights& weights,
+                      int64_t head_dim) {
   check.require(weights.a1.dim() == 3, "a1", "3 dimensions", weights.a1);
+  GramShape shape{};
+  shape.num_modalities = in.num_modalities;
+  shape.head_dim = head_dim;
   shape.rank = weights.a1.size(2);
   check.require(shape.rank >= 1 && shape.rank <= kMaxRank, "a1", "a rank of 1 to 128", weights.a1);
   check_tensor(check, in, "a1", weights.a1, shape.down(), Numbers::kContiguousSums);
   check_tensor(check, in, "b1", weights.b1, shape.up(), Numbers::kContiguousSums);
   check_tensor(check, in, "a2", weights.a2, shape.down(), Numbers::kContiguousSums);
   check_tensor(check, in, "b2", weights.b2, shape.up(), Numbers::kContiguousSums);
+  return shape.rank;
 }
 
 GramShape check_duplex_query_views(const ArgumentCheck& check, const DuplexQueryViewsInputs& in) {
   GramShape shape = check_causal_gram(check, in);
-  check_weights(check, in, in, shape);
+  shape.rank = check_weights(check, in, in, shape.head_dim);
   return shape;
 }
 
@@ -70,7 +73,7 @@ GramShape check_duplex_aligned_keys(const ArgumentCheck& check, const DuplexAlig
     check.dtype("include", *in.include, ScalarType::Bool);
     check.device("include", *in.include, in.key);
   }
-  check_weights(check, in, in, shape);
+  shape.rank = check_weights(check, in, in, shape.head_dim);
   check.require(in.normalization >= 0 && in.normalization <= 2, "normalization", "0 to 2", in.normalization);
   return shape;
 }

@@ -54,6 +54,9 @@ GramShape check_gram(const ArgumentCheck& check, const GramInputs& inputs);
 GramShape check_causal_gram(const ArgumentCheck& check, const CausalGramInputs& inputs);
 GramShape check_duplex_query_views(const ArgumentCheck& check, const DuplexQueryViewsInputs& inputs);
 GramShape check_duplex_aligned_keys(const ArgumentCheck& check, const DuplexAlignedKeysInputs& inputs);
+// The weights of the fuser, of which the first has the rank: that.
+int64_t check_weights(const ArgumentCheck& check, const GramInputs& inputs, const DuplexWeights& weights,
+                      int64_t head_dim);
 // A tensor that comes with the inputs, of this shape: in the dtype of the key, with a contiguous last dimension; or in
 // its compute dtype, of any strides or contiguous.
 enum class Numbers { kStored, kSums, kContiguousSums };

@@ -61,4 +61,15 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "duplex_aligned_keys(Tensor key, Tensor modality, Tensor? include, Tensor a1, Tensor b1, Tensor a2, Tensor b2, "
       "int num_modalities, bool unit_keys, float eps, int normalization) "
       "-> Tensor");
+  m.def(
+      "paged_modular_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor? modality_bias, Tensor? sink, int num_modalities, float scale) "
+      "-> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "paged_duplex_attention(Tensor query, Tensor query_modality, Tensor kv_cache, Tensor block_table, "
+      "Tensor seq_lens, Tensor query_start_loc, Tensor a1, Tensor b1, Tensor a2, Tensor b2, Tensor? modality_bias, "
+      "Tensor? condition, Tensor? sink, int num_modalities, bool unit_keys, bool by_trace, float eps, float scale) "
+      "-> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "paged_cache_update(Tensor key, Tensor value, Tensor modality, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
 }

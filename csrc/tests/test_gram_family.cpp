@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "aligned_memory.h"
+#include "core/runs.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/gram_family_kernels.h"
 
@@ -178,6 +179,98 @@ TYPED_TEST(GramFamily, ViewsAndIndicatorEqualPlainLoops) {
     }
     for (int m = 0; m < M; ++m) ASSERT_NEAR(indicator[i * M + m], forms[m], 10 * this->kTolerance) << "row " << i;
   }
+}
+
+// Keys in any order of rows, as in pages; the rows' sums of one item, and of three that are merged.
+TYPED_TEST(GramFamily, DecodedViewsAreThoseOfTheGram) {
+  using T = TypeParam;
+  const int M = this->kModalities, r = this->kRank, tokens = 600;
+  for (int D : {8, 40, 128})
+    for (int queries : {1, 3})
+      for (int group : {1, 2, 5})
+        for (bool unit_keys : {true, false}) {
+          const std::vector<T> key = this->random_values(static_cast<size_t>(tokens) * D);
+          const std::vector<T> query = this->random_values(static_cast<size_t>(group) * queries * D);
+          const std::vector<int32_t> modality = this->random_modalities(tokens);
+          std::vector<int64_t> rows(tokens);
+          for (int j = 0; j < tokens; ++j) rows[j] = j;
+          std::shuffle(rows.begin(), rows.end(), this->generator);
+          std::vector<T> weights[4];
+          for (std::vector<T>& weight : weights) weight = this->random_values(static_cast<size_t>(M) * D * r);
+          DuplexQueryViewsForwardArgs args;
+          this->fill(args, key, modality, D);
+          args.key_rows = rows.data();
+          args.unit_keys = unit_keys;
+          args.group = group;
+          args.num_queries = queries;
+          args.query.data = query.data();
+          args.query.head = int64_t{queries} * D;
+          args.query.row = D;
+          args.rank = r;
+          args.a1 = weights[0].data();
+          args.b1 = weights[1].data();
+          args.a2 = weights[2].data();
+          args.b2 = weights[3].data();
+          const size_t rows_of_all = static_cast<size_t>(group) * queries;
+          std::vector<T> views(M * rows_of_all * D), indicator(rows_of_all * M),
+              scale(static_cast<size_t>(queries) * M);
+          args.views.row = D;
+          args.views.head = int64_t{queries} * D;
+          args.views.view = static_cast<int64_t>(rows_of_all) * D;
+          args.indicator.row = M;
+          args.indicator.head = int64_t{queries} * M;
+          std::vector<char> packed(static_cast<size_t>(this->k.weights_bytes(args)));
+          this->k.pack_weights(args, packed.data());
+          args.weights = packed.data();
+
+          const KeyPlan plan = plan_keys(modality.data(), 1, tokens, M, 64, 32);
+          Sequence sequence;
+          sequence.order = plan.order.data();
+          sequence.rows = rows.data();
+          sequence.tiles = plan.tiles.data();
+          std::vector<int32_t> query_modality(static_cast<size_t>(queries), 0);
+          query_modality[0] = queries > 1 ? -1 : 0;
+          DecodedViewsArgs decoded;
+          decoded.sequence = &sequence;
+          decoded.query_modality = query_modality.data();
+          decoded.query_modality_token = 1;
+          decoded.scale.data = scale.data();
+          decoded.scale.row = M;
+          args.row_scale.data = scale.data();
+          args.row_scale.row = M;
+
+          // By the Gram.
+          args.views.data = views.data();
+          args.indicator.data = indicator.data();
+          this->k.causal_scale(args, decoded, 0);
+          std::vector<char> scratch(static_cast<size_t>(this->k.duplex_query_views_scratch_bytes(args)), char(-1));
+          this->k.duplex_query_views(args, 0, 0, scratch.data());
+          const std::vector<T> expected_scale = scale;
+          for (int pieces : {1, 3}) {
+            std::vector<T> found(views.size(), T(99)), squares(indicator.size(), T(99));
+            std::fill(scale.begin(), scale.end(), T(99));
+            args.views.data = found.data();
+            args.indicator.data = squares.data();
+            std::vector<char> memory(static_cast<size_t>(this->k.decoded_query_views_scratch_bytes(args)), char(-1));
+            const size_t partial = static_cast<size_t>(this->k.decoded_query_views_partial_bytes(args));
+            std::vector<std::vector<char>> partials(static_cast<size_t>(pieces), std::vector<char>(partial, char(-1)));
+            std::vector<void*> at;
+            for (std::vector<char>& one : partials) at.push_back(one.data());
+            const int64_t tiles = static_cast<int64_t>(plan.tiles.size());
+            for (int p = 0; p < pieces; ++p)
+              this->k.decoded_query_views(
+                  args, decoded, {0, tiles * p / pieces, tiles * (p + 1) / pieces, pieces > 1 ? at[p] : nullptr},
+                  memory.data());
+            if (pieces > 1) this->k.merge_decoded_query_views(args, decoded, 0, at.data(), pieces, memory.data());
+            for (size_t i = 0; i < scale.size(); ++i)
+              ASSERT_NEAR(scale[i], expected_scale[i], 100 * this->kTolerance * std::abs(expected_scale[i]));
+            for (size_t i = 0; i < views.size(); ++i)
+              ASSERT_NEAR(found[i], views[i], 100 * this->kTolerance)
+                  << D << " wide, group of " << group << ", at " << i;
+            for (size_t i = 0; i < indicator.size(); ++i)
+              ASSERT_NEAR(squares[i], indicator[i], 100 * this->kTolerance * (1 + std::abs(indicator[i])));
+          }
+        }
 }
 
 // What a kernel left there must not serve the next one.

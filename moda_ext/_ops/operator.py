@@ -56,7 +56,8 @@ class Operator:
 
     Args:
         name: its name. Without the native library it cannot be called.
-        fake: from a namespace of all arguments to its results, uninitialised, with the strides of the native kernels.
+        fake: from a namespace of all arguments to its results, uninitialised, with the strides of the native kernels;
+            None of an operator that writes into an argument.
         tokens: arguments that autocast brings to its dtype.
         sums: arguments that are added to sums over tokens: autocast brings them to the dtype of sums.
         batch: for vmap, the dimension (negative) of every tensor argument and result that the mapped dimension is
@@ -72,7 +73,7 @@ class Operator:
     def __init__(
         self,
         name: str,
-        fake: Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...]],
+        fake: Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...] | None],
         *,
         tokens: tuple[str, ...] = (),
         sums: tuple[str, ...] = (),
@@ -95,6 +96,7 @@ class Operator:
         self.arguments = [argument.name for argument in schema.arguments]
         self.results = [result.name or "result" for result in schema.returns]
         self.tensors = {a.name for a in schema.arguments if "Tensor" in str(a.type)}
+        self.mutates = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         self.optional = {a.name for a in schema.arguments if a.type.kind() == "OptionalType"}
         self._check_declaration()
         if hasattr(torch.ops.moda_ext, f"{name}_backward"):
@@ -155,6 +157,8 @@ class Operator:
     def _register(self) -> None:
         qualified = f"moda_ext::{self.name}"
         torch.library.register_fake(qualified, lambda *inputs: self.fake(self._bind(inputs)))
+        if self.mutates:  # torch.library has neither autograd nor vmap for it
+            return
         torch.library.register_vmap(qualified, self._one_by_one if self.batch is None else self._folded)
         if self.tokens:
             for device_type, key in autocast.DISPATCH_KEYS.items():

@@ -101,4 +101,20 @@ duplex_aligned_keys = Operator(
     instead="moda_ext.alignment.DuplexAligner.align_keys has, by way of other operators",
 )
 
+paged_modular_attention = Operator(
+    "paged_modular_attention",
+    lambda given: _attention_varlen(given)[:3],
+    instead="moda_ext.attention.paged_modular_attention has, by way of modular_attention",
+)
+paged_duplex_attention = Operator(
+    "paged_duplex_attention",
+    lambda given: _attention_varlen(given)[:3],
+    instead="moda_ext.attention.paged_duplex_attention has, by way of duplex_attention",
+)
+paged_cache_update = Operator(
+    "paged_cache_update",
+    lambda given: None,
+    instead="moda_ext.attention.paged_cache_update has, by way of PyTorch's indexing",
+)
+
 DECLARED = {name: value for name, value in list(globals().items()) if isinstance(value, Operator)}

@@ -414,12 +414,7 @@ def check_gram(
     checks.num_modalities(op, num_modalities)
     checks.choice(op, "key_norm", key_norm, KEY_NORMS)
     checks.choice(op, "normalize", normalize, (*NORMALIZATIONS, None))
-    if not checks.is_number(eps):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    if not checks.is_finite(eps):
-        raise ValueError(f"{op}: eps must be finite, got {eps}")
+    checks.positive(op, "eps", eps)
     checks.tensor(op, key_name, key)
     checks.dtype(op, key_name, key, FLOATS)
     checks.rank(op, key_name, key, 4, "(B, Hkv, N, D)")

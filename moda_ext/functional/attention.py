@@ -293,7 +293,7 @@ def check_attention(
     op: str = "modular_attention",
 ) -> None:
     """Raise unless ``modular_attention`` can run these arguments (after the autocast conversion)."""
-    _attention_options(op, num_modalities, is_causal, scale)
+    attention_options(op, num_modalities, is_causal, scale)
     _tensors(op, query, key, value, key_modality, modality_bias, sink)
     _views(op, query, 4, num_modalities, "(B, Hq, Nq, D)")
     checks.rank(op, "key", key, 4, "(B, Hkv, Nk, D)")
@@ -329,7 +329,7 @@ def check_varlen(
 ) -> None:
     """Raise unless ``modular_attention_varlen`` can run these arguments (after the autocast conversion)."""
     op = "modular_attention_varlen"
-    _attention_options(op, num_modalities, is_causal, scale)
+    attention_options(op, num_modalities, is_causal, scale)
     _tensors(op, query, key, value, key_modality, modality_bias, sink)
     _views(op, query, 3, num_modalities, "(Tq, Hq, D)")
     checks.rank(op, "key", key, 3, "(Tk, Hkv, D)")
@@ -358,7 +358,8 @@ def check_varlen(
         checks.broadcastable(op, "sink", sink, (tokens, heads), "(Tq, Hq)")
 
 
-def _attention_options(op: str, num_modalities: int, is_causal: bool, scale: float | None) -> None:
+def attention_options(op: str, num_modalities: int, is_causal: bool, scale: float | None) -> None:
+    """Raise unless these options are numbers of their kind, in their range."""
     checks.num_modalities(op, num_modalities)
     if not isinstance(is_causal, bool):
         raise TypeError(f"{op}: is_causal must be a bool, got {type(is_causal).__name__}")

@@ -94,6 +94,15 @@ def count(op: str, name: str, value: int) -> None:
         raise ValueError(f"{op}: {name} must be at least 0, got {value}")
 
 
+def positive(op: str, name: str, value: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be above 0, got {value}")
+    if not is_finite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
 def choice(op: str, name: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

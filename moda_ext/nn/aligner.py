@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moda_ext._ops import autocast, backend, operators
@@ -252,6 +253,24 @@ class DuplexAligner(nn.Module):
         gated = others * self.ratio.to(others.dtype)[:, None, None, None]
         identity = torch.eye(self.head_dim, dtype=others.dtype, device=others.device)
         return torch.cat([gated, a1 + gated @ a1], dim=-1), torch.cat([identity.expand(len(b1), -1, -1), b1], dim=1)
+
+    def low_rank(self) -> dict[str, Tensor]:
+        """The weights a1, b1, a2, b2 of an aligner with ``fusion="concat"`` that computes what this one does, as
+        :func:`moda_ext.attention.duplex_attention` takes them: k' = k (I + a1 b1) + u a2 b2. For ``"add"`` their rank
+        is at least D, as a2 b2 = diag(r) (I + a1 b1).
+        """
+        if self.fusion == "concat":
+            return {"a1": self.a1, "b1": self.b1, "a2": self.a2, "b2": self.b2}
+        identity = torch.eye(self.head_dim, dtype=self.a1.dtype, device=self.a1.device)
+        missing = self.head_dim - self.a1.shape[-1]  # one rank for both products
+        a1, b1 = F.pad(self.a1, (0, max(0, missing))), F.pad(self.b1, (0, 0, 0, max(0, missing)))
+        a2, b2 = torch.diag_embed(self.ratio), identity + self.a1 @ self.b1
+        return {
+            "a1": a1,
+            "b1": b1,
+            "a2": F.pad(a2, (0, max(0, -missing))),
+            "b2": F.pad(b2, (0, 0, 0, max(0, -missing))),
+        }
 
     def extra_repr(self) -> str:
         return (

@@ -265,6 +265,19 @@ class ModularMask(nn.Module):
                 return_mass=return_mass,
             )
 
+        return self.over_softmaxes(attention, query[0] if query.dim() == 5 else query, query_modality, modality_bias)
+
+    def over_softmaxes(
+        self, attention: Callable, query: Tensor, query_modality: Tensor, modality_bias: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """``attention`` of a bias (B, H, N, M), or of both sides of the split softmax, blended by the gate.
+
+        Args:
+            attention: from a bias to a result, or a tuple of results, (B, H, N, ...).
+            query: (B, H, N, D).
+            query_modality: (B, N).
+            modality_bias: what :meth:`forward` returned.
+        """
         if self.softmax == "joint":
             return attention(modality_bias)
         dtype = accumulation_dtype(query.dtype)

@@ -6,9 +6,10 @@ is what a sum of exponentials that only enlarges the denominator amounts to. Not
 these files import nothing of the package but each other.
 """
 
-from moda_ext.reference import alignment, attention, sink
+from moda_ext.reference import alignment, attention, paged, sink
 from moda_ext.reference.alignment import *  # noqa: F403  an operator is named in its family's file alone
 from moda_ext.reference.attention import *  # noqa: F403
+from moda_ext.reference.paged import *  # noqa: F403
 from moda_ext.reference.sink import *  # noqa: F403
 
-__all__ = [*alignment.__all__, *attention.__all__, *sink.__all__]
+__all__ = [*alignment.__all__, *attention.__all__, *paged.__all__, *sink.__all__]

@@ -16,6 +16,7 @@ from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.alignment import causal_gram_projection, duplex_query_views, modality_gram
 from moda_ext.functional.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional.duplex import duplex_attention
+from moda_ext.functional.paged import paged_cache_update, paged_duplex_attention, paged_modular_attention
 from moda_ext.nn.aligner import DuplexAligner
 
 Results: TypeAlias = dict[str, Tensor]
@@ -422,6 +423,84 @@ def _aligned_keys(
     return Case(operator, f"{label}, N={columns}", dtype, make, ours, dense, False)
 
 
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+PAGES: dict[str, dict] = {
+    "a prompt, decoding, chunks": {},
+    "grouped heads, blocks of 1": {"heads": 8, "block": 1, "modalities": 3},
+}
+
+
+def _paged(
+    operator: str,
+    label: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    *,
+    heads: int = 4,
+    block: int = 16,
+    modalities: int = 2,
+) -> Case:
+    """Pages in any order that ``paged_cache_update`` fills, and what is made of them."""
+    of_sequences = torch.tensor([lengths[0], lengths[1] + 1, 0, 40, 300])
+    of_rows = torch.tensor([lengths[0], 1, 0, 5, 25])
+    tokens, rows = int(of_sequences.sum()), int(of_rows.sum())
+    pages = -(-of_sequences // block)
+    duplex = operator == "paged_duplex_attention"
+
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        order = torch.randperm(int(pages.sum()) + 3, generator=generator)
+        table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int64)
+        table[torch.arange(table.shape[1]) < pages[:, None]] = order[: int(pages.sum())]
+        place = torch.cat([torch.arange(length) for length in of_sequences.tolist()])
+        page = table[torch.arange(len(pages)).repeat_interleave(of_sequences), place // block]
+        made = {
+            "key": randn(tokens, 2, size),
+            "value": randn(tokens, 2, size),
+            "modality": _ids(tokens, modalities, 25, "")[0],
+            "slot_mapping": page * block + place % block,
+        }
+        if operator == "paged_cache_update":
+            return made
+        made |= {
+            "query": randn(rows, heads, size),
+            "block_table": table,
+            "seq_lens": of_sequences,
+            "query_start_loc": torch.nn.functional.pad(of_rows.cumsum(0), (1, 0)),
+            "modality_bias": randn(rows, heads, modalities),
+            "sink": randn(rows, heads),
+        }
+        if duplex:
+            made |= {"condition": randn(rows, heads, modalities), **_weights(generator, modalities, size)}
+        return made
+
+    def through(update: Callable, attend: Callable, modular: Callable, **options: Any) -> Call:
+        def call(key: Tensor, value: Tensor, modality: Tensor, slot_mapping: Tensor, **given: Tensor) -> Results:
+            cache = key.new_zeros(int(pages.sum()) + 3, block, 2, 2 * size + 8).transpose(1, 2)
+            update(key, value, modality, cache, slot_mapping)
+            if operator == "paged_cache_update":
+                return {"cells": cache}
+            shared: dict[str, Any] = {"kv_cache": cache, "num_modalities": modalities, **options, **given}
+            if duplex:
+                # Rows are the last tokens of their sequences.
+                taken = torch.arange(rows) + (of_sequences.cumsum(0) - of_rows.cumsum(0)).repeat_interleave(of_rows)
+                results = attend(query_modality=modality[taken.to(modality.device)], **shared)
+            else:
+                results = modular(**shared)
+            return dict(zip(("out", "lse", "mass"), results, strict=True))
+
+        return call
+
+    ours = through(paged_cache_update, paged_duplex_attention, paged_modular_attention, **FULL)
+    dense = through(reference.paged_cache_update, reference.paged_duplex_attention, reference.paged_modular_attention)
+    case = Case(operator, f"{label}, {rows} rows of {tokens} tokens", dtype, make, ours, dense, False)
+    return replace(case, wide=()) if duplex else case
+
+
 FAMILIES: dict[str, tuple[dict[str, dict], Callable[..., Case]]] = {
     "modular_attention": (ATTENTION, _attention),
     "modular_attention_varlen": (PACKED, _packed),
@@ -430,4 +509,7 @@ FAMILIES: dict[str, tuple[dict[str, dict], Callable[..., Case]]] = {
     "duplex_query_views": (CAUSAL, _causal),
     "duplex_attention": (CAUSAL, _causal),
     "duplex_aligned_keys": ({"two modalities": {"modalities": 2}, "three": {"modalities": 3}}, _aligned_keys),
+    "paged_modular_attention": (PAGES, _paged),
+    "paged_duplex_attention": (PAGES, _paged),
+    "paged_cache_update": (PAGES, _paged),
 }

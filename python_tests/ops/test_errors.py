@@ -316,6 +316,7 @@ def operator_calls():
     views, gram, weights = torch.zeros(2, 1, 2, 4, 8), torch.zeros(1, 1, 2, 8, 8), (a, b, a, b)
     per_row = torch.zeros(4, 2)
     needs = (True,) * 5
+    cache, pages = torch.zeros(2, 1, 4, 17), (torch.tensor([[2]]).int(), offsets[1:], offsets)
     return {
         "modular_attention": ((q, k, k, wrong, None, None, 2, False, 1.0), "key_modality"),
         "modular_attention_backward": (
@@ -348,6 +349,12 @@ def operator_calls():
             "new_modality",
         ),
         "duplex_aligned_keys": ((k, wrong, None, *weights, 2, True, 1e-6, 0), "modality"),
+        "paged_modular_attention": ((packed_q, cache, *pages, None, None, 2, 1.0), "block_table"),
+        "paged_duplex_attention": (
+            (packed_q, ids[0], cache, *pages, *weights, None, None, None, 2, True, True, 1e-6, 1.0),
+            "block_table",
+        ),
+        "paged_cache_update": ((packed_k, packed_k, wrong[0], cache, torch.full((4,), 9)), "slot_mapping"),
     }
 
 

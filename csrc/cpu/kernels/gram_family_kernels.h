@@ -17,7 +17,13 @@ struct GramArgs {
   Input key;
   const int32_t* modality = nullptr;
   int64_t modality_batch = 0, modality_token = 0;
+  const int64_t* key_rows = nullptr;  // of keys in pages: which row of `key` each token is
 };
+
+// The row of `key` that a token is. Always inline, as row_of.
+static MODA_EXT_HOST_DEVICE int64_t token_row(const GramArgs& args, int64_t token) {
+  return args.key_rows != nullptr ? args.key_rows[token] : token;
+}
 
 // A stretch of the sequence, whose raw Grams go to `gram` (M, D, D); reduce_grams sums those of several stretches.
 struct ModalityGramItem {
@@ -92,6 +98,24 @@ struct DuplexAlignedKeysItem {
   int64_t batch, kv_head, batch_before;
 };
 
+// Of the rows of a sequence whose views are made without its Gram, or with one whose scale is yet to be made. Its batch
+// index is 0.
+constexpr int kMostDecodedRows = 16;  // that share a key head
+struct DecodedViewsArgs {
+  const Sequence* sequence = nullptr;
+  const int32_t* query_modality = nullptr;  // -1: padding, whose scale is 0
+  int64_t query_modality_token = 0;
+  bool by_trace = true;  // else the scale is 1
+  Output scale;          // (Hkv, Nq, M), what the raw Gram of a row is multiplied with
+};
+
+// A stretch of the tiles of a key head; with `partial`, its sums go there (decoded_query_views_partial_bytes).
+struct DecodedViewsItem {
+  int64_t kv_head;
+  int64_t first_tile, last_tile;
+  void* partial;
+};
+
 struct GramFamilyKernels {
   int chunk;  // tokens whose keys enter a state together
   int compute_bytes;
@@ -119,6 +143,16 @@ struct GramFamilyKernels {
   // Sums the parts of all items, in order, into tensors shaped like the weights.
   void (*reduce_weight_gradients)(const DuplexArgs&, const void* partials, int64_t count, void* grad_a1, void* grad_b1,
                                   void* grad_a2, void* grad_b2);
+
+  // The scale of each row, where it is not given: (args, decoded, kv head).
+  void (*causal_scale)(const CausalGramArgs&, const DecodedViewsArgs&, int64_t kv_head);
+  // The views of up to kMostDecodedRows rows without a Gram, with scale and indicator.
+  int64_t (*decoded_query_views_scratch_bytes)(const DuplexQueryViewsForwardArgs&);
+  int64_t (*decoded_query_views_partial_bytes)(const DuplexQueryViewsForwardArgs&);
+  void (*decoded_query_views)(const DuplexQueryViewsForwardArgs&, const DecodedViewsArgs&, const DecodedViewsItem&,
+                              void* scratch);
+  void (*merge_decoded_query_views)(const DuplexQueryViewsForwardArgs&, const DecodedViewsArgs&, int64_t kv_head,
+                                    void* const* partials, int count, void* scratch);
 
   int64_t (*duplex_aligned_keys_scratch_bytes)(const DuplexAlignedKeysArgs&);
   void (*duplex_aligned_keys)(const DuplexAlignedKeysArgs&, const DuplexAlignedKeysItem&, void* scratch);

@@ -18,10 +18,17 @@ struct Sequence {
   int64_t first_query = 0, first_key = 0;  // row offsets (packed layout)
   int64_t num_queries = 0, num_keys = 0;
   const int32_t* order = nullptr;  // KeyPlan of the sequence
+  const int64_t* rows = nullptr;   // of keys in pages: which row of key and value each position is
   const KeyTile* tiles = nullptr;
   const int32_t* first_position = nullptr;
   int32_t num_tiles = 0, num_panels = 0, num_slots = 0;
 };
+
+// The row of key and value that a slot of the plan is. Always inline, as row_of.
+static MODA_EXT_HOST_DEVICE int64_t key_row(const Sequence& sequence, int64_t slot) {
+  const int64_t position = sequence.order[slot];
+  return sequence.rows != nullptr ? sequence.rows[position] : sequence.first_key + position;
+}
 
 // What both directions share. query, key, value, out and their gradients have the storage type, everything else the
 // compute type.

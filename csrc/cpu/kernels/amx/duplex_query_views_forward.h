@@ -79,7 +79,7 @@ void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const A
       memset(row, 0, sizeof(float) * static_cast<size_t>(steps_of(args.head_dim) * kTileDepth));
       continue;
     }
-    const Storage* key = row_of<Storage>(args.key, batch, kv_head, chunk.first + j);
+    const Storage* key = row_of<Storage>(args.key, batch, kv_head, token_row(args, chunk.first + j));
     float factor;
     bool normalised;
     load_feature(args, key, row, &factor, &normalised);

@@ -94,7 +94,7 @@ void modality_gram_amx(const GramArgs& args, const ModalityGramItem& item, void*
     if (m < 0) continue;
     float factor;
     bool normalised;
-    load_feature(args, row_of<Storage>(args.key, item.batch, item.kv_head, token),
+    load_feature(args, row_of<Storage>(args.key, item.batch, item.kv_head, token_row(args, token)),
                  s.keys_of(m) + counts[m] * kScratchColumns, &factor, &normalised);
     if (++counts[m] < ModalityGramAmxScratch::kKeys) continue;
     add_keys(args, m, counts[m], s);

@@ -30,10 +30,9 @@ MODA_EXT_INLINE float score_sign(const ModularAttentionArgs& args) { return args
 template <class Storage>
 MODA_EXT_INLINE void load_keys(const Input& operand, const ModularAttentionArgs& args, const Sequence& sequence,
                                int64_t kv_head, const KeyTile& tile, int first, float* rows) {
-  const int32_t* order = sequence.order + tile.start;
   clear_rows(rows, kTileDepth, args.head_dim, tile.length - first);
   for (int j = first; j < tile.length && j < first + kTileDepth; ++j)
-    load_row(row_of<Storage>(operand, sequence.batch, kv_head, sequence.first_key + order[j]), 1.0f,
+    load_row(row_of<Storage>(operand, sequence.batch, kv_head, key_row(sequence, tile.start + j)), 1.0f,
              rows + (j - first) * kScratchColumns, args.head_dim);
 }
 
@@ -87,6 +86,7 @@ class AmxEngine {
   using T = float;
   using Packed = Word;
   static constexpr int kTileKeys = 128;
+  static constexpr int kFewRows = 0;  // tile instructions want packed keys
   static constexpr int kInput = kInputParts<Storage>;
   static constexpr int kInner = kInnerParts<Storage>;
 

@@ -51,12 +51,11 @@ template <class Storage, class T>
 MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
                                      int head_dim, T* rows, T* packed) {
   constexpr int L = kLanes<T>;
-  const int32_t* order = sequence.order + tile.start;
   const int64_t stride = round_up_to_panel<T>(head_dim);
   for (int first = 0; first < tile.length; first += L) {
     const int count = tile.length - first < L ? tile.length - first : L;
     for (int j = 0; j < count; ++j)
-      load_row(row_of<Storage>(operand, sequence.batch, head, sequence.first_key + (order[first + j])), T(1),
+      load_row(row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + first + j)), T(1),
                rows + j * stride, head_dim);
     for (int j = count; j < L; ++j) memset(rows + j * stride, 0, sizeof(T) * stride);
     T* out = packed + (first / kPanel<T>)*kPanel<T> * static_cast<int64_t>(head_dim) + first % kPanel<T>;
@@ -79,11 +78,10 @@ MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& seque
 template <class Storage, class T>
 MODA_EXT_INLINE void pack_columns(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
                                   int head_dim, T factor, T* row, T* packed) {
-  const int32_t* order = sequence.order + tile.start;
   const int64_t width = round_up_to_panel<T>(head_dim);
   for (int64_t d = head_dim; d < width; ++d) row[d] = T(0);
   for (int j = 0; j < tile.length; ++j) {
-    load_row(row_of<Storage>(operand, sequence.batch, head, sequence.first_key + order[j]), factor, row, head_dim);
+    load_row(row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + j)), factor, row, head_dim);
     for (int64_t d = 0; d < width; d += kPanel<T>) {
       T* out = packed + d * tile.length + j * kPanel<T>;
       store(out, load(row + d));

@@ -2,6 +2,7 @@
 // gram_family_{baseline,avx2,avx512,amx}.cpp, which differ in their compiler flags (csrc/sources.json) alone.
 #pragma once
 
+#include "cpu/kernels/vector/decoded_query_views.h"
 #include "cpu/kernels/vector/duplex_query_views_backward.h"
 #if defined(__AMX_BF16__)
 #include "cpu/kernels/amx/duplex_aligned_keys.h"
@@ -48,6 +49,11 @@ const GramFamilyKernels& gram_family_kernels() {
       duplex_query_views_backward_scratch_bytes<T>,
       duplex_query_views_backward<Storage, T>,
       reduce_weight_gradients<T>,
+      causal_scale<Storage, T>,
+      decoded_query_views_scratch_bytes<T>,
+      decoded_query_views_partial_bytes<T>,
+      decoded_query_views<Storage, T>,
+      merge_decoded_query_views<Storage, T>,
 #if defined(__AMX_BF16__)
       duplex_aligned_keys_amx_scratch_bytes<Storage>,
       duplex_aligned_keys_amx<Storage>,

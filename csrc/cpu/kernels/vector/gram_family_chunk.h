@@ -227,7 +227,7 @@ MODA_EXT_INLINE void load_feature(const GramArgs& args, const Storage* key, T* r
 template <class Storage, class T>
 void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const Chunk& chunk, Features<T>& features) {
   for (int j = 0; j < chunk.count; ++j) {
-    const Storage* key = row_of<Storage>(args.key, batch, kv_head, chunk.first + chunk.position[j]);
+    const Storage* key = row_of<Storage>(args.key, batch, kv_head, token_row(args, chunk.first + chunk.position[j]));
     load_feature(args, key, features.rows + j * kScratchStride<T>, &features.factor[j], &features.normalised[j]);
   }
   for (int j = chunk.count; j % kLanes<T> != 0; ++j)

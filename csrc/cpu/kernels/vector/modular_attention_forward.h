@@ -13,7 +13,7 @@
 // N x N exists.
 #pragma once
 
-#include "cpu/kernels/common/pack.h"
+#include "cpu/kernels/common/few_rows.h"
 
 namespace moda_ext {
 namespace cpu {
@@ -188,6 +188,8 @@ class VectorEngine {
   using T = ComputeType;
   using Packed = T;
   static constexpr int kTileKeys = 256;  // <= kScratchColumns
+  // So few rows of an item take keys and values where they lie.
+  static constexpr int kFewRows = 16;
 
   struct Scratch {
     RowState<T> state;
@@ -281,7 +283,17 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   }
   if (tile_limit == 0) return;
 
-  for (int panel = 0; panel < tile_limit; panel += kPanel<T>) {
+  const int64_t kv_head = rows.item.first_head / args.group;
+  const TileRows<Storage> keys_of_tile{args.key, sequence, kv_head, tile};
+  const TileRows<Storage> values_of_tile{args.value, sequence, kv_head, tile};
+  if (packed == nullptr) {
+    const auto ahead = [&](int j) {
+      prefetch_rows(values_of_tile(j), 0, 1, args.head_dim);
+      if (j + kKeysAhead < tile_limit) prefetch_rows(keys_of_tile(j + kKeysAhead), 0, 1, args.head_dim);
+    };
+    score_rows(count, tile_limit, args.head_dim, queries, keys_of_tile, ahead, scratch.scores);
+  }
+  for (int panel = 0; packed != nullptr && panel < tile_limit; panel += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
       if (limit[block] <= panel) continue;
       const int i = block * kRows;
@@ -316,9 +328,13 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
     if (scratch.reference[i] != T(0))
       for (int j = 0; j < visible[i]; ++j) scores[j] -= scratch.reference[i];
     if (visible[i] > 0) mass[i] += exponentiate_row(scores, visible[i], scratch.shift[i]);
-    zero_from(scores, visible[i], limit[i / kRows]);
+    zero_from(scores, visible[i], packed == nullptr ? tile_limit : limit[i / kRows]);
   }
 
+  if (packed == nullptr) {
+    add_weighted_rows(count, tile_limit, args.head_dim, scratch.scores, values_of_tile, state.output, scratch.rescale);
+    return;
+  }
   const T* values = packed + packed_value_offset(args, tile);
   for (int column = 0; column < args.head_dim; column += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
@@ -378,10 +394,11 @@ void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForw
       loaded_views |= 1u << view;
       engine.load_queries(rows, view);
     }
-    const auto* packed = engine.own_tile();
+    const typename Engine::Packed* packed = nullptr;
     if (item.packed != nullptr) {
       packed = packed_tile<Engine>(args, tile, item.packed);
-    } else {
+    } else if (rows.count > Engine::kFewRows) {
+      packed = engine.own_tile();
       Engine::pack(args, sequence, item.first_head / args.group, tile, engine.own_tile());
     }
     engine.attend(rows, tile, view, packed);
