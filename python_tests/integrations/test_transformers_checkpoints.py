@@ -294,3 +294,11 @@ def test_settings_become_plain_numbers_when_they_are_made(tmp_path):
 def test_settings_that_are_no_numbers_are_refused_when_they_are_made(settings, error, message):
     with pytest.raises(error, match="MODAConfig: " + message):
         MODAConfig(**settings)
+
+
+def test_settings_that_were_pickled_under_their_old_name_load():
+    config = MODAConfig(aligner={"rank": 4})
+    before = pickle.dumps(config, protocol=0).replace(
+        b"moda_ext.integrations.settings", b"moda_ext.integrations.transformers.config"
+    )
+    assert b"transformers.config" in before and pickle.loads(before) == config

@@ -10,8 +10,8 @@ from moda_ext.integrations.transformers.versions import check_minimum
 check_minimum()
 
 from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
+from moda_ext.integrations.settings import MODAConfig  # noqa: E402
 from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402
-from moda_ext.integrations.transformers.config import MODAConfig  # noqa: E402
 from moda_ext.integrations.transformers.models import (  # noqa: E402
     FAMILIES,
     apply_moda,

@@ -23,13 +23,13 @@ from moda_ext import reference
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.attention import modular_attention
 from moda_ext.integrations.recording import AttentionRecord
+from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.transformers.cache import (
     MODADynamicLayer,
     MODADynamicSlidingWindowLayer,
     MODALayerMixin,
     MODAStaticLayer,
 )
-from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.parts import SelfAttention
 from moda_ext.integrations.transformers.versions import versions
 from moda_ext.nn.aligner import DuplexAligner
@@ -86,10 +86,9 @@ class MODAAttention(nn.Module):
         with torch.device("cpu"):  # also where a model is made on the meta device: the mask checks its values
             if config.mode == "release":
                 self.aligner = ReleaseAligner(head_dim)
-            elif config.aligner is not None:
-                self.aligner = DuplexAligner(head_dim, config.num_modalities, **config.aligner)
-            if config.mask is not None:
-                self.mask = ModularMask(num_heads, config.num_modalities, **config.mask_options())
+            else:
+                self.aligner = config.make_aligner(head_dim)
+            self.mask = config.make_mask(num_heads)
 
     def reset_parameters(self) -> None:
         """The values of a new module, except in tensors that a checkpoint has filled."""

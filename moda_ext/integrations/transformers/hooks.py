@@ -15,44 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from moda_ext.integrations.settings import TOKEN_ID_NAMES, placeholder, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
 from moda_ext.integrations.transformers.parts import TextStack
 from moda_ext.integrations.transformers.versions import versions
 
 if typing.TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 __all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
-
-TOKEN_ID_NAMES = {
-    "image": ("image_token_id", "image_token_index"),
-    "video": ("video_token_id", "video_token_index"),
-    "audio": ("audio_token_id", "audio_token_index"),
-}
-
-
-def placeholder(config: PreTrainedConfig, kind: str) -> int | None:
-    """The id of the placeholder token of a kind ("image", ...), or None for a model that has no such tokens."""
-    names = TOKEN_ID_NAMES[kind]
-    return next((int(value) for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
-def token_modalities(config: PreTrainedConfig, modalities: dict[str, int]) -> dict[int, int]:
-    """{token id: modality} of the placeholder tokens of a model's config. Every other token is text.
-
-    Raises:
-        ValueError: the model has a kind of token that ``modalities`` lacks.
-    """
-    result = {}
-    for kind in TOKEN_ID_NAMES:
-        token = placeholder(config, kind)
-        if token is None:
-            continue
-        if kind not in modalities:
-            raise ValueError(f"modalities must say what {kind!r} is, which {config.model_type} has; got {modalities}")
-        result[token] = modalities[kind]
-    return result
 
 
 def cache_argument(module_class: type[nn.Module]) -> str | None:

@@ -17,9 +17,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.integrations.recording import Recorder, refuse_replicas
+from moda_ext.integrations.settings import FAMILIES, SUFFIX, MODAConfig, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
-from moda_ext.integrations.transformers.config import MODAConfig
-from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument, token_modalities
+from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument
 from moda_ext.integrations.transformers.parts import SelfAttention, TextStack
 from moda_ext.integrations.transformers.proof import TINY, prove
 from moda_ext.integrations.transformers.versions import beyond_tested, versions
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "apply_moda", "attention_modules", "check_identity", "recording", "text_stack"]
 
-# model type: prefix of the classes' names
-FAMILIES = {
-    "llava": "Llava",
-    "llava_next": "LlavaNext",
-    "llava_onevision": "LlavaOnevision",
-    "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5_VL",
-    "qwen3_vl": "Qwen3VL",
-    "gemma3": "Gemma3",
-    "internvl": "InternVL",
-    "idefics3": "Idefics3",
-    "smolvlm": "SmolVLM",
-}
-SUFFIX = "_moda"
 COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that a layer computes in
 # The Auto classes that know a family's class for generation know its MODA class too; AutoModel knows the base model.
 AUTO_CLASSES = (
@@ -115,7 +101,7 @@ def _make_classes(model_type: str, base_model: type[PreTrainedModel]) -> tuple[t
         (base_config,),
         {"model_type": moda_type, "__module__": __name__, "__doc__": f"{prefix}Config of a model with MODA."},
     )
-    AutoConfig.register(moda_type, config_class)
+    AutoConfig.register(moda_type, config_class, exist_ok=True)  # the plugin for vLLM has some too
     model_class = _make_class(f"{prefix}MODAForConditionalGeneration", config_class, base_model)
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moda_ext.integrations.transformers.config import MODAConfig
+from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.transformers.versions import versions
 
 if TYPE_CHECKING:

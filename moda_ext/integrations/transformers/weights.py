@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import is_available
 from transformers import PreTrainedModel
 
+from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.transformers.attention import MODAAttention
-from moda_ext.integrations.transformers.config import MODAConfig
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
 
