@@ -79,8 +79,8 @@ def test_a_wrong_operator_fails_and_another_backend_computes(folder, tmp_path):
     assert [op for op, failure in told["failures"].items() if failure] == ["modality_gram"]
     assert tuple(told["failures"]) == backend.OPERATORS
     assert {check["check"] for check in told["checks"]} == {"accuracy", "same again"}
-    passed = [check["worst"] for check in told["checks"] if check["check"] == "accuracy" and not check["failed"]]
-    assert all(0 < worst <= 1 for worst in passed)
+    passed = [check for check in told["checks"] if check["check"] == "accuracy" and not check["failed"]]
+    assert all(0 < check["worst"] <= 1 for check in passed if check["operator"] != "paged_cache_update")  # which copies
     assert [times["what"] for times in told["times"]] == ["forward", "forward + backward"]
     (stamp,) = folder.iterdir()
     assert str(stamp) in run.stdout
