@@ -118,6 +118,9 @@ def test_an_error_of_a_hundredth_shows_in_every_operator(op, monkeypatch):
 
     def off(inputs):
         results = call(inputs)
+        if results is None:  # it writes into an argument
+            inputs[declared.arguments.index("kv_cache")].add_(1e-2)
+            return None
         first, *rest = results if isinstance(results, tuple) else (results,)
         return (first + 1e-2, *rest) if rest else first + 1e-2
 
