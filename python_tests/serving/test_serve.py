@@ -145,7 +145,7 @@ CLIENT = """
 import sys
 import openai
 client = openai.OpenAI(base_url=sys.argv[1], api_key="none")
-options = {"temperature": 0, "max_tokens": 450, "n": 8, "stream": True, "extra_body": {"ignore_eos": True}}
+options = {"temperature": 1, "max_tokens": 450, "n": 8, "stream": True, "extra_body": {"ignore_eos": True}}
 for _ in client.chat.completions.create(model="full", messages=[{"role": "user", "content": "Go on"}], **options):
     print("token", flush=True)
 """
