@@ -272,7 +272,6 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`paged_modular_attention` of arguments that are checked, in the form of the operator."""
-    rows = query.shape[-3:-1]
     if backend.choose("paged_modular_attention", query, pages.kv_cache, modality_bias, sink) == backend.NATIVE:
         return operators.paged_modular_attention(
             query=last_contiguous(query),
@@ -285,8 +284,8 @@ def attend(
             num_modalities=num_modalities,
             scale=scale,
         )
-    gathered = _Gathered(query.shape[-1], *pages)
-    out, lse, mass = modular_attention(
+    gathered = _Gathered("paged_modular_attention", query, pages, num_modalities)
+    results = modular_attention(
         gathered.rows_of(query, -3),
         gathered.key,
         gathered.value,
@@ -299,7 +298,7 @@ def attend(
         return_lse=True,
         return_mass=True,
     )
-    return gathered.packed(out, rows[0]), gathered.packed(lse, rows[0]), gathered.packed(mass, rows[0])
+    return gathered.packed(results)
 
 
 def align_and_attend(
@@ -338,8 +337,8 @@ def align_and_attend(
             eps=float(eps),
             scale=scale,
         )
-    gathered = _Gathered(query.shape[-1], *pages)
-    out, lse, mass = duplex_attention(
+    gathered = _Gathered("paged_duplex_attention", query, pages, num_modalities)
+    results = duplex_attention(
         gathered.rows_of(query, -3),
         gathered.key,
         gathered.value,
@@ -360,8 +359,7 @@ def align_and_attend(
         return_lse=True,
         return_mass=True,
     )
-    rows = query.shape[0]
-    return gathered.packed(out, rows), gathered.packed(lse, rows), gathered.packed(mass, rows)
+    return gathered.packed(results)
 
 
 def positions_of_rows(seq_lens: Tensor, query_start_loc: Tensor, rows: int) -> Tensor:
@@ -380,30 +378,30 @@ def _integers(block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor) ->
 class _Gathered:
     """A paged call in the form of the dense operators: sequences of one length, their ends aligned, padding before."""
 
-    def __init__(
-        self,
-        head_size: int,
-        kv_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        query_start_loc: Tensor,
-        max_seqlen_q: int | None,
-        max_seqlen_k: int | None,
-    ):
+    def __init__(self, op: str, query: Tensor, pages: Pages, num_modalities: int):
+        kv_cache, block_table, seq_lens, query_start_loc, max_seqlen_q, max_seqlen_k = pages
+        head_size, self._rows = query.shape[-1], query.shape[-3]
         starts, ends = query_start_loc[:-1, None].long(), query_start_loc[1:, None].long()  # (S, 1)
         some = len(seq_lens) > 0
         if max_seqlen_q is None:
             max_seqlen_q = int((ends - starts).max()) if some else 0
         if max_seqlen_k is None:
             max_seqlen_k = int(seq_lens.max()) if some else 0
-        block = kv_cache.shape[2]
+        blocks, block = kv_cache.shape[0], kv_cache.shape[2]
+        _check_lengths(op, self._rows, block_table.shape[1] * block, pages, max_seqlen_q, max_seqlen_k)
         place = torch.arange(-max_seqlen_k, 0, device=kv_cache.device) + seq_lens[:, None].long()  # (S, most keys)
         padding, place = place < 0, place.clamp(min=0)
         page = block_table.long().gather(1, place // block)
+        outside = ~padding & ((page < 0) | (page >= blocks))
+        checks.on_host(outside, f"{op}: block_table: expected blocks from 0 to {blocks - 1} within a sequence's length")
+        page = page.masked_fill(padding, 0)  # what lies beyond a length may hold anything
         cells = kv_cache.transpose(1, 2)[page, place % block]  # (S, most keys, Hkv, C)
         cells = cells.masked_fill(padding[..., None, None], 0).transpose(1, 2)
         self.key, self.value = cells[..., :head_size], cells[..., head_size : 2 * head_size]
-        self.modality = cells[:, 0, :, 2 * head_size].to(torch.int32).masked_fill(padding, -1)
+        ids = cells[:, 0, :, 2 * head_size]
+        none = ~((ids >= -1) & (ids < num_modalities) & (ids == ids.floor()))
+        checks.on_host(none, f"{op}: kv_cache: expected modalities from -1 to {num_modalities - 1}")
+        self.modality = ids.to(torch.int32).masked_fill(padding, -1)
         self._most_rows = max_seqlen_q
         self._row = torch.arange(-max_seqlen_q, 0, device=kv_cache.device) + ends  # (S, most rows)
         self._absent = self._row < starts
@@ -421,16 +419,34 @@ class _Gathered:
         """(T, Hq, ...) as (S, Hq, rows, ...)."""
         return None if sums is None else self.rows_of(sums, 0)
 
-    def packed(self, dense: Tensor, rows: int) -> Tensor:
-        """(S, H, rows, ...) as (T, H, ...); 0 in rows of no sequence."""
+    def packed(self, results: Results) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (S, H, rows, ...) as (T, H, ...); 0 in rows of no sequence."""
+        out, lse, mass = map(self._packed, results)
+        return out, lse, mass
+
+    def _packed(self, dense: Tensor) -> Tensor:
         if dense.shape[0] * dense.shape[2] == 0:
-            return dense.new_zeros(rows, dense.shape[1], *dense.shape[3:])
-        row = torch.arange(rows, device=dense.device)
+            return dense.new_zeros(self._rows, dense.shape[1], *dense.shape[3:])
+        row = torch.arange(self._rows, device=dense.device)
         sequence = torch.searchsorted(self._ends, row, right=True)
         absent, sequence = sequence >= len(self._ends), sequence.clamp(max=len(self._ends) - 1)
         place = (row - self._ends[sequence] + self._most_rows).clamp(min=0, max=self._most_rows - 1)
         taken = dense.transpose(1, 2)[sequence, place]
         return taken.masked_fill(absent.reshape(-1, *[1] * (taken.dim() - 1)), 0)
+
+
+def _check_lengths(op: str, rows: int, most: int, pages: Pages, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """What the operators check for themselves, wherever looking costs no wait. ``most``: the keys of a table."""
+    offsets, lengths = pages.query_start_loc, pages.seq_lens
+    count = offsets.diff()
+    if len(lengths) > 0:
+        checks.on_host(offsets[:1] != 0, f"{op}: query_start_loc: expected offsets from 0")
+        checks.on_host(offsets > rows, f"{op}: query_start_loc: expected offsets to at most {rows}")
+    checks.on_host(count < 0, f"{op}: query_start_loc: expected ascending offsets")
+    checks.on_host(lengths < count, f"{op}: seq_lens: expected at least the queries of a sequence")
+    checks.on_host(lengths > most, f"{op}: seq_lens: expected at most the {most} keys of a table")
+    checks.on_host(count > max_seqlen_q, f"{op}: max_seqlen_q: expected at least the rows of every sequence")
+    checks.on_host(lengths > max_seqlen_k, f"{op}: max_seqlen_k: expected at least the tokens of every sequence")
 
 
 def _check_paged(

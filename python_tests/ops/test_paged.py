@@ -328,13 +328,24 @@ def test_a_modality_that_is_none_is_not_written(native):
         ("kv_cache", (slice(None), slice(None), slice(None), -1), torch.nan, "kv_cache: expected modalities"),
     ],
 )
-def test_what_would_lead_outside_is_an_error(native, name, at, number, message):
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_what_would_lead_outside_is_an_error(native, name, at, number, message, backend):
     arguments = make([40, 33], [5, 7])
     arguments[name][at] = number
-    with pytest.raises(ValueError, match=f"paged_modular_attention: {message}"):
-        paged_modular_attention(**arguments)
-    with pytest.raises(ValueError, match=f"paged_duplex_attention: {message}"):
-        paged_duplex_attention(**with_aligner(arguments))
+    message = message.partition(" the 5 queries")[0] if backend == "reference" else message
+    with moda_ext.use_backend(backend):
+        with pytest.raises(ValueError, match=f"paged_modular_attention: {message}"):
+            paged_modular_attention(**arguments)
+        with pytest.raises(ValueError, match=f"paged_duplex_attention: {message}"):
+            paged_duplex_attention(**with_aligner(arguments))
+
+
+@pytest.mark.parametrize("lengths", ({"max_seqlen_q": 6}, {"max_seqlen_k": 39}))
+def test_longest_lengths_that_are_too_short_are_errors(lengths):
+    """Where keys are gathered they would leave out rows, or keys."""
+    (name,) = lengths
+    with moda_ext.use_backend("reference"), pytest.raises(ValueError, match=f"{name}: expected at least"):
+        paged_modular_attention(**make([40, 33], [5, 7]), **lengths)
 
 
 @pytest.mark.parametrize(
