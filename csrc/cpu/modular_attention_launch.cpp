@@ -28,8 +28,6 @@ namespace {
 
 // Packed keys and values of as many kv heads as fit in this much memory are held at a time (at least one).
 constexpr int64_t kPackedBudget = int64_t{32} << 20;
-// The same for query views that are made for the call.
-constexpr int64_t kViewsBudget = int64_t{16} << 20;
 // Partial key gradients of items that share a kv head: at least this much memory may go to them, and this much for each
 // thread.
 constexpr int64_t kPartialBudget = int64_t{24} << 20;

@@ -12,6 +12,9 @@
 namespace moda_ext {
 namespace cpu {
 
+// Query views are made for as many key heads at a time as fit in this much memory.
+constexpr int64_t kViewsBudget = int64_t{16} << 20;
+
 class QueryViews {
  public:
   virtual ~QueryViews() = default;

@@ -28,8 +28,6 @@ namespace {
 // Keys whose modality a thread reads at a time, and cells that it asks for ahead: each is a cache line of its own.
 constexpr int64_t kKeysOfPiece = 1024;
 constexpr int64_t kCellsAhead = 32;
-// Views are made for as many key heads at a time as fit in this much memory.
-constexpr int64_t kViewsBudget = int64_t{16} << 20;
 // Splitting the keys of few heads: how many items are wanted, and the fewest tiles of one.
 constexpr int64_t kDecodedItems = 16;
 constexpr int64_t kTilesOfItem = 4;
@@ -261,7 +259,7 @@ class PagedViews {
     std::vector<Work> filled, decoded;
     for (size_t i = 0; i < group.paged.size(); ++i) {
       const Work work = work_of(*group.paged[i], group.batch.sequences[i], views);
-      (work.args.num_queries * work.args.group <= kMostDecodedRows ? decoded : filled).push_back(work);
+      (work.args.num_queries * work.args.group <= kFewRows ? decoded : filled).push_back(work);
     }
     fill(filled, heads);
     decode(decoded, heads);

@@ -100,7 +100,6 @@ struct DuplexAlignedKeysItem {
 
 // Of the rows of a sequence whose views are made without its Gram, or with one whose scale is yet to be made. Its batch
 // index is 0.
-constexpr int kMostDecodedRows = 16;  // that share a key head
 struct DecodedViewsArgs {
   const Sequence* sequence = nullptr;
   const int32_t* query_modality = nullptr;  // -1: padding, whose scale is 0
@@ -146,7 +145,7 @@ struct GramFamilyKernels {
 
   // The scale of each row, where it is not given: (args, decoded, kv head).
   void (*causal_scale)(const CausalGramArgs&, const DecodedViewsArgs&, int64_t kv_head);
-  // The views of up to kMostDecodedRows rows without a Gram, with scale and indicator.
+  // The views of up to kFewRows rows without a Gram, with scale and indicator.
   int64_t (*decoded_query_views_scratch_bytes)(const DuplexQueryViewsForwardArgs&);
   int64_t (*decoded_query_views_partial_bytes)(const DuplexQueryViewsForwardArgs&);
   void (*decoded_query_views)(const DuplexQueryViewsForwardArgs&, const DecodedViewsArgs&, const DecodedViewsItem&,

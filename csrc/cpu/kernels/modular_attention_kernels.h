@@ -12,6 +12,9 @@
 namespace moda_ext {
 namespace cpu {
 
+// So few query rows that share a key head, as in a decoding step, take keys and values where they lie.
+constexpr int kFewRows = 16;
+
 // One sequence: a batch element of the dense operator or a segment of the packed one, with its planned keys.
 struct Sequence {
   int64_t batch = 0;                       // index for the batch strides

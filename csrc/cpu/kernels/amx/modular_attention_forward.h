@@ -86,7 +86,7 @@ class AmxEngine {
   using T = float;
   using Packed = Word;
   static constexpr int kTileKeys = 128;
-  static constexpr int kFewRows = 0;  // tile instructions want packed keys
+  static constexpr int kMostUnpackedRows = 0;  // tile instructions want packed keys
   static constexpr int kInput = kInputParts<Storage>;
   static constexpr int kInner = kInnerParts<Storage>;
 

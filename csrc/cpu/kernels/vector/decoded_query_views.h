@@ -244,14 +244,14 @@ void decoded_query_views(const DuplexQueryViewsForwardArgs& args, const DecodedV
   for (int64_t index = item.first_tile; index < item.last_tile; ++index) {
     const KeyTile& tile = sequence.tiles[index];
     const TileRows<Storage> keys{args.key, sequence, item.kv_head, tile};
-    int seen[kMostDecodedRows], most = 0;
+    int seen[kFewRows], most = 0;
     for (int i = 0; i < rows.count; ++i) {
       seen[i] = visible_keys(sequence.order, tile, i % args.num_queries + args.num_keys - args.num_queries);
       most = most > seen[i] ? most : seen[i];
     }
     for (int first = 0; first < most; first += kNearKeys) {
       const int count = smaller(kNearKeys, most - first);
-      int visible[kMostDecodedRows];
+      int visible[kFewRows];
       for (int i = 0; i < rows.count; ++i)
         visible[i] = seen[i] < first ? 0 : seen[i] - first < count ? seen[i] - first : count;
       add_keys(args, keys, first, count, visible, rows);

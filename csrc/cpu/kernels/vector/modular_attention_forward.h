@@ -188,8 +188,7 @@ class VectorEngine {
   using T = ComputeType;
   using Packed = T;
   static constexpr int kTileKeys = 256;  // <= kScratchColumns
-  // So few rows of an item take keys and values where they lie.
-  static constexpr int kFewRows = 16;
+  static constexpr int kMostUnpackedRows = kFewRows;
 
   struct Scratch {
     RowState<T> state;
@@ -397,7 +396,7 @@ void forward(const ModularAttentionForwardArgs& args, const ModularAttentionForw
     const typename Engine::Packed* packed = nullptr;
     if (item.packed != nullptr) {
       packed = packed_tile<Engine>(args, tile, item.packed);
-    } else if (rows.count > Engine::kFewRows) {
+    } else if (rows.count > Engine::kMostUnpackedRows) {
       packed = engine.own_tile();
       Engine::pack(args, sequence, item.first_head / args.group, tile, engine.own_tile());
     }
