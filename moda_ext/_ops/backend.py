@@ -30,7 +30,7 @@ PREFERRED = (NATIVE, FLEX, COMPOSITE, REFERENCE)
 TO_ASK_FOR = (NATIVE, FLEX, REFERENCE)
 
 OPERATORS = tuple(operators.DECLARED)
-FUSED = tuple(name for name, op in operators.DECLARED.items() if op.instead)  # see Operator
+FUSED = frozenset(name for name, op in operators.DECLARED.items() if op.instead)  # see Operator
 _HAS_COMPOSITE = tuple(name for name, op in operators.DECLARED.items() if op.composite)
 _HAS_FLEX = tuple(name for name, op in operators.DECLARED.items() if op.flex)
 
@@ -116,10 +116,12 @@ def choose(op: str, tensor: Tensor, *others: Tensor | None, name: str = "query")
         NotImplementedError: nothing can compute here; it says why, and what would work.
     """
     differentiated = elsewhere = False
-    if op in FUSED or _asked == FLEX:  # it costs a microsecond: where it matters
-        given = [tensor, *(other for other in others if isinstance(other, Tensor))]
-        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        elsewhere = any(t.device.type != tensor.device.type for t in given)
+    if op in FUSED or _asked == FLEX:
+        recorded, on_cpu = torch.is_grad_enabled(), tensor.is_cpu
+        for other in (tensor, *others):  # a plain loop: it runs in every layer of a step of decoding
+            if isinstance(other, Tensor):
+                differentiated |= recorded and other.requires_grad
+                elsewhere |= other.is_cpu != on_cpu
     choice = _decide(op, tensor.device.type, tensor.dtype, differentiated, elsewhere)
     if choice.backend is None:
         raise NotImplementedError(

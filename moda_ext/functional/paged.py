@@ -61,28 +61,7 @@ def paged_cache_update(key: Tensor, value: Tensor, modality: Tensor, kv_cache: T
         checks.mismatch(op, "kv_cache", "the heads of key", heads, kv_cache.shape[1])
     for name, tensor in (("modality", modality), ("slot_mapping", slot_mapping)):
         _check_integers(op, name, tensor, key, (tokens,), "(T,)", "key")
-    if backend.choose(op, key, value, kv_cache, name="key") == backend.NATIVE:
-        operators.paged_cache_update(
-            key=last_contiguous(key),
-            value=last_contiguous(value),
-            modality=modality.to(torch.int32),
-            kv_cache=kv_cache,
-            slot_mapping=slot_mapping.to(torch.int64),
-        )
-        return
-    block = kv_cache.shape[2]
-    checks.on_host(slot_mapping >= kv_cache.shape[0] * block, f"{op}: slot_mapping has a slot beyond kv_cache")
-    if tokens == 0 or kv_cache.numel() == 0:
-        return
-    new = torch.cat([key, value, modality.to(key.dtype)[:, None, None].expand(-1, heads, 1)], dim=-1)
-    # A token of no cell repeats what the first token of one writes; where all are such, a cell keeps what it has. So no
-    # device is waited for, as it would be to drop them.
-    written = slot_mapping >= 0
-    repeated = torch.where(written, torch.arange(tokens, device=key.device), written.int().argmax())
-    slots = slot_mapping[repeated].clamp(min=0).long()
-    cells = kv_cache.transpose(1, 2)[..., : 2 * size + 1]  # (blocks, block, Hkv, 2 D + 1)
-    new = torch.where(written.any(), new[repeated], cells[slots // block, slots % block])
-    cells[slots // block, slots % block] = new
+    write(key, value, modality.to(torch.int32), kv_cache, slot_mapping.to(torch.int64))
 
 
 def paged_modular_attention(
@@ -260,6 +239,34 @@ class Pages(NamedTuple):
     query_start_loc: Tensor
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+
+
+def write(key: Tensor, value: Tensor, modality: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """:func:`paged_cache_update` of arguments that are checked, in the form of the operator."""
+    if backend.choose("paged_cache_update", key, value, kv_cache, name="key") == backend.NATIVE:
+        operators.paged_cache_update(
+            key=last_contiguous(key),
+            value=last_contiguous(value),
+            modality=modality,
+            kv_cache=kv_cache,
+            slot_mapping=slot_mapping,
+        )
+        return
+    block = kv_cache.shape[2]
+    beyond = slot_mapping >= kv_cache.shape[0] * block
+    checks.on_host(beyond, "paged_cache_update: slot_mapping has a slot beyond kv_cache")
+    tokens, heads, size = key.shape
+    if tokens == 0 or kv_cache.numel() == 0:
+        return
+    new = torch.cat([key, value, modality.to(key.dtype)[:, None, None].expand(-1, heads, 1)], dim=-1)
+    # A token of no cell repeats what the first token of one writes; where all are such, a cell keeps what it has. So no
+    # device is waited for, as it would be to drop them.
+    written = slot_mapping >= 0
+    repeated = torch.where(written, torch.arange(tokens, device=key.device), written.int().argmax())
+    slots = slot_mapping[repeated].clamp(min=0)
+    cells = kv_cache.transpose(1, 2)[..., : 2 * size + 1]  # (blocks, block, Hkv, 2 D + 1)
+    new = torch.where(written.any(), new[repeated], cells[slots // block, slots % block])
+    cells[slots // block, slots % block] = new
 
 
 def attend(

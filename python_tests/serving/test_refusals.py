@@ -43,6 +43,9 @@ def configure(path, **options):
         ({"kv_cache_dtype": "bfloat16"}, "the KV cache holds keys in the model's dtype float32, not as bfloat16"),
         ({"enable_prompt_embeds": True}, "prompt_embeds have no token ids"),
         ({"block_size": 24}, "blocks hold a multiple of 16 tokens, not 24"),
+        ({"enable_lora": True}, "LoRA adapters .* merge them"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "carry pages elsewhere"),
+        ({"kv_offloading_size": 1.0}, "carry pages elsewhere"),
         ({"additional_config": {"moda_metrics": True}}, "moda_metrics needs PROMETHEUS_MULTIPROC_DIR"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -50,6 +53,12 @@ def configure(path, **options):
 def test_options_of_the_engine(checkpoints, options, reason):
     with pytest.raises(NotImplementedError, match=reason):
         configure(checkpoints / "llava" / "full", **options)
+
+
+def test_speculation_by_a_model(checkpoints):
+    draft = {"method": "draft_model", "model": str(checkpoints / "llava" / "plain"), "num_speculative_tokens": 2}
+    with pytest.raises(NotImplementedError, match="ngram is tested, not draft_model"):
+        configure(checkpoints / "llava" / "full", speculative_config=draft)
 
 
 def test_all_reasons_are_given_at_once(checkpoints):

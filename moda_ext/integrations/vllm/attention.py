@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from moda_ext._ops.limits import HEAD_SIZE_STEP, MAX_HEAD_SIZE
-from moda_ext.functional.paged import paged_cache_update
+from moda_ext.functional.paged import write
 from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.vllm import BACKEND
 from moda_ext.integrations.vllm.metrics import AttentionMass
@@ -114,13 +114,15 @@ class MODAMetadata(AttentionMetadata):
     query_start_loc: Tensor
     max_query_len: int
     max_seq_len: int
-    positions: Tensor | None = None  # made by the first layer, for all
+    rows: tuple[Tensor, Tensor] | None = None  # made by the first layer, for all
 
-    def positions_of(self, rows: int) -> Tensor:
-        """(rows,): by the lengths, as the positions of M-RoPE do not count tokens."""
-        if self.positions is None or len(self.positions) != rows:
-            self.positions = positions_of_rows(self.seq_lens, self.query_start_loc, rows)
-        return self.positions
+    def of_rows(self, count: int, modalities: Modalities) -> tuple[Tensor, Tensor]:
+        """Modality and position, (count,), of the rows. Of the step's tokens, by the lengths: the positions of M-RoPE
+        do not count tokens."""
+        if self.rows is None or len(self.rows[0]) != count:
+            positions = positions_of_rows(self.seq_lens, self.query_start_loc, count)
+            self.rows = modalities.current[:count], positions
+        return self.rows
 
     def pages(self, kv_cache: Tensor) -> Pages:
         return Pages(
@@ -217,10 +219,11 @@ class MODAImpl(AttentionImpl[MODAMetadata]):
     ) -> None:
         if kv_cache.numel() == 0:  # profiling, before there is a cache
             return
-        tokens = slot_mapping.shape[0]  # may lack the padding of the others
-        paged_cache_update(key[:tokens], value[:tokens], self.modalities.current[:tokens], kv_cache, slot_mapping)
+        tokens = slot_mapping.shape[0]
+        if tokens != key.shape[0]:  # it may lack the padding of the others
+            key, value = key[:tokens], value[:tokens]
+        write(key, value, self.modalities.current[:tokens], kv_cache, slot_mapping)
 
-    @torch.no_grad()
     def forward(
         self,
         layer: Attention,
@@ -237,9 +240,8 @@ class MODAImpl(AttentionImpl[MODAMetadata]):
             raise NotImplementedError("attention with MODA has no quantised output")
         if attn_metadata is None:  # profiling
             return output.zero_()
-        modality = self.modalities.current[: query.shape[0]]
         attention = self.moda.attention(self.scale, query.dtype, self.max_positions)
-        positions = attn_metadata.positions_of(query.shape[0])
+        modality, positions = attn_metadata.of_rows(query.shape[0], self.modalities)
         out, mass = attention(query, modality, positions, attn_metadata.pages(kv_cache))
         if self.mass is not None:
             self.mass.add(mass, modality, attn_metadata.query_start_loc[-1])

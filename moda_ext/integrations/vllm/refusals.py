@@ -95,6 +95,16 @@ def _of_engine(vllm_config: VllmConfig) -> list[str]:
         reasons.append("kv_sharing_fast_prefill leaves out rows whose modalities the pages need")
     if not MODABackend.supports_block_size(cache.block_size):
         reasons.append(f"blocks hold a multiple of 16 tokens, not {cache.block_size}")
+    if vllm_config.lora_config is not None:
+        reasons.append(
+            "LoRA adapters that were trained with MODA may hold parameters of MODA, which vLLM leaves out: merge them "
+            "(merge_and_unload of PEFT, then save_pretrained)"
+        )
+    if (vllm_config.kv_transfer_config or vllm_config.ec_transfer_config or cache.kv_offloading_size) is not None:
+        reasons.append("connectors and offloading that carry pages elsewhere are untried with pages of modalities too")
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
+        reasons.append(f"of the methods of speculation, ngram is tested, not {speculation.method}")
     if vllm_config.additional_config.get(SETTING) and (reason := missing_directory()):
         reasons.append(reason)
     return reasons

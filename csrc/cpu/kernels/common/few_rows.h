@@ -190,18 +190,27 @@ MODA_EXT_INLINE void add_weighted_block(int first, int last, int column, int lan
   }
 }
 
+// Columns from `column` on, in blocks as wide as they fit: each block reads the values' addresses and weights again.
+template <class T, int R, int V, class ValueAt>
+MODA_EXT_INLINE void add_weighted_columns(int first, int last, int column, int width, const T* w, const ValueAt& value,
+                                          T* c, const T* row_scale) {
+  constexpr int L = kLanes<T>;
+  for (; column + V * L <= width; column += V * L)
+    add_weighted_block<T, R, V>(first, last, column, L, w, value, c, row_scale);
+  if constexpr (V > 1) {
+    if (column < width) add_weighted_columns<T, R, V / 2>(first, last, column, width, w, value, c, row_scale);
+  } else {
+    if (column < width) add_weighted_block<T, R, 1>(first, last, column, width - column, w, value, c, row_scale);
+  }
+}
+
 // A sum over values is one of pieces of kChain, as in gemm.h.
 template <class T, int R, class ValueAt>
 void add_weighted_rows_of(int keys, int width, const T* w, const ValueAt& value, T* c, const T* row_scale) {
-  constexpr int L = kLanes<T>, V = kRegisterSums / R;
   for (int first = 0; first < keys; first += kChain) {
     const int last = keys - first < kChain ? keys : first + kChain;
     const T* scale = first == 0 ? row_scale : nullptr;
-    int column = 0;
-    for (; column + V * L <= width; column += V * L)
-      add_weighted_block<T, R, V>(first, last, column, L, w, value, c, scale);
-    for (; column < width; column += L)
-      add_weighted_block<T, R, 1>(first, last, column, width - column < L ? width - column : L, w, value, c, scale);
+    add_weighted_columns<T, R, kRegisterSums / R>(first, last, 0, width, w, value, c, scale);
   }
 }
 
