@@ -10,6 +10,7 @@ from moda_ext._ops import backend, mkl
 from moda_ext.functional.attention import modular_attention
 from moda_ext.functional.duplex import duplex_attention
 from moda_ext.nn.aligner import DuplexAligner
+from moda_ext.nn.guards import refuse_split_heads, refuse_split_tokens
 from moda_ext.nn.mask import ModularMask
 from moda_ext.nn.states import AttentionState, GramState
 
@@ -282,8 +283,11 @@ class ModularDuplexAttention(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit, or a state in a layer that is not causal.
-            TypeError, NotImplementedError: as ``modular_attention``.
+            RuntimeError: the projections are tensor parallel, and the layer was not told by
+                :func:`moda_ext.distributed.split_heads`.
+            TypeError, NotImplementedError: as ``modular_attention``, and the latter under torch's context parallelism.
         """
+        refuse_split_tokens("ModularDuplexAttention", "moda_ext.distributed.context_parallel_attention")
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ValueError(
                 f"ModularDuplexAttention: x must have shape (B, N, {self.q_proj.in_features}), got {tuple(x.shape)}"
@@ -311,6 +315,7 @@ class ModularDuplexAttention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        refuse_split_heads("ModularDuplexAttention", query.shape[1], self.q_proj.out_features // self.head_dim)
         if self.rope_base is not None:
             if positions is None:
                 start = seen[:, None] if isinstance(seen, Tensor) else seen

@@ -30,10 +30,12 @@ from moda_ext.integrations.transformers.cache import (
     MODALayerMixin,
     MODAStaticLayer,
 )
+from moda_ext.integrations.transformers.engines import sharded_like
 from moda_ext.integrations.transformers.parts import SelfAttention
 from moda_ext.integrations.transformers.versions import versions
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
+from moda_ext.nn.guards import refuse_split_heads
 from moda_ext.nn.mask import ModularMask
 from moda_ext.nn.states import GramState
 from moda_ext.release import ReleaseAligner
@@ -94,7 +96,7 @@ class MODAAttention(nn.Module):
         """The values of a new module, except in tensors that a checkpoint has filled."""
         fresh = MODAAttention(self.config, self.num_heads, self.head_dim).state_dict()
         for name, tensor in self.state_dict(keep_vars=True).items():
-            init.copy_(tensor, fresh[name])
+            init.copy_(tensor, sharded_like(fresh[name], tensor))
 
     def forward(
         self,
@@ -119,6 +121,7 @@ class MODAAttention(nn.Module):
             ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
             :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
+        refuse_split_heads("MODA", tokens.query.shape[1], self.num_heads)
         aligner = self.aligner
         if isinstance(aligner, ReleaseAligner):
             if tokens.key.shape[2] != tokens.query.shape[2] > 1:

@@ -19,6 +19,7 @@ from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.settings import FAMILIES, SUFFIX, MODAConfig, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
+from moda_ext.integrations.transformers.engines import refuse_sharded_weights
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument
 from moda_ext.integrations.transformers.parts import SelfAttention, TextStack
 from moda_ext.integrations.transformers.proof import TINY, prove
@@ -255,6 +256,7 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
     Raises:
         ValueError: a model of another family, one that has MODA, or layers that cannot have it, such as those with a
             sliding window (the Gram of a window would have to forget).
+        NotImplementedError: the model is sharded by FSDP already.
         RuntimeError: with a Transformers that came later than the tested ones: MODA does not work with it.
 
     Example:
@@ -272,6 +274,7 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
             + (f" around a {type(inner).__name__}; apply MODA first, then wrap" if inner is not model else "")
         )
+    refuse_sharded_weights(inner, "apply_moda")
     if config is None:
         config = _settings(inner.config) or MODAConfig()
     _prove(family)
