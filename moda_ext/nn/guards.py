@@ -27,18 +27,18 @@ def refuse_split_tokens(caller: str, instead: str) -> None:
         )
 
 
-def refuse_split_heads(caller: str, heads: int, expected: int) -> None:
-    """Raises unless a layer's projections make as many query heads as its parameters are for in this process.
+def refuse_split_heads(caller: str, made: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Raises unless a layer's projections make the query heads and key/value heads that it computes with here.
 
     Raises:
         RuntimeError: they do not, as under tensor parallelism that the layer does not know of.
     """
-    if heads != expected:
+    if made != expected:
         raise RuntimeError(
-            f"{caller}: the projections made {heads} query heads, and aligner and mask of this layer are for "
-            f"{expected}. Under tensor parallelism a process has some of the heads only: say so with "
-            "moda_ext.distributed.split_heads(model, mesh), or the parallel style SplitHeads, where and only where "
-            "q_proj, k_proj and v_proj are split by columns"
+            f"{caller}: the projections made {made[0]} query heads and {made[1]} key/value heads, and this layer "
+            f"computes with {expected[0]} and {expected[1]} of them. Under tensor parallelism a process has some of "
+            "the heads only: say so with moda_ext.distributed.split_heads(model, mesh), or the parallel style "
+            "SplitHeads, where and only where q_proj, k_proj and v_proj are split by columns"
         )
 
 

@@ -19,7 +19,12 @@ from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.settings import FAMILIES, SUFFIX, MODAConfig, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
-from moda_ext.integrations.transformers.engines import refuse_sharded_weights
+from moda_ext.integrations.transformers.engines import (
+    head_mesh,
+    make_replicas_equal,
+    refuse_sharded_weights,
+    split_over_model,
+)
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument
 from moda_ext.integrations.transformers.parts import SelfAttention, TextStack
 from moda_ext.integrations.transformers.proof import TINY, prove
@@ -85,6 +90,7 @@ class MODAModelMixin(_Generative):
         for module in self.modules():
             if isinstance(module, MODAAttention):
                 module.reset_parameters()
+                make_replicas_equal(self, module)
                 if module.mask is not None:
                     module.mask.take_infinities_out()  # of a checkpoint of before
 
@@ -336,12 +342,15 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
             handles = _register(_hooks(inner, plain.modalities))
             text_config.moda = plain.values()
             PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
+        mesh = head_mesh(inner, text_stack(inner))
         for module in modules:
-            module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
+            # Not by setattr: a recorder may be a module itself.
+            module.__dict__.update(moda_recorder=recorder, moda_head_mesh=mesh)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("moda_recorder", None)
+            module.__dict__.pop("moda_head_mesh", None)
         for handle in handles:
             handle.remove()
         if handles:
@@ -524,6 +533,7 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     if any(moda.mask is not None and not moda.mask.has_base for moda in modules.values()):
         off = {r"\.moda\.mask\.base$"}
         model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
+    split_over_model(model, text_stack(model), modules.values())
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 
