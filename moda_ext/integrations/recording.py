@@ -240,7 +240,7 @@ class AttentionRecord:
         group, number = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
         scores = (of_group @ key.mT).unflatten(2, (group, number)).flatten(1, 2)
-        scores += torch.where(shown, 0.0, torch.finfo(scores.dtype).min)
+        scores += torch.where(shown, 0.0, scores.new_full((), torch.finfo(scores.dtype).min))
         return scores
 
     def _visible(self, members: Tensor, rows: slice, columns: Tensor) -> Tensor:
