@@ -38,8 +38,8 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dtypes = (torch.promote_types(torch.float32, dtype) for _, dtype in ctx.likes)
-        dtype, device = max(dtypes, key=lambda d: d.itemsize), next(grad.device for grad in grads if grad is not None)
+        dtype = torch.float64 if any(like == torch.float64 for _, like in ctx.likes) else torch.float32
+        device = next(grad.device for grad in grads if grad is not None)
         # The same numbers in the same places in every process, whatever has a gradient: nobody can wait for others.
         parts = [
             torch.zeros(shape.numel(), dtype=dtype, device=device) if grad is None else grad.reshape(-1).to(dtype)

@@ -208,6 +208,25 @@ def test_fresh_values_and_copies(two_ranks):
     two_ranks.run(check_copies_and_values)
 
 
+def check_compiled():
+    """In one graph, whose backward pass has the all-reduce; new values are seen."""
+    x, modality = make_inputs()
+    one, split = make(SETTINGS["all"]), tensor_parallel(make(SETTINGS["all"]), world_mesh())
+    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for layer in (compiled, one):
+            layer(x, modality).square().sum().backward()
+        assert_equal_gradients(split, one)
+        with torch.no_grad():
+            for layer in (split, one):
+                layer.mask.prior += 1.0
+            assert error(compiled(x, modality), one(x, modality)) <= EXACT
+
+
+def test_compiled(two_ranks):
+    two_ranks.run(check_compiled)
+
+
 class Block(nn.Module):
     def __init__(self, dtype=torch.float64):
         super().__init__()

@@ -19,7 +19,7 @@ PATIENCE = 45.0  # seconds: for a collective, and for one check; a rank that die
 GRACE = 3.0  # seconds that the other ranks get to tell their errors
 DIED = "died"  # is told before errors, and errors of a rank's own before those of collectives that lost a rank
 PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "peft"]
-PRELOADED += ["transformers.distributed", "trained_models", "moda_ext.diagnostics"]
+PRELOADED += ["moda_ext.diagnostics", "moda_ext.integrations.transformers"]  # those that are not there are left out
 
 
 class Ranks:
