@@ -1,6 +1,7 @@
 """The processes of these tests: errors come to light, nobody waits for the dead, and none is left behind."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -72,3 +73,11 @@ def test_a_rank_that_fails_ends_the_others_with_its_error_on_top(ranks, function
         ranks.run(function, patience=patience)
     assert time.monotonic() - begin < patience + GRACE + 10 and not any(exists(pid) for pid in pids)
     assert [value for value, _ in ranks.run(total, 1)] == [3.0, 3.0]  # by new ones
+
+
+def test_a_rank_that_died_between_checks_is_told(ranks):
+    pids = [pid for _, pid in ranks.run(total, 0)]
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(AssertionError, match="^rank 1 of 2: died with exit code -9"):
+        ranks.run(total, 0)
+    assert not any(exists(pid) for pid in pids)

@@ -100,6 +100,29 @@ def test_four_ranks_compute_what_one_does(four_ranks, padding, dtype, allowed):
     four_ranks.run(check_layer, SETTINGS["all"], padding, dtype, allowed)
 
 
+def check_low_precision():
+    """In bfloat16 two processes are no farther from float64 than one is."""
+    errors = {}
+    results = {}
+    for name, dtype in (("exact", torch.float64), ("one", torch.bfloat16), ("split", torch.bfloat16)):
+        layer = make(SETTINGS["all"]).to(torch.bfloat16).to(dtype)
+        layer = tensor_parallel(layer, world_mesh()) if name == "split" else layer
+        x, modality = make_inputs(dtype=torch.bfloat16)
+        out, mass = layer(x.to(dtype), modality, return_mass=True)
+        out.square().sum().backward()
+        mass = mass if name == "split" else own_heads(mass)
+        grads = {n: full(p.grad).double() for n, p in layer.named_parameters() if n.startswith(("aligner", "mask"))}
+        results[name] = {"out": out.detach().double(), "mass": mass.detach().double(), **grads}
+    for name in ("one", "split"):
+        errors[name] = {key: error(value, results["exact"][key]) for key, value in results[name].items()}
+    for key, own in errors["split"].items():
+        assert own <= 2 * errors["one"][key] + 2**-8, f"{key}: {own}, one process {errors['one'][key]}"
+
+
+def test_low_precision(two_ranks):
+    two_ranks.run(check_low_precision)
+
+
 def check_training():
     """Accumulated and recomputed gradients, then steps of AdamW: the processes' copies stay the same bit for bit."""
     x, modality = make_inputs()

@@ -42,10 +42,13 @@ class Ranks:
         """
         if not self.processes:
             self._start()
-        for pipe in self.pipes:
-            pipe.send((sys.path, function.__module__, function.__qualname__, arguments))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((sys.path, function.__module__, function.__qualname__, arguments))
+            except BrokenPipeError:
+                failures[rank] = self._died(rank)
         deadline = time.monotonic() + patience
         while len(results) + len(failures) < self.world:
             waiting = [rank for rank in range(self.world) if rank not in results and rank not in failures]
@@ -69,19 +72,23 @@ class Ranks:
         """Takes a rank's answer, or notes that it died."""
         try:
             fine, value = self.pipes[rank].recv()
-        except EOFError:
-            self.processes[rank].join()
-            failures[rank] = f"{DIED} with exit code {self.processes[rank].exitcode}"
+        except (EOFError, ConnectionResetError):
+            failures[rank] = self._died(rank)
             return
         if fine:
             results[rank] = value
         else:
             failures[rank] = value
 
+    def _died(self, rank: int) -> str:
+        self.processes[rank].join()
+        return f"{DIED} with exit code {self.processes[rank].exitcode}"
+
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        rendezvous = os.path.join(tempfile.mkdtemp(prefix="moda_ext_ranks_"), "rendezvous")
+        self.folder = tempfile.TemporaryDirectory(prefix="moda_ext_ranks_")
+        rendezvous = os.path.join(self.folder.name, "rendezvous")
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server imports by it
         try:
@@ -109,6 +116,8 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
+        if self.processes:
+            self.folder.cleanup()
         self.processes, self.pipes = [], []
 
 
