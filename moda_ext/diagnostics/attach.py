@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,33 @@ from torch import Tensor, nn
 from moda_ext.integrations.recording import AttentionRecord, Recorder, refuse_replicas
 from moda_ext.nn.attention import ModularDuplexAttention
 
-__all__ = ["in_backward", "recorded"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moda_ext.distributed.heads import HeadSplit
+
+__all__ = ["all_heads", "in_backward", "mean_over_heads", "recorded"]
 
 
 def in_backward() -> bool:
     """Is this a backward pass, where gradient checkpointing computes layers once more? Asked as checkpointing asks."""
     return torch._C._current_graph_task_id() != -1
+
+
+def all_heads(values: Tensor, mesh: DeviceMesh | None, dim: int) -> Tensor:
+    """The values of all heads from those of this process's heads, which are all where ``mesh`` is None."""
+    return values if mesh is None else _split(mesh).gather(values, dim)
+
+
+def mean_over_heads(mean: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """The mean over all heads from that over this process's heads; differentiable."""
+    return mean if mesh is None else _split(mesh).mean(mean)
+
+
+def _split(mesh: DeviceMesh) -> HeadSplit:
+    from moda_ext.distributed.heads import HeadSplit  # a torch without torch.distributed has no mesh
+
+    return HeadSplit(mesh)
 
 
 @contextlib.contextmanager

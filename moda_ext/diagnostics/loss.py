@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moda_ext.diagnostics import measures
-from moda_ext.diagnostics.attach import in_backward, recorded
+from moda_ext.diagnostics.attach import in_backward, mean_over_heads, recorded
 from moda_ext.integrations.recording import AttentionRecord
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["AttentionBalanceLoss"]
 
@@ -74,6 +78,7 @@ class AttentionBalanceLoss(nn.Module):
         *,
         counts: Tensor | None = None,
         is_causal: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> Tensor:
         """The loss of one attention call.
 
@@ -84,6 +89,8 @@ class AttentionBalanceLoss(nn.Module):
             counts: (B, Nq, M), the visible keys of each modality, by default those of
                 :func:`moda_ext.diagnostics.measures.key_counts`.
             is_causal: for the default ``counts``.
+            mesh: over which the heads are split, for the mass of a layer after
+                :func:`moda_ext.distributed.split_heads`. All its processes must call this, and get the same loss.
 
         Returns:
             A scalar in the dtype of ``mass``; 0 if no row sees two modalities.
@@ -108,7 +115,8 @@ class AttentionBalanceLoss(nn.Module):
         target = self._target(counts, query_modality).to(mass.dtype)[:, None]  # (B, 1, N, M)
         share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=self.eps)
         divergence = (torch.xlogy(target, target) - target * share.clamp(min=self.eps).log()).sum(dim=-1)
-        return (divergence * rows[:, None]).sum() / (rows.sum() * mass.shape[1]).clamp(min=1)
+        own = (divergence * rows[:, None]).sum() / (rows.sum() * mass.shape[1]).clamp(min=1)
+        return mean_over_heads(own, mesh)
 
     @contextlib.contextmanager
     def collect(self, model: nn.Module) -> Iterator[list[Tensor]]:
@@ -131,7 +139,8 @@ class AttentionBalanceLoss(nn.Module):
                 )
             with torch.autocast(record.mass.device.type, enabled=False):
                 counts = record.key_counts()
-                penalty = self(record.mass, record.query_modality, record.key_modality, counts=counts)
+                modalities = record.query_modality, record.key_modality
+                penalty = self(record.mass, *modalities, counts=counts, mesh=record.mesh)
             if not in_backward():  # there checkpointing wants its tensors again, and nothing else
                 penalties.append(penalty)
 

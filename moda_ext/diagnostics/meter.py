@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_ext.diagnostics import measures
-from moda_ext.diagnostics.attach import in_backward, recorded
+from moda_ext.diagnostics.attach import all_heads, in_backward, mean_over_heads, recorded
 from moda_ext.diagnostics.results import ROWS, Diagnosis, LayerSums, TokenScores
 from moda_ext.integrations.recording import AttentionRecord
 from moda_ext.integrations.settings import modality_names
@@ -42,7 +42,8 @@ class AttentionMeter:
     again afterwards. Sums are kept, never a matrix of all pairs; measuring costs a few small products for each layer.
     Entering again adds to what was measured; :meth:`reset` starts anew.
 
-    Everything the model computes while the meter is entered counts: rows of prompts, and of decoding steps.
+    Everything the model computes while the meter is entered counts: rows of prompts, and of decoding steps. Of a
+    tensor-parallel model every process must enter a meter: it measures the heads of all of them.
 
     **Generated tokens.** The figures of ``rows="generated"`` (:meth:`moda_ext.diagnostics.Diagnosis.figure`) are about
     rows of generated tokens and keys of their prompt. Where the prompt ends is known
@@ -154,7 +155,7 @@ class AttentionMeter:
                 self._begin(call)
             self._prompts.check_window(record)
             self._layer = record.layer
-            flow = call.flow(record)
+            flow = all_heads(call.flow(record), record.mesh, dim=2)
             sums = self._sums.get(record.layer)
             if sums is None:
                 self._sums[record.layer] = LayerSums(flow, call.null.clone(), call.pairs.clone(), call.rows.clone())
@@ -164,7 +165,7 @@ class AttentionMeter:
                 sums.pairs += call.pairs
                 sums.rows += call.rows
             if self._scoring:
-                received = call.text_looks_at(record)
+                received = mean_over_heads(call.text_looks_at(record), record.mesh)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
 
     @contextlib.contextmanager

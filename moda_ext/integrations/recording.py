@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["AttentionRecord", "Recorder", "key_counts", "refuse_replicas"]
 
@@ -74,6 +78,8 @@ class AttentionRecord:
         visible: broadcastable to (B, 1, Nq, Nk), bool: True where row i may see key j, padding included; None stands
             for causal attention aligned at the bottom right (row i sees the keys j <= i + Nk - Nq), with padding in
             ``key_modality``. A layer passes a mask only if the model made one (bidirectional images, sliding windows).
+        mesh: the DeviceMesh over whose W processes the layer's heads are split: then Hq and Hkv of the tensors above
+            are those of this process. None: all heads are here.
     """
 
     layer: int
@@ -86,6 +92,7 @@ class AttentionRecord:
     scale: float
     bias: Tensor | None = None
     visible: Tensor | None = None
+    mesh: DeviceMesh | None = None
 
     @property
     def num_modalities(self) -> int:
@@ -233,7 +240,7 @@ class AttentionRecord:
         group, number = query.shape[1] // key.shape[1], query.shape[2]
         of_group = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, group rows, D): no copies of the keys
         scores = (of_group @ key.mT).unflatten(2, (group, number)).flatten(1, 2)
-        scores += torch.where(shown, 0.0, torch.finfo(scores.dtype).min)
+        scores += torch.where(shown, 0.0, scores.new_full((), torch.finfo(scores.dtype).min))
         return scores
 
     def _visible(self, members: Tensor, rows: slice, columns: Tensor) -> Tensor:

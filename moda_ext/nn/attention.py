@@ -10,6 +10,8 @@ from moda_ext._ops import backend, mkl
 from moda_ext.functional.attention import modular_attention
 from moda_ext.functional.duplex import duplex_attention
 from moda_ext.nn.aligner import DuplexAligner
+from moda_ext.nn.guards import refuse_split_heads, refuse_split_tokens
+from moda_ext.nn.layer import DuplexLayer
 from moda_ext.nn.mask import ModularMask
 from moda_ext.nn.states import AttentionState, GramState
 
@@ -157,7 +159,7 @@ def align_and_attend(
     return Attended(out, lse, mass, views, bias, after)
 
 
-class ModularDuplexAttention(nn.Module):
+class ModularDuplexAttention(DuplexLayer):
     r"""A complete attention layer with duplex alignment and the modular mask.
 
     .. math::
@@ -278,12 +280,16 @@ class ModularDuplexAttention(nn.Module):
 
         Returns:
             (B, N, E), 0 in rows of padding, or the tuple ``(out, mass)`` with mass (B, Hq, N, M), see
-            :func:`moda_ext.attention.modular_attention`.
+            :func:`moda_ext.attention.modular_attention`; after :func:`moda_ext.distributed.split_heads` with the Hq / W
+            heads of this process.
 
         Raises:
             ValueError: a shape that does not fit, or a state in a layer that is not causal.
-            TypeError, NotImplementedError: as ``modular_attention``.
+            RuntimeError: the projections are tensor parallel, and the layer was not told by
+                :func:`moda_ext.distributed.split_heads`.
+            TypeError, NotImplementedError: as ``modular_attention``, and the latter under torch's context parallelism.
         """
+        refuse_split_tokens("ModularDuplexAttention", "moda_ext.distributed.context_parallel_attention")
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ValueError(
                 f"ModularDuplexAttention: x must have shape (B, N, {self.q_proj.in_features}), got {tuple(x.shape)}"
@@ -311,6 +317,8 @@ class ModularDuplexAttention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        expected = self.whole_heads // self.own_share, self.whole_kv_heads // self.own_share
+        refuse_split_heads("ModularDuplexAttention", (query.shape[1], key.shape[1]), expected)
         if self.rope_base is not None:
             if positions is None:
                 start = seen[:, None] if isinstance(seen, Tensor) else seen
@@ -325,18 +333,19 @@ class ModularDuplexAttention(nn.Module):
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
             key_modality = torch.cat([before[2], modality], dim=1)
         scale = self.head_dim**-0.5
-        out, lse, mass, views, bias, gram = align_and_attend(
-            self.aligner,
-            self.mask,
-            Tokens(query, key, value, modality, key_modality, new_key, modality, scale),
-            self.num_modalities,
-            gram=None if state is None else state.gram,
-            context=context,
-            keep_gram=state is not None,
-            start=seen,
-            is_causal=self.is_causal,
-            return_terms=self.recorder is not None,
-        )
+        with self.own_heads():
+            out, lse, mass, views, bias, gram = align_and_attend(
+                self.aligner,
+                self.mask,
+                Tokens(query, key, value, modality, key_modality, new_key, modality, scale),
+                self.num_modalities,
+                gram=None if state is None else state.gram,
+                context=context,
+                keep_gram=state is not None,
+                start=seen,
+                is_causal=self.is_causal,
+                return_terms=self.recorder is not None,
+            )
         if state is not None:
             state.key, state.value, state.modality, state.gram = key, value, key_modality, gram
         if self.recorder is not None:
@@ -349,10 +358,19 @@ class ModularDuplexAttention(nn.Module):
                 key=key,
                 scale=scale,
                 bias=bias,
+                mesh=None if self.head_split is None else self.head_split.mesh,
             )
         padding = modality < 0
         out = self.o_proj(out.transpose(1, 2).flatten(2)).masked_fill(padding[..., None], 0.0)
         return (out, mass.masked_fill(padding[:, None, :, None], 0.0)) if return_mass else out
+
+    @property
+    def whole_heads(self) -> int:
+        return self.q_proj.out_features // self.head_dim
+
+    @property
+    def whole_kv_heads(self) -> int:
+        return self.k_proj.out_features // self.head_dim
 
     def extra_repr(self) -> str:
         return f"num_modalities={self.num_modalities}, is_causal={self.is_causal}, rope_base={self.rope_base}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,19 @@ from moda_ext.integrations.transformers.cache import (
     MODALayerMixin,
     MODAStaticLayer,
 )
+from moda_ext.integrations.transformers.engines import sharded_like
 from moda_ext.integrations.transformers.parts import SelfAttention
 from moda_ext.integrations.transformers.versions import versions
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
+from moda_ext.nn.guards import refuse_split_heads
+from moda_ext.nn.layer import DuplexLayer
 from moda_ext.nn.mask import ModularMask
 from moda_ext.nn.states import GramState
 from moda_ext.release import ReleaseAligner
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["MODAAttention", "ModalityContext"]
 
@@ -69,7 +75,7 @@ class Recorded(PlainlyRecorded, total=False):
     bias: Tensor | None
 
 
-class MODAAttention(nn.Module):
+class MODAAttention(DuplexLayer):
     """What a layer's attention has of MODA: the aligner and the mask, ``self_attn.moda``.
 
     Args:
@@ -94,7 +100,7 @@ class MODAAttention(nn.Module):
         """The values of a new module, except in tensors that a checkpoint has filled."""
         fresh = MODAAttention(self.config, self.num_heads, self.head_dim).state_dict()
         for name, tensor in self.state_dict(keep_vars=True).items():
-            init.copy_(tensor, fresh[name])
+            init.copy_(tensor, sharded_like(fresh[name], tensor))
 
     def forward(
         self,
@@ -119,6 +125,18 @@ class MODAAttention(nn.Module):
             ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
             :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
+        with self.own_heads():
+            return self._attend(tokens, visible, state, keep_state, start, record)
+
+    def _attend(
+        self,
+        tokens: Tokens,
+        visible: Tensor | None,
+        state: GramState | None,
+        keep_state: bool,
+        start: Tensor | int,
+        record: bool,
+    ) -> tuple[Tensor, GramState | None, Recorded | None]:
         aligner = self.aligner
         if isinstance(aligner, ReleaseAligner):
             if tokens.key.shape[2] != tokens.query.shape[2] > 1:
@@ -152,6 +170,10 @@ class MODAAttention(nn.Module):
             assert views is not None, "asked for by return_terms"
             recorded = {"mass": mass, "lse": lse, "query": views, "key": tokens.key, "bias": bias}
         return out, state, recorded
+
+    @property
+    def whole_heads(self) -> int:
+        return self.num_heads
 
     def extra_repr(self) -> str:
         return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
@@ -217,6 +239,7 @@ def moda_attention(
                 f"config {versions()}"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    _check_heads(module, query, key)
     cached = _check_premises(module, query, key, modality_context, kwargs)
     if attention_mask is not None and attention_mask.dim() == 2 and not modality_context.masked:
         _fail("a mask of padding came to the attention that did not come to the text stack")
@@ -247,6 +270,7 @@ def moda_attention(
                 key_modality=tokens.key_modality,
                 scale=tokens.scale,
                 visible=visible,
+                mesh=_head_mesh(module),
                 **recorded,
             )
         )
@@ -298,6 +322,21 @@ def _static_gram(aligner: DuplexAligner, key: Tensor, context: ModalityContext) 
         key_norm=aligner.key_norm,
         window=0,
     )
+
+
+def _head_mesh(module: SelfAttention) -> DeviceMesh | None:
+    """The mesh over which a layer's heads are split, if it is known: MODA layers do, others while they are recorded."""
+    split = getattr(getattr(module, "moda", None), "head_split", None)
+    return getattr(module, "moda_head_mesh", None) if split is None else split.mesh
+
+
+def _check_heads(module: SelfAttention, query: Tensor, key: Tensor) -> None:
+    """Raises unless the heads that came are those that the layer, or who records it, takes them for."""
+    config, mesh = module.config, _head_mesh(module)
+    whole, made = (config.num_attention_heads, config.num_key_value_heads), (query.shape[1], key.shape[1])
+    if hasattr(module, "moda") or hasattr(module, "moda_recorder") or made[0] * whole[1] != made[1] * whole[0]:
+        size = 1 if mesh is None else mesh.size()
+        refuse_split_heads("MODA", made, (whole[0] // size, whole[1] // size))
 
 
 def _check_premises(

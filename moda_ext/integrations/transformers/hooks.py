@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from moda_ext.integrations.settings import TOKEN_ID_NAMES, placeholder, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
+from moda_ext.integrations.transformers.engines import refuse_other_sequence_parallelism
 from moda_ext.integrations.transformers.parts import TextStack
 from moda_ext.integrations.transformers.versions import versions
 
@@ -51,6 +52,8 @@ class BaseModelHook:
     token_modality: dict[int, int]
 
     def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if module.config.get_text_config()._attn_implementation == NAME:
+            refuse_other_sequence_parallelism()  # before the vision tower, in which processes might wait for others
         input_ids = args[0] if args else kwargs.get("input_ids")
         present = {token for kind in TOKEN_ID_NAMES if (token := placeholder(module.config, kind)) is not None}
         if present and present != self.token_modality.keys():  # the text stack's config has none

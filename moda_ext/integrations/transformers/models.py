@@ -19,6 +19,12 @@ from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.integrations.recording import Recorder, refuse_replicas
 from moda_ext.integrations.settings import FAMILIES, SUFFIX, MODAConfig, token_modalities
 from moda_ext.integrations.transformers.attention import NAME, MODAAttention
+from moda_ext.integrations.transformers.engines import (
+    head_mesh,
+    make_replicas_equal,
+    refuse_sharded_weights,
+    split_over_model,
+)
 from moda_ext.integrations.transformers.hooks import BaseModelHook, TextStackHook, cache_argument
 from moda_ext.integrations.transformers.parts import SelfAttention, TextStack
 from moda_ext.integrations.transformers.proof import TINY, prove
@@ -84,6 +90,7 @@ class MODAModelMixin(_Generative):
         for module in self.modules():
             if isinstance(module, MODAAttention):
                 module.reset_parameters()
+                make_replicas_equal(self, module)
                 if module.mask is not None:
                     module.mask.take_infinities_out()  # of a checkpoint of before
 
@@ -255,6 +262,7 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
     Raises:
         ValueError: a model of another family, one that has MODA, or layers that cannot have it, such as those with a
             sliding window (the Gram of a window would have to forget).
+        NotImplementedError: the model is sharded by FSDP already.
         RuntimeError: with a Transformers that came later than the tested ones: MODA does not work with it.
 
     Example:
@@ -272,6 +280,7 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
             f"apply_moda: model must be a {_MODELS[family].__name__}, got {type(model).__name__}"
             + (f" around a {type(inner).__name__}; apply MODA first, then wrap" if inner is not model else "")
         )
+    refuse_sharded_weights(inner, "apply_moda")
     if config is None:
         config = _settings(inner.config) or MODAConfig()
     _prove(family)
@@ -333,12 +342,15 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
             handles = _register(_hooks(inner, plain.modalities))
             text_config.moda = plain.values()
             PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
+        mesh = head_mesh(inner, text_stack(inner))
         for module in modules:
-            module.__dict__["moda_recorder"] = recorder  # not by setattr: a recorder may be a module itself
+            # Not by setattr: a recorder may be a module itself.
+            module.__dict__.update(moda_recorder=recorder, moda_head_mesh=mesh)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("moda_recorder", None)
+            module.__dict__.pop("moda_head_mesh", None)
         for handle in handles:
             handle.remove()
         if handles:
@@ -521,6 +533,7 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
     if any(moda.mask is not None and not moda.mask.has_base for moda in modules.values()):
         off = {r"\.moda\.mask\.base$"}
         model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
+    split_over_model(model, text_stack(model), modules.values())
     _register(hooks)
     PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
 

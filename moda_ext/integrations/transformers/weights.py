@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.transformers.attention import MODAAttention
+from moda_ext.integrations.transformers.engines import sharded_like
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
 
 if TYPE_CHECKING or is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 else:
     FSDP = DTensor = ()  # the type of nothing
 
@@ -188,10 +189,7 @@ def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> N
                 "before the model is dispatched"
             )
     for name, tensor in own.items():
-        value = state_dict[name]
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
+        tensor.copy_(sharded_like(state_dict[name], tensor))
 
 
 def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
