@@ -81,16 +81,13 @@ struct ModularAttentionOperators {
                     scale});
   }
 
-  static Gradients modular_attention_backward(const std::optional<Tensor>& grad_out,
-                                              const std::optional<Tensor>& grad_lse,
-                                              const std::optional<Tensor>& grad_mass, const Tensor& query,
-                                              const Tensor& key, const Tensor& value, const Tensor& key_modality,
-                                              const std::optional<Tensor>& modality_bias,
-                                              const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                                              const Tensor& mass, const Tensor& lse_residual, int64_t num_modalities,
-                                              bool is_causal, double scale, bool need_query, bool need_key,
-                                              bool need_value, bool need_modality_bias, bool need_sink,
-                                              bool whole_rows) {
+  static Gradients modular_attention_backward(
+      const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+      const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+      const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+      const Tensor& out, const Tensor& lse, const Tensor& mass, const Tensor& lse_residual, int64_t num_modalities,
+      bool is_causal, double scale, bool need_query, bool need_key, bool need_value, bool need_modality_bias,
+      bool need_sink, bool whole_rows) {
     return backward({"modular_attention_backward",
                      query,
                      key,
