@@ -148,14 +148,20 @@ def test_the_readme_is_short():
 
 def test_every_public_name_is_in_the_api_page():
     documented = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    modules = ["moda_ext.attention", "moda_ext.alignment", "moda_ext.mask", "moda_ext.diagnostics"]
+    modules = [
+        "moda_ext.attention",
+        "moda_ext.alignment",
+        "moda_ext.mask",
+        "moda_ext.distributed",
+        "moda_ext.diagnostics",
+    ]
     if importlib.util.find_spec("transformers"):
         modules.append("moda_ext.integrations.transformers")
     public = {f"{name}.{item}" for name in modules for item in importlib.import_module(name).__all__}
     assert public <= set(documented)
     for name in documented:
         module, _, item = name.rpartition(".")
-        if not name.startswith("moda_ext.integrations") or len(modules) == 5:
+        if not name.startswith("moda_ext.integrations") or len(modules) == 6:
             assert hasattr(importlib.import_module(module), item)
 
 
