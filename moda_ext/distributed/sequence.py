@@ -134,9 +134,13 @@ class SequenceShards:
 
     def collect(self, x: Tensor, dim: int) -> Tensor:
         """:meth:`gather` without a gradient."""
+        return self.in_order(self.of_every_rank(x), dim)
+
+    def of_every_rank(self, x: Tensor) -> Tensor:
+        """(W, ...): ``x`` of rank r at r."""
         parts = x.new_empty((self.size, *x.shape))
         _all_gather(parts.view(-1), x.contiguous().view(-1), group=self.mesh.get_group())
-        return self.in_order(parts, dim)
+        return parts
 
     def sum_of_parts(self, x: Tensor, dim: int) -> Tensor:
         """This rank's tokens of the sum over the ranks of whole tensors ``x``."""
