@@ -12,7 +12,10 @@ check_minimum()
 from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
 from moda_ext.integrations.settings import MODAConfig  # noqa: E402
 from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402
-from moda_ext.integrations.transformers.context_parallel import context_parallel  # noqa: E402
+from moda_ext.integrations.transformers.context_parallel import (  # noqa: E402
+    ContextParallelTrainerMixin,
+    context_parallel,
+)
 from moda_ext.integrations.transformers.models import (  # noqa: E402
     FAMILIES,
     apply_moda,
@@ -35,6 +38,7 @@ from moda_ext.integrations.transformers.weights import (  # noqa: E402
 __all__ = [
     "FAMILIES",
     "AttentionRecord",
+    "ContextParallelTrainerMixin",
     "MODAConfig",
     "Recorder",
     "apply_moda",

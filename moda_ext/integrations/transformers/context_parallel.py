@@ -18,11 +18,16 @@ from moda_ext.integrations.transformers.attention import ContextParallel, Modali
 from moda_ext.integrations.transformers.models import _pretrained, knowing_modalities, layer_types, text_stack
 
 if TYPE_CHECKING:
+    import transformers
     from torch.distributed.device_mesh import DeviceMesh
 
     from moda_ext.distributed.sequence import SequenceShards
 
-__all__ = ["context_parallel"]
+    _Trainer = transformers.Trainer
+else:
+    _Trainer = object
+
+__all__ = ["ContextParallelTrainerMixin", "context_parallel"]
 
 CUT = "inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"
 PACKED = "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"  # what describes several sequences in a row
@@ -221,3 +226,104 @@ class _StackHook:
                     f"context_parallel: the text stack is given {name} of shape {tuple(value.shape)}, of the whole "
                     "sequence, and this does not know how to cut it"
                 )
+
+
+class ContextParallelTrainerMixin(_Trainer):
+    """A ``Trainer`` whose ranks share sequences, as :func:`context_parallel` has them: ``class T(Mixin, Trainer)``.
+
+    The ranks of a mesh get the same batches and count as one where tokens and batches are counted; DDP and FSDP take
+    them for data ranks. Losses, gradients and steps are those of a Trainer with a process for each mesh. Pad to a
+    multiple of the number of chunks (``pad_to_multiple_of`` of a collator). Evaluation gives the loss.
+
+    Args:
+        context_mesh: a ``DeviceMesh`` of one dimension, of ranks that follow each other: the innermost dimension of a
+            larger mesh. Make it after the ``TrainingArguments``, which start the process group.
+        context_options: the other keyword arguments of :func:`context_parallel`.
+        args, kwargs: the Trainer's.
+
+    Raises:
+        ValueError: ranks that do not follow each other.
+        NotImplementedError: a dataset without a length, or an evaluation that asks for more than the loss.
+
+    Example:
+        >>> class ContextParallelTrainer(ContextParallelTrainerMixin, Trainer):  # doctest: +SKIP
+        ...     pass
+        >>> args = TrainingArguments("out")  # doctest: +SKIP
+        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "cp"))["cp"]  # doctest: +SKIP
+        >>> ContextParallelTrainer(model, args, context_mesh=mesh, train_dataset=dataset).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, *args: Any, context_mesh: DeviceMesh, context_options: dict[str, Any] | None = None, **kwargs: Any
+    ):
+        size, ranks = context_mesh.size(), context_mesh.mesh.flatten().tolist()
+        if context_mesh.ndim != 1 or ranks != list(range(ranks[0], ranks[0] + size)) or ranks[0] % size:
+            raise ValueError(
+                f"ContextParallelTrainerMixin: context_mesh must be of one dimension, of {size} ranks that follow each "
+                f"other from a multiple of {size}, as batches are dealt to ranks; got {context_mesh.mesh.tolist()}"
+            )
+        self._context_mesh, self._context_options, self._in_context = context_mesh, context_options or {}, False
+        super().__init__(*args, **kwargs)
+
+    def get_cp_size(self) -> int:
+        return self._context_mesh.size()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._entered():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._entered():
+            self.gather_function = self._gather_losses  # for this loop, which sets it back
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_losses(self, losses: Tensor) -> Tensor:
+        """As Accelerate's ``gather_for_metrics``, of one rank of each mesh: the others have the same samples."""
+        every = self.accelerator.gather(losses).unflatten(0, (-1, self._context_mesh.size(), len(losses)))
+        state = self.accelerator.gradient_state
+        last = state.end_of_dataloader and state.remainder > 0
+        of_samples: Tensor = every[:, 0].flatten()[: state.remainder if last else None]
+        return of_samples
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not prediction_loss_only:
+            raise NotImplementedError(
+                "ContextParallelTrainerMixin: a rank has the logits of its own tokens, and evaluation gives the loss "
+                "alone; set prediction_loss_only=True in the TrainingArguments, without compute_metrics"
+            )
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None:
+            loss = loss.clone()
+            torch.distributed.all_reduce(loss, group=self._context_mesh.get_group())
+            loss /= self._context_mesh.size()
+        return loss, logits, labels
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        dealt: Any = getattr(loader, "batch_sampler", None)
+        if self.args.world_size > 1 and getattr(dealt, "num_processes", None) != self.args.world_size:
+            raise NotImplementedError(
+                "ContextParallelTrainerMixin: batches must be dealt by Accelerate's BatchSamplerShard, got "
+                f"{type(dealt).__name__}: give a dataset with a length, and no batches that are balanced over the ranks"
+            )
+        if self.args.world_size > 1:
+            size = self._context_mesh.size()
+            dealt.num_processes, dealt.process_index = dealt.num_processes // size, dealt.process_index // size
+            if dealt.num_processes == 1:  # then the last batch needs no other of its size
+                dealt.even_batches = False
+        return loader
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        if self._in_context:  # an evaluation while training
+            yield
+            return
+        assert isinstance(self.model, nn.Module), "a Trainer has made it"
+        with context_parallel(self.model, self._context_mesh, **self._context_options):
+            self._in_context = True
+            try:
+                yield
+            finally:
+                self._in_context = False
