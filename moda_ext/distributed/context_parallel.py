@@ -7,7 +7,6 @@ Alignment needs no keys from elsewhere. A causal Gram begins with that of the to
 that of all tokens: each rank sums over its own tokens, and the sums travel, (M, D, D) for a chunk and key head.
 """
 
-import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -511,15 +510,17 @@ def _to_tokens(x: Tensor, shards: SequenceShards) -> Tensor:
 
 
 def _heads_of(mask: ModularMask, heads: slice) -> ModularMask:
-    """The mask of some heads, whose tensors are slices of this one's. Its hooks are not copied: they are the whole's,
-    and have run."""
-    part = copy.copy(mask)
-    for name in ("_parameters", "_buffers"):
-        slices = {n: None if t is None else t[heads] for n, t in getattr(mask, name).items()}
-        object.__setattr__(part, name, slices)
-    for name, value in vars(part).items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            object.__setattr__(part, name, OrderedDict())
+    """The mask of some heads, whose tensors are slices of this one's.
+
+    A plain one without hooks, also where wrappers have changed the class of ``mask``: its own have run.
+    """
+    part = ModularMask.__new__(ModularMask)
+    vars(part).update(vars(mask))
+    for name, value in vars(mask).items():
+        if name in ("_parameters", "_buffers"):
+            vars(part)[name] = {n: None if t is None else t[heads] for n, t in value.items()}
+        elif name.endswith("_hooks") and isinstance(value, dict):
+            vars(part)[name] = OrderedDict()
     part.num_heads = heads.stop - heads.start
     return part
 

@@ -8,13 +8,21 @@ import torch
 import torch.distributed as dist
 from processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from test_transformers_context_parallel import WHOLE, assert_close, inputs_for, make  # noqa: E402
 from vision_language import make_inputs, make_model  # noqa: E402
 
-from moda_ext.integrations.transformers import ContextParallelTrainerMixin, MODAConfig, apply_moda  # noqa: E402
+from moda_ext.integrations.transformers import (  # noqa: E402
+    ContextParallelTrainerMixin,
+    MODAConfig,
+    apply_moda,
+    context_parallel,
+    text_stack,
+)
 
 
 class ContextParallelTrainer(ContextParallelTrainerMixin, transformers.Trainer):
@@ -67,13 +75,33 @@ def train(folder: Path, name: str) -> None:
         torch.save((logs, evaluated, state), folder / f"{name}.pt")
 
 
+def check_fully_sharded() -> None:
+    """FSDP takes the mean over the ranks of a sequence for that over data ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, inputs = make("llava", MODAConfig(mask=WHOLE)), inputs_for("llava", 2)
+    model(**inputs, use_cache=False).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for scheme in ("regather", "ulysses", "ring"):
+        sharded = make("llava", MODAConfig(mask=WHOLE))
+        for layer in text_stack(sharded).layers:
+            for part in (layer.self_attn.moda.aligner, layer.self_attn.moda.mask, layer):
+                fully_shard(part, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        with context_parallel(sharded, mesh, scheme=scheme):
+            sharded(**inputs).loss.backward()
+        for name, parameter in sharded.named_parameters():
+            if name in expected:
+                assert_close(f"{scheme}: {name}", parameter.grad.full_tensor(), expected[name])
+
+
 def train_on_ranks(folder: str) -> None:
+    check_fully_sharded()
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     train(Path(folder), "two")
 
 
-def test_trainer_equals_one_process(tmp_path):
+def test_trainer_and_fsdp_equal_one_process(tmp_path):
     run_ranks(train_on_ranks, 2, tmp_path / "rendezvous", str(tmp_path))
     train(tmp_path, "one")
     (logs, evaluated, state), (found_logs, found_evaluated, found) = (
