@@ -52,6 +52,7 @@ struct ModularAttentionOutputs {
 struct ModularAttentionSaved {
   std::optional<Tensor> grad_out, grad_lse, grad_mass;
   Tensor out, lse, mass, lse_residual;
+  bool whole_rows = true;  // false: those of rows that see more keys than the inputs have
 };
 // What it makes. What is not needed has no elements.
 struct ModularAttentionGradients {

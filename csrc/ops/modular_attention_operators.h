@@ -41,6 +41,7 @@ void set_outputs(const ModularAttentionOutputs& outputs, const ModularAttentionS
 template <class Args>
 void set_gradients(const ModularAttentionSaved& saved, const ModularAttentionGradients& gradients,
                    const ModularAttentionShape& shape, Args& args) {
+  args.whole_rows = saved.whole_rows;
   args.saved_out = input(saved.out, shape.packed, Last::kPresent);
   args.saved_lse = input(saved.lse, shape.packed, Last::kNone);
   args.saved_mass = input(saved.mass, shape.packed, Last::kPresent);
@@ -80,15 +81,13 @@ struct ModularAttentionOperators {
                     scale});
   }
 
-  static Gradients modular_attention_backward(const std::optional<Tensor>& grad_out,
-                                              const std::optional<Tensor>& grad_lse,
-                                              const std::optional<Tensor>& grad_mass, const Tensor& query,
-                                              const Tensor& key, const Tensor& value, const Tensor& key_modality,
-                                              const std::optional<Tensor>& modality_bias,
-                                              const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                                              const Tensor& mass, const Tensor& lse_residual, int64_t num_modalities,
-                                              bool is_causal, double scale, bool need_query, bool need_key,
-                                              bool need_value, bool need_modality_bias, bool need_sink) {
+  static Gradients modular_attention_backward(
+      const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+      const std::optional<Tensor>& grad_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+      const Tensor& key_modality, const std::optional<Tensor>& modality_bias, const std::optional<Tensor>& sink,
+      const Tensor& out, const Tensor& lse, const Tensor& mass, const Tensor& lse_residual, int64_t num_modalities,
+      bool is_causal, double scale, bool need_query, bool need_key, bool need_value, bool need_modality_bias,
+      bool need_sink, bool whole_rows) {
     return backward({"modular_attention_backward",
                      query,
                      key,
@@ -103,7 +102,7 @@ struct ModularAttentionOperators {
                      num_modalities,
                      is_causal,
                      scale},
-                    {grad_out, grad_lse, grad_mass, out, lse, mass, lse_residual},
+                    {grad_out, grad_lse, grad_mass, out, lse, mass, lse_residual, whole_rows},
                     {need_query, need_key, need_value, need_modality_bias, need_sink});
   }
 

@@ -8,11 +8,14 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "modular_attention(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor? modality_bias, "
       "Tensor? sink, int num_modalities, bool is_causal, float scale) "
       "-> (Tensor out, Tensor lse, Tensor mass, Tensor lse_residual)");
+  // whole_rows: whether out, lse and mass are of the keys given. False: of rows that see more keys, of which these are a
+  // part; the gradients of query, modality_bias and sink are then this part's terms of their sums. sink is of the whole
+  // row, and belongs to one part.
   m.def(
       "modular_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, "
       "Tensor value, Tensor key_modality, Tensor? modality_bias, Tensor? sink, Tensor out, Tensor lse, Tensor mass, "
       "Tensor lse_residual, int num_modalities, bool is_causal, float scale, bool need_query, bool need_key, "
-      "bool need_value, bool need_modality_bias, bool need_sink) "
+      "bool need_value, bool need_modality_bias, bool need_sink, bool whole_rows) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_modality_bias, Tensor grad_sink)");
   m.def(
       "modular_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor key_modality, Tensor cu_seqlens_q, "

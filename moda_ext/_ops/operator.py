@@ -7,6 +7,7 @@ the operator ``<name>_backward``,
 
 - ``grad_<result>``: the gradient of that result; None, or zeros if it cannot be None, where there is none;
 - ``need_<argument>``: whether the gradient of that argument is asked for;
+- a name in ``gradient_options``: what is there; other values are for direct callers;
 - any other: the argument or the result of the forward pass of that name,
 
 and of its results, ``grad_<argument>``. A result without a ``grad_<result>`` has no gradient, and one with an argument
@@ -29,7 +30,7 @@ from torch import Tensor
 from moda_ext._ops import autocast, library
 from moda_ext._ops.limits import accumulation_dtype
 
-_SAVED, _OPTION, _NEED, _GRAD, _GRAD_OR_ZEROS = range(5)
+_SAVED, _OPTION, _NEED, _GIVEN, _GRAD, _GRAD_OR_ZEROS = range(6)
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # of every operator
 _library = torch.library.Library("moda_ext", "IMPL")  # kept alive: the registrations end with it
 
@@ -63,6 +64,7 @@ class Operator:
         batch: for vmap, the dimension (negative) of every tensor argument and result that the mapped dimension is
             merged with: one call. None: one call for each slice.
         packed: whether tensors of tokens are packed, (T, H, D): their gradients are then contiguous.
+        gradient_options: values of arguments of the backward operator that are nothing of the forward pass.
         contiguous: results whose gradient the backward kernels want contiguous; of the others, the last dimension.
         instead: what has the derivative, for an operator that has none: one that does the work of several at once where
             none is asked for. It has kernels for the CPU alone.
@@ -79,6 +81,7 @@ class Operator:
         sums: tuple[str, ...] = (),
         batch: Mapping[str, int] | None = None,
         packed: bool = False,
+        gradient_options: Mapping[str, Any] | None = None,
         contiguous: tuple[str, ...] = (),
         instead: str = "",
         composite: bool = False,
@@ -88,6 +91,7 @@ class Operator:
         self.composite, self.flex = composite, flex
         self.tokens, self.sums, self.batch = tokens, sums, batch
         self.packed, self.contiguous = packed, contiguous
+        self.gradient_options = {} if gradient_options is None else gradient_options
         self.backward: Operator | None = None  # the operator of the gradient
         if not library.native_loaded:
             return
@@ -205,7 +209,7 @@ class Operator:
         self._flags = [
             (i, self.arguments.index(f"with_{n}")) for i, n in enumerate(self.results) if f"with_{n}" in names
         ]
-        self._sources: list[tuple[int, int]] = []
+        self._sources: list[tuple[int, Any]] = []
         for name in arguments:
             what, _, other = name.partition("_")
             if name in self._saved:
@@ -214,6 +218,8 @@ class Operator:
                 self._sources.append((_OPTION, self._options.index(name)))
             elif what == "need":
                 self._sources.append((_NEED, self.arguments.index(other)))
+            elif name in self.gradient_options:
+                self._sources.append((_GIVEN, self.gradient_options[name]))
             else:
                 optional = name in self.backward.optional
                 self._sources.append((_GRAD if optional else _GRAD_OR_ZEROS, self.results.index(other)))
@@ -250,6 +256,8 @@ class Operator:
                 inputs.append(ctx.options[i])
             elif source == _NEED:
                 inputs.append(ctx.needs_input_grad[i])
+            elif source == _GIVEN:
+                inputs.append(i)
             elif (grad := incoming[i]) is not None:
                 inputs.append(_contiguous(grad, whole=self.results[i] in self.contiguous))
             elif source == _GRAD_OR_ZEROS:

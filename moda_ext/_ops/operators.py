@@ -62,6 +62,7 @@ modular_attention = Operator(
         "mass": -4,
         "lse_residual": -3,
     },
+    gradient_options={"whole_rows": True},
     flex=True,
 )
 modular_attention_varlen = Operator(

@@ -170,7 +170,7 @@ class DuplexAligner(nn.Module):
                 state = GramState.from_keys(
                     key, key_modality, self.num_modalities, include=include, key_norm=self.key_norm, window=None
                 )
-            results = self._fixed(query, normalize_gram(state.gram, self.normalize), return_indicator)
+            results = self.fixed_views(query, normalize_gram(state.gram, self.normalize), return_indicator)
         if return_state:
             return (*results, self.state_after(key, key_modality, state))
         return results[0] if len(results) == 1 else results
@@ -318,8 +318,8 @@ class DuplexAligner(nn.Module):
         views = torch.stack(each).to(query.dtype)
         return (views, gram_indicator(query, projection[-1])) if return_indicator else (views,)
 
-    def _fixed(self, query: Tensor, gram: Tensor, return_indicator: bool) -> tuple[Tensor, ...]:
-        """Views through one Gram for all rows: the small matrices first, then one product for each view."""
+    def fixed_views(self, query: Tensor, gram: Tensor, return_indicator: bool) -> tuple[Tensor, ...]:
+        """Views, and the indicator, through one normalised Gram: small matrices first, then a product for each view."""
         down, up = self._factors(self._others(gram))
         maps = (down @ up[:, None, None]).mT  # (M, B, Hkv, D, D)
         group = query.shape[1] // gram.shape[1]

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moda_ext import reference
 from moda_ext._ops.backend import use_backend
@@ -17,6 +18,7 @@ from moda_ext.functional.alignment import causal_gram_projection, duplex_query_v
 from moda_ext.functional.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional.duplex import duplex_attention
 from moda_ext.functional.paged import paged_cache_update, paged_duplex_attention, paged_modular_attention
+from moda_ext.functional.parts import Keys, Terms, attend_part, differentiate_part, finish_bias_gradient, merge
 from moda_ext.nn.aligner import DuplexAligner
 
 Results: TypeAlias = dict[str, Tensor]
@@ -124,7 +126,50 @@ ATTENTION: dict[str, dict] = {
         "heads_first": True,
     },
     "many keys, out alone": {"heads": 4, "causal": True, "columns": 1100, "modalities": 6, "alone": True},
+    "keys in two parts": {"heads": 4, "views": True, "other_length": True, "parts": True, "modalities": 3},
 }
+
+
+class _InParts(torch.autograd.Function):
+    """(out, mass) of keys that come in two parts, as context parallelism has them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sink: Tensor, key_modality: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cut, modality = key.shape[2] // 3, key_modality.to(torch.int32)
+        ctx.parts = [
+            (
+                Keys(key[:, :, part], value[:, :, part], modality[:, part]),
+                Terms(
+                    bias, sink if part.stop == key.shape[2] else None, bias.shape[-1], False, query.shape[-1] ** -0.5
+                ),
+            )
+            for part in (slice(0, cut), slice(cut, key.shape[2]))
+        ]
+        rows = merge(*(attend_part(query, *part) for part in ctx.parts))
+        ctx.rows = rows._replace(out=rows.out.to(query.dtype))
+        ctx.save_for_backward(query, sink)
+        return ctx.rows.out, ctx.rows.mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
+        query, sink = ctx.saved_tensors
+        first, second = (
+            differentiate_part(grad_out, grad_mass, query, keys, terms, ctx.rows, (True,) * 5, whole_rows=False)
+            for keys, terms in ctx.parts
+        )
+        assert first.query is not None and second.query is not None, "asked for"
+        assert first.modality_bias is not None and second.modality_bias is not None, "asked for"
+        grad_query = (first.query.to(ctx.rows.lse.dtype) + second.query).to(query.dtype)
+        grad_bias = first.modality_bias + second.modality_bias
+        grad_key, grad_value = (
+            torch.cat([t for t in tensors if t is not None], dim=2)
+            for tensors in ((first.key, second.key), (first.value, second.value))
+        )
+        grad_bias = finish_bias_gradient(grad_bias, grad_out, grad_mass, ctx.rows, sink)
+        return grad_query, grad_key, grad_value, grad_bias, second.sink, None
 
 
 def _attention(
@@ -149,6 +194,7 @@ def _attention(
     causal: bool = False,
     heads_first: bool = False,
     alone: bool = False,
+    parts: bool = False,
 ) -> Case:
     rows = rows or lengths[0]
     columns = columns or (lengths[1] if other_length or rows == 270 else rows)
@@ -176,13 +222,17 @@ def _attention(
     def ours(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
         if alone:
             return {"out": modular_attention(query, key, value, key_modality, **terms, **options)}
+        if parts:
+            found = _InParts.apply(query, key, value, terms["modality_bias"], terms["sink"], key_modality)
+            return dict(zip(("out", "mass"), found, strict=True))
         results = modular_attention(query, key, value, key_modality, **terms, **options, **FULL)
         return dict(zip(("out", "lse", "mass"), results, strict=True))
 
     def dense(query: Tensor, key: Tensor, value: Tensor, key_modality: Tensor, **terms: Any) -> Results:
         terms = _cast(terms, query.dtype)
         results = reference.dense_attention(query, key, value, key_modality, **terms, **options)
-        return {"out": results[0]} if alone else dict(zip(("out", "lse", "mass"), results, strict=True))
+        named = dict(zip(("out", "lse", "mass"), results, strict=True))
+        return {name: named[name] for name in (("out",) if alone else ("out", "mass") if parts else named)}
 
     return Case(operator, f"{label}, Nq={rows}, Nk={columns}", dtype, make, ours, dense)
 

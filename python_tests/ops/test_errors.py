@@ -320,7 +320,7 @@ def operator_calls():
     return {
         "modular_attention": ((q, k, k, wrong, None, None, 2, False, 1.0), "key_modality"),
         "modular_attention_backward": (
-            (out, None, None, q, k, k, ids, None, None, out, lse[:, 1:], mass, lse, 2, False, 1.0, *needs),
+            (out, None, None, q, k, k, ids, None, None, out, lse[:, 1:], mass, lse, 2, False, 1.0, *needs, True),
             "lse",
         ),
         "modular_attention_varlen": (

@@ -82,11 +82,15 @@ def operator_calls(device):
         needs = (True,) * 3 + (bias is not None,) * 2
         calls[f"modular_attention_backward {name}"] = (
             ops.modular_attention_backward.default,
-            (*results[:3], *plain, *results, 3, True, 0.25, *needs),
+            (*results[:3], *plain, *results, 3, True, 0.25, *needs, True),
         )
     calls["modular_attention_backward partly"] = (
         ops.modular_attention_backward.default,
-        (None, results[1], None, *plain, *results, 3, True, 0.25, True, False, False, False, True),
+        (None, results[1], None, *plain, *results, 3, True, 0.25, True, False, False, False, True, True),
+    )
+    calls["modular_attention_backward of a part"] = (
+        ops.modular_attention_backward.default,
+        (*results[:3], *plain, *results, 3, True, 0.25, *needs, False),
     )
     tensors, (bias, sink) = varlen_inputs(device)
     options = (5, 5, 3, True, 0.25)

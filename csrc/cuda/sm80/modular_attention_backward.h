@@ -620,6 +620,7 @@ class QueryKernel {
   //   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P
   //   D' = k sum_m (db_m + Q_m D) - dL
   //   db_m <- k (db_m + Q_m (D - D'))
+  // The keys of a part of a row do not say what its probabilities sum to: their db_m stays as it is.
   MODA_EXT_DEVICE void finish_bias_gradient() {
     if (t != 0) return;
 #pragma unroll
@@ -636,9 +637,10 @@ class QueryKernel {
       }
       if (args.sink.data == nullptr || *row_of<float>(args.sink, sequence.batch, head, token) == -infinity())
         expected = 1.0f;
-      const float correction = sum == 0.0f ? 0.0f : expected / sum;
+      float correction = sum == 0.0f ? 0.0f : expected / sum;
       float difference = p.delta[row_index(args, sequence, head, row)] * (1.0f - expected) - correction * grads;
       if (args.grad_lse.data != nullptr) difference += *row_of<float>(args.grad_lse, sequence.batch, head, token);
+      if (!args.whole_rows) correction = 1.0f, difference = 0.0f;
       float* grad_bias = row_of<float>(args.grad_bias, sequence.batch, head, token);
       for (int m = 0; m < args.num_modalities; ++m)
         grad_bias[m * args.grad_bias.last] =

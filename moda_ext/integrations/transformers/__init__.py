@@ -12,6 +12,10 @@ check_minimum()
 from moda_ext.integrations.recording import AttentionRecord, Recorder  # noqa: E402  transformers is checked first
 from moda_ext.integrations.settings import MODAConfig  # noqa: E402
 from moda_ext.integrations.transformers.cache import prepare_cache  # noqa: E402
+from moda_ext.integrations.transformers.context_parallel import (  # noqa: E402
+    ContextParallelTrainerMixin,
+    context_parallel,
+)
 from moda_ext.integrations.transformers.models import (  # noqa: E402
     FAMILIES,
     apply_moda,
@@ -34,11 +38,13 @@ from moda_ext.integrations.transformers.weights import (  # noqa: E402
 __all__ = [
     "FAMILIES",
     "AttentionRecord",
+    "ContextParallelTrainerMixin",
     "MODAConfig",
     "Recorder",
     "apply_moda",
     "attention_modules",
     "check_identity",
+    "context_parallel",
     "load_moda",
     "load_moda_state_dict",
     "load_release",

@@ -44,13 +44,22 @@ from moda_ext.release import ReleaseAligner
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["MODAAttention", "ModalityContext"]
+    from moda_ext.distributed.sequence import SequenceShards
+
+__all__ = ["ContextParallel", "MODAAttention", "ModalityContext"]
 
 NAME = "moda"
 
 
+class ContextParallel(NamedTuple):
+    """Which ranks hold which tokens of one sequence, and how their attention comes together."""
+
+    shards: SequenceShards
+    scheme: str
+
+
 class ModalityContext(NamedTuple):
-    """What the layers of one forward pass know of the tokens."""
+    """What the layers of one forward pass know of the tokens; with ``parallel``, of those of all ranks."""
 
     query_modality: Tensor  # (B, Nq), int32, -1 for padding
     key_modality: Tensor  # (B, tokens seen), or (B, max_cache_len) of a static cache
@@ -58,6 +67,7 @@ class ModalityContext(NamedTuple):
     num_modalities: int
     cache: Cache | None
     masked: bool = False  # a mask came to the text stack
+    parallel: ContextParallel | None = None
 
 
 class PlainlyRecorded(TypedDict):
@@ -110,6 +120,7 @@ class MODAAttention(DuplexLayer):
         keep_state: bool,
         start: Tensor | int,
         record: bool,
+        parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, GramState | None, Recorded | None]:
         """One attention call.
 
@@ -120,13 +131,14 @@ class MODAAttention(DuplexLayer):
             keep_state: also make the Gram after this call.
             start: (B,) or a number, how many tokens came before without padding.
             record: also return what a recorder gets.
+            parallel: ``tokens`` are this rank's, with the modalities of all; no cache, no mask, nothing recorded.
 
         Returns:
             ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
             :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
         with self.own_heads():
-            return self._attend(tokens, visible, state, keep_state, start, record)
+            return self._attend(tokens, visible, state, keep_state, start, record, parallel)
 
     def _attend(
         self,
@@ -136,8 +148,15 @@ class MODAAttention(DuplexLayer):
         keep_state: bool,
         start: Tensor | int,
         record: bool,
+        parallel: ContextParallel | None,
     ) -> tuple[Tensor, GramState | None, Recorded | None]:
         aligner = self.aligner
+        if parallel is not None:
+            if isinstance(aligner, ReleaseAligner):
+                raise NotImplementedError(
+                    "context_parallel: mode='release' aligns a prompt as a whole, which is on one rank only"
+                )
+            return attend_in_parallel(aligner, self.mask, tokens, self.config.num_modalities, parallel), None, None
         if isinstance(aligner, ReleaseAligner):
             if tokens.key.shape[2] != tokens.query.shape[2] > 1:
                 raise NotImplementedError(
@@ -177,6 +196,31 @@ class MODAAttention(DuplexLayer):
 
     def extra_repr(self) -> str:
         return f"modalities={self.config.modalities}, mode={self.config.mode!r}"
+
+
+def attend_in_parallel(
+    aligner: DuplexAligner | None,
+    mask: ModularMask | None,
+    tokens: Tokens,
+    num_modalities: int,
+    parallel: ContextParallel,
+) -> Tensor:
+    """Attention of this rank's tokens, (B, Hq, N / W, D)."""
+    from moda_ext.distributed.context_parallel import context_parallel_attention  # needs a torch with distributed
+
+    out: Tensor = context_parallel_attention(
+        aligner,
+        mask,
+        tokens.query,
+        tokens.key,
+        tokens.value,
+        tokens.query_modality,
+        num_modalities,
+        shards=parallel.shards,
+        scheme=parallel.scheme,
+        scale=tokens.scale,
+    )
+    return out
 
 
 def attention_under(visible: Tensor | None) -> Callable:
@@ -240,6 +284,8 @@ def moda_attention(
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     _check_heads(module, query, key)
+    if modality_context.parallel is not None:
+        return _moda_in_parallel(module, query, key, value, attention_mask, modality_context, kwargs), None
     cached = _check_premises(module, query, key, modality_context, kwargs)
     if attention_mask is not None and attention_mask.dim() == 2 and not modality_context.masked:
         _fail("a mask of padding came to the attention that did not come to the text stack")
@@ -275,6 +321,40 @@ def moda_attention(
             )
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _moda_in_parallel(
+    module: SelfAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: ModalityContext,
+    kwargs: dict,
+) -> Tensor:
+    """:func:`moda_attention` of this rank's tokens of a sequence."""
+    parallel = context.parallel
+    assert parallel is not None, "called where there is"
+    if getattr(module, "moda_recorder", None) is not None:
+        raise NotImplementedError("context_parallel: a rank sees a part of the rows and cannot be recorded")
+    if kwargs.get("sliding_window") is not None or (attention_mask is not None and attention_mask.dim() != 2):
+        raise NotImplementedError(
+            "context_parallel: plain causal attention only, and this layer has a sliding window or a mask of its own "
+            "(bidirectional images, packed sequences, a mask of pairs)"
+        )
+    _check_options(module, False, kwargs)
+    own, every = query.shape[2], context.query_modality.shape[1]
+    if own * parallel.shards.size != every or key.shape[2] != own:
+        _fail(f"{own} queries and {key.shape[2]} keys came on each of {parallel.shards.size} ranks, of {every} tokens")
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    modality = context.query_modality.to(query.device)
+    tokens = Tokens(query, key, value, modality, modality, key, modality, scale)
+    moda = getattr(module, "moda", None)
+    if moda is None:
+        out = attend_in_parallel(None, None, tokens, context.num_modalities, parallel)
+    else:
+        out, _, _ = moda(tokens, None, None, False, 0, False, parallel)
+    return out.transpose(1, 2).contiguous()
 
 
 def _duplex_attention(

@@ -327,38 +327,54 @@ def recording(model: nn.Module, recorder: Recorder, modalities: dict[str, int] |
     refuse_replicas(model)
     inner = _pretrained(model, "recording")
     _prove(_family(inner, "recording"))
-    modules, text_config = attention_modules(inner), inner.config.text_config
+    modules = attention_modules(inner)
     if any(hasattr(module, "moda_recorder") for module in modules):
         raise ValueError("recording: this model is being recorded already")
-    handles, before, settings = [], text_config._attn_implementation, getattr(text_config, "moda", None)
+    mesh = head_mesh(inner, text_stack(inner))
+    with knowing_modalities(inner, modalities, "recording"):
+        try:
+            for module in modules:
+                # Not by setattr: a recorder may be a module itself.
+                module.__dict__.update(moda_recorder=recorder, moda_head_mesh=mesh)
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("moda_recorder", None)
+                module.__dict__.pop("moda_head_mesh", None)
+
+
+@contextlib.contextmanager
+def knowing_modalities(inner: PreTrainedModel, modalities: dict[str, int] | None, caller: str) -> Iterator[None]:
+    """Every layer of the text stack runs the attention "moda" and gets a ``ModalityContext``, within a ``with`` block.
+
+    A model without MODA runs it in its plain form meanwhile, and is as it was afterwards.
+
+    Raises:
+        ValueError: ``modalities`` for a model with MODA, or MODA is off.
+    """
+    text_config = inner.config.text_config
+    before, settings = text_config._attn_implementation, getattr(text_config, "moda", None)
     if isinstance(inner, MODAModelMixin):
         if modalities is not None:
-            raise ValueError("recording: modalities belong to a model without MODA; this one has its own")
+            raise ValueError(f"{caller}: modalities belong to a model without MODA; this one has its own")
         if before != NAME:
-            raise ValueError(f"recording: MODA is off, the text stack runs {before!r} attention")
+            raise ValueError(f"{caller}: MODA is off, the text stack runs {before!r} attention")
+        yield
+        return
+    plain = MODAConfig.plain() if modalities is None else MODAConfig.plain(modalities=modalities)
+    handles = _register(_hooks(inner, plain.modalities))
     try:
-        if not isinstance(inner, MODAModelMixin):
-            plain = MODAConfig.plain() if modalities is None else MODAConfig.plain(modalities=modalities)
-            handles = _register(_hooks(inner, plain.modalities))
-            text_config.moda = plain.values()
-            PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
-        mesh = head_mesh(inner, text_stack(inner))
-        for module in modules:
-            # Not by setattr: a recorder may be a module itself.
-            module.__dict__.update(moda_recorder=recorder, moda_head_mesh=mesh)
+        text_config.moda = plain.values()
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("moda_recorder", None)
-            module.__dict__.pop("moda_head_mesh", None)
         for handle in handles:
             handle.remove()
-        if handles:
-            PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
-            if settings is None:
-                del text_config.moda
-            else:
-                text_config.moda = settings
+        PreTrainedModel.set_attn_implementation(inner, {"text_config": before})
+        if settings is None:
+            del text_config.moda
+        else:
+            text_config.moda = settings
 
 
 @torch.no_grad()
@@ -550,14 +566,20 @@ def _register(hooks: list) -> list:
     return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
 
 
-def _check_layers(model: PreTrainedModel, config: MODAConfig) -> list[int]:
-    """Indices of the layers that get MODA."""
+def layer_types(model: PreTrainedModel) -> list[str]:
+    """The kind of attention of each layer of the text stack, "full_attention" for one without a window."""
     text_config = model.config.text_config
-    count = text_config.num_hidden_layers
-    types = getattr(text_config, "layer_types", None)
+    types: list[str] | None = getattr(text_config, "layer_types", None)
     if types is None:
         sliding = getattr(text_config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"] * count
+        types = ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
+    return types
+
+
+def _check_layers(model: PreTrainedModel, config: MODAConfig) -> list[int]:
+    """Indices of the layers that get MODA."""
+    types = layer_types(model)
+    count = len(types)
     full = [index for index, kind in enumerate(types) if kind == "full_attention"]
     layers = full if config.layers is None else config.layers
     wrong = [index for index in layers if index not in full]

@@ -110,9 +110,11 @@ void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& seque
 //   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P; 1 where the scores are so large that it is far from it
 //   D = k sum_m (db_m + Q_m D_i) - dL
 //   db_m <- k (db_m + Q_m (D_i - D))
+// The keys of a part of a row do not say what its probabilities sum to: their db_m stays as it is.
 template <class T>
 void finish_bias_gradient(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head,
                           int64_t row) {
+  if (!args.whole_rows) return;
   T* grad = row_of<T>(args.grad_bias, sequence.batch, head, sequence.first_query + row);
   const T* sums = row_of<T>(args.probability_sums, sequence.batch, head, sequence.first_query + row);
   const T* mass = row_of<T>(args.saved_mass, sequence.batch, head, sequence.first_query + row);
