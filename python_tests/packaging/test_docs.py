@@ -136,6 +136,7 @@ def test_an_example_runs(example, folder, monkeypatch, capsys):
         "decode": "decoding and one pass differ by",
         "replace_attention": "answers are equal: True",
         "finetune": "the logits are the same",
+        "train_parallel": "saved moda.safetensors",
         "diagnose": "the model",
     }[example.stem] in printed
 
