@@ -232,6 +232,27 @@ def test_a_plan_that_leaves_attention_whole(two_ranks, checkpoints):
     two_ranks.run(check_whole_heads, checkpoints)
 
 
+def check_own_plan(folder):
+    """A plan of a user's own that splits heads: with MODA's rule it is right, without it is refused."""
+    inputs, labels = inputs_of("qwen3_vl")
+    attention = "model.language_model.layers.*.self_attn"
+    plan = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+    plan[f"{attention}.o_proj"] = "rowwise"
+    refused = load(f"{folder}/qwen3_vl", **tensor_parallel(tp_size=2, tp_plan=plan))
+    with pytest.raises(RuntimeError, match=r"MODA: the projections made 2 query heads.*split_heads\(model, mesh\)"):
+        refused(**inputs)
+    plan[f"{attention}.moda"] = "moda_heads"
+    split = load(f"{folder}/qwen3_vl", **tensor_parallel(tp_size=2, tp_plan=plan)).train()
+    whole = load(f"{folder}/qwen3_vl").train()
+    for model in (split, whole):
+        model(**inputs, labels=labels, use_cache=False).loss.backward()
+    assert_equal_gradients(split, whole, names=".moda.")
+
+
+def test_a_plan_of_ones_own(two_ranks, checkpoints):
+    two_ranks.run(check_own_plan, checkpoints)
+
+
 def test_rules_are_in_the_plans_that_split_heads():
     for family in FAMILIES:
         plan = apply_moda(make_model(family))._tp_plan
