@@ -247,7 +247,7 @@ def check_compiled():
 
 
 def test_compiled(two_ranks):
-    two_ranks.run(check_compiled)
+    two_ranks.run(check_compiled, patience=120)
 
 
 class Block(nn.Module):
