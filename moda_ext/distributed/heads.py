@@ -89,10 +89,19 @@ class HeadSplit:
 
     @contextlib.contextmanager
     def own_heads(self, layer: DuplexLayer) -> Iterator[None]:
-        """A block in which the layer's aligner and mask have the tensors of this process's heads."""
+        """A block in which the layer's aligner and mask have the tensors of this process's heads.
+
+        Raises:
+            RuntimeError: some are sharded in it, by an FSDP that would bring others than these.
+        """
         mask, places = layer.mask, list(_places(layer))
         group, rank = self.mesh.get_group(), self.mesh.get_local_rank()
         before = [tensors[name] for tensors, name, _ in places]
+        if any(isinstance(tensor, DTensor) for tensor in before):
+            raise RuntimeError(
+                "MODA: aligner or mask of a layer with split heads are sharded for themselves. Call fully_shard on the "
+                "layer, or on a block around it, so that they are whole in the layer's forward pass"
+            )
         local = list(before)
         wanted = [index for index, tensor in enumerate(before) if tensor.requires_grad]
         if wanted and torch.is_grad_enabled():

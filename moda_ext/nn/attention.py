@@ -231,6 +231,7 @@ class ModularDuplexAttention(DuplexLayer):
             head_dim = embed_dim // num_heads
         if rope_base is not None and head_dim % 2:
             raise ValueError(f"ModularDuplexAttention: head_dim must be even for RoPE, got {head_dim}")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_modalities, self.head_dim = num_modalities, head_dim
         self.is_causal, self.rope_base = is_causal, rope_base
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
@@ -366,11 +367,11 @@ class ModularDuplexAttention(DuplexLayer):
 
     @property
     def whole_heads(self) -> int:
-        return self.q_proj.out_features // self.head_dim
+        return self.num_heads
 
     @property
     def whole_kv_heads(self) -> int:
-        return self.k_proj.out_features // self.head_dim
+        return self.num_kv_heads
 
     def extra_repr(self) -> str:
         return f"num_modalities={self.num_modalities}, is_causal={self.is_causal}, rope_base={self.rope_base}"

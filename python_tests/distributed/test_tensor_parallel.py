@@ -247,7 +247,7 @@ def check_compiled():
 
 
 def test_compiled(two_ranks):
-    two_ranks.run(check_compiled)
+    two_ranks.run(check_compiled, patience=120)
 
 
 class Block(nn.Module):
@@ -314,6 +314,12 @@ def check_sharded():
         out.square().sum().backward()
         assert_equal_gradients(split, one, scale=2.0)
     assert all(full(p).shape == q.shape for p, q in zip(split.parameters(), one.parameters(), strict=True))
+    parts = tensor_parallel(make(SETTINGS["all"]), mesh["tp"])
+    fully_shard(parts.aligner, mesh=mesh["dp"])
+    with pytest.raises(
+        RuntimeError, match="aligner or mask .* are sharded for themselves. Call fully_shard on the lay"
+    ):
+        parts(x[row], modality[row])
 
 
 def test_with_sharded_parameters(four_ranks):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 PATIENCE = 45.0  # seconds: for a collective, and for one check; a rank that died ends its check at once
+START = 240.0  # seconds: for the server to import, on a machine that has other things to do
 GRACE = 3.0  # seconds that the other ranks get to tell their errors
 DIED = "died"  # is told before errors, and errors of a rank's own before those of collectives that lost a rank
 PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "peft"]
@@ -42,13 +43,17 @@ class Ranks:
         """
         if not self.processes:
             self._start()
-        results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         for rank, pipe in enumerate(self.pipes):
             try:
                 pipe.send((sys.path, function.__module__, function.__qualname__, arguments))
             except BrokenPipeError:
                 failures[rank] = self._died(rank)
+        return self._answers(failures, patience)
+
+    def _answers(self, failures: dict[int, str], patience: float) -> list[Any]:
+        """What every rank sends, in their order."""
+        results: dict[int, Any] = {}
         deadline = time.monotonic() + patience
         while len(results) + len(failures) < self.world:
             waiting = [rank for rank in range(self.world) if rank not in results and rank not in failures]
@@ -104,6 +109,7 @@ class Ranks:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = before
+        self._answers({}, START)
 
     def stop(self, at_once: bool = False) -> None:
         """Ends the processes: by themselves, or where one of them may wait for others, at once."""
@@ -132,6 +138,7 @@ def serve(rank: int, world: int, rendezvous: str, pipe: multiprocessing.connecti
         world_size=world,
         timeout=datetime.timedelta(seconds=PATIENCE),
     )
+    pipe.send((True, None))  # it is there
     while True:
         try:
             sys.path[:], module, name, arguments = pipe.recv()
