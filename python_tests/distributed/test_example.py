@@ -22,7 +22,8 @@ def train(out: Path, *launcher: str, options: tuple[str, ...] = ()) -> tuple[lis
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
-    return [f"{float(loss):.4f}" for loss in re.findall(r"^step +\d+  loss ([\d.]+)$", done.stdout, re.M)], load_file(out)
+    losses = re.findall(r"^step +\d+  loss ([\d.]+)$", done.stdout, re.MULTILINE)
+    return [f"{float(loss):.4f}" for loss in losses], load_file(out)
 
 
 @pytest.fixture(scope="module")
