@@ -234,6 +234,7 @@ REFUSED = {
     "shards": ({"shards": None}, {}, "shards must be a SequenceShards, got NoneType"),
     "own ids": ({"modality": torch.zeros(2, 24).int()}, {}, r"modality must have shape \(2, 48\).*got \(2, 24\)"),
     "modalities": ({"num_modalities": 3}, {}, "num_modalities must be that of the aligner, 2, got 3"),
+    "strange ids": ({"modality": torch.full((2, 48), 2)}, {}, "modality must hold -1 for padding, or 0 to 1"),
     "full scope": ({}, {"aligner": {"scope": "full"}}, "aligner scope 'full' in causal attention"),
     "no context": ({"context": None}, {"aligner": {"scope": "context"}}, "context belongs to.*'context'"),
     "context": ({"context": torch.ones(2, 48).bool()}, {}, "context belongs to.*got scope='causal'"),
