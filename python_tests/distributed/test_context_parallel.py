@@ -136,6 +136,19 @@ def test_gradient_checkpointing():
     run_threads(rank, 2)
 
 
+def test_regather_is_one_graph():
+    """With its collectives, forward and backward. One rank: what compiles does not know of threads."""
+    problem = make_problem(**SETTINGS["mixed"])
+    expected = alone(problem)
+    compiled = torch.compile(context_parallel_attention, fullgraph=True, backend="aot_eager")
+
+    def rank() -> None:
+        error, name = worst_difference(on_ranks(problem, shards_of_all(), "regather", compiled), expected)
+        assert error <= LIMITS[torch.float64], f"{name} differs by {error:.1e}"
+
+    run_threads(rank, 1)
+
+
 def kept_bytes(call) -> int:
     """Memory that autograd keeps for the backward pass of a call."""
     storages = {}
