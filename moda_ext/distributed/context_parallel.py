@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from moda_ext._ops import autocast
 from moda_ext.distributed.sequence import SequenceShards
+from moda_ext.functional import checks
 from moda_ext.functional.alignment import modality_gram
 from moda_ext.functional.attention import Results, check_attention, expand, modular_attention
 from moda_ext.functional.gram import normalize_gram
@@ -557,6 +558,9 @@ def _check(
     shards.check_length(OP, "modality", modality.shape[1])
     own = shards.shard(modality, 1)
     check_attention(query, key, value, own, None, None, num_modalities, is_causal, scale, OP)
+    # On every rank: an operator would find it on the ranks alone that see such a key, while the others wait.
+    strange = (modality < -1) | (modality >= num_modalities)
+    checks.on_host(strange, f"{OP}: modality must hold -1 for padding, or 0 to {num_modalities - 1}")
     for name, module in (("aligner", aligner), ("mask", mask)):
         if module is not None and module.num_modalities != num_modalities:
             raise ValueError(

@@ -136,6 +136,19 @@ def test_gradient_checkpointing():
     run_threads(rank, 2)
 
 
+def test_regather_is_one_graph():
+    """With its collectives, forward and backward. One rank: what compiles does not know of threads."""
+    problem = make_problem(**SETTINGS["mixed"])
+    expected = alone(problem)
+    compiled = torch.compile(context_parallel_attention, fullgraph=True, backend="aot_eager")
+
+    def rank() -> None:
+        error, name = worst_difference(on_ranks(problem, shards_of_all(), "regather", compiled), expected)
+        assert error <= LIMITS[torch.float64], f"{name} differs by {error:.1e}"
+
+    run_threads(rank, 1)
+
+
 def kept_bytes(call) -> int:
     """Memory that autograd keeps for the backward pass of a call."""
     storages = {}
@@ -234,6 +247,7 @@ REFUSED = {
     "shards": ({"shards": None}, {}, "shards must be a SequenceShards, got NoneType"),
     "own ids": ({"modality": torch.zeros(2, 24).int()}, {}, r"modality must have shape \(2, 48\).*got \(2, 24\)"),
     "modalities": ({"num_modalities": 3}, {}, "num_modalities must be that of the aligner, 2, got 3"),
+    "strange ids": ({"modality": torch.full((2, 48), 2)}, {}, "modality must hold -1 for padding, or 0 to 1"),
     "full scope": ({}, {"aligner": {"scope": "full"}}, "aligner scope 'full' in causal attention"),
     "no context": ({"context": None}, {"aligner": {"scope": "context"}}, "context belongs to.*'context'"),
     "context": ({"context": torch.ones(2, 48).bool()}, {}, "context belongs to.*got scope='causal'"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -139,10 +140,12 @@ def alone(problem: Problem) -> dict[str, Tensor]:
     return _with_gradients(problem, leaves, got.out, got.mass, problem.grad_out, problem.grad_mass)
 
 
-def on_ranks(problem: Problem, shards: SequenceShards, scheme: str) -> dict[str, Tensor]:
+def on_ranks(
+    problem: Problem, shards: SequenceShards, scheme: str, attention: Callable = context_parallel_attention
+) -> dict[str, Tensor]:
     """The same on the ranks of ``shards``: their results put together, and sums of parameters' gradients."""
     leaves = [shards.shard(t, 2).requires_grad_() for t in problem.tokens]
-    out, mass = context_parallel_attention(
+    out, mass = attention(
         problem.aligner,
         problem.mask,
         *leaves,
