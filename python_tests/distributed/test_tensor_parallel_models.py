@@ -27,6 +27,7 @@ from moda_ext.integrations.transformers import (  # noqa: E402
     apply_moda,
     attention_modules,
     check_identity,
+    context_parallel,
     load_moda,
     moda_parameters,
     moda_state_dict,
@@ -384,6 +385,33 @@ def check_two_dimensions(folder, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_and_sharded(four_ranks, checkpoints, family):
     four_ranks.run(check_two_dimensions, checkpoints, family)
+
+
+def check_with_context_parallelism(folder, family):
+    """Heads over two processes, and tokens and weights over two: every process has the whole batch."""
+    for text in range(5, 40):  # until the length can be cut
+        inputs = double(make_inputs(family, text=text))
+        if inputs["input_ids"].shape[1] % 4 == 0:
+            break
+    inputs["labels"] = labels_of(inputs)
+    model = load(f"{folder}/{family}", **tensor_parallel(tp_size=2, fsdp_size=2)).train()
+    whole = load(f"{folder}/{family}").train()
+    expected = whole(**inputs, use_cache=False)
+    expected.loss.backward()
+    mesh = model._mesh_manager.get_mesh("fsdp")
+    for scheme in ("regather", "allgather", "ring", "ulysses"):
+        model.zero_grad()
+        with context_parallel(model, mesh, scheme=scheme) as shards:
+            result = model(**inputs)
+            result.loss.backward()
+        assert error(shards.gather(result.logits.detach(), 1), expected.logits) <= EXACT, scheme
+        assert_equal_gradients(model, whole, names=".moda.")
+        assert_equal_gradients(model, whole, SINGLE)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_tensor_and_context_parallel(four_ranks, checkpoints, family):
+    four_ranks.run(check_with_context_parallelism, checkpoints, family)
 
 
 def check_checkpoints(folder, out, sizes, others):
