@@ -25,18 +25,14 @@ constexpr int kRegisterSums = 16;
 constexpr int kRegisterSums = 8;
 #endif
 
-// Rows of a tile in an operand.
+// rows <- where keys [first, first + count) of a tile lie in an operand. Found once: the way to one leads through the plan
+// and, where keys are in pages, their rows.
 template <class Storage>
-struct TileRows {
-  const Input& operand;
-  const Sequence& sequence;
-  int64_t head;
-  const KeyTile& tile;
-
-  MODA_EXT_INLINE const Storage* operator()(int j) const {
-    return row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + j));
-  }
-};
+MODA_EXT_INLINE void find_rows(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
+                               int first, int count, const Storage** rows) {
+  for (int j = 0; j < count; ++j)
+    rows[j] = row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + first + j));
+}
 
 // A vector from elements of the storage type; of half as many as it has, the rest is zero: head sizes are multiples of 8,
 // the most lanes are 16.

@@ -137,17 +137,16 @@ MODA_EXT_INLINE void features_of_squares(const GramArgs& args, int count, T* squ
   }
 }
 
-// Adds keys [first, first + count) of a tile, of which row i sees visible[i] from `first` on.
+// Adds `count` keys of modality m, of which row i sees visible[i]; `found` of them and the next are where keys says.
 template <class Storage, class T>
-void add_keys(const DuplexQueryViewsForwardArgs& args, const TileRows<Storage>& keys, int first, int count,
+void add_keys(const DuplexQueryViewsForwardArgs& args, int m, const Storage* const* keys, int found, int count,
               const int* visible, DecodedRows<T>& rows) {
   constexpr int kStride = kScratchStride<T>;
-  const int D = args.head_dim, M = args.num_modalities, m = keys.tile.modality, n = rows.count;
+  const int D = args.head_dim, M = args.num_modalities, n = rows.count;
   const bool indicator = args.indicator.data != nullptr;
-  const auto key = [&](int j) MODA_EXT_ALWAYS_INLINE { return keys(first + j); };
+  const auto key = [&](int j) MODA_EXT_ALWAYS_INLINE { return keys[j]; };
   const auto ahead = [&](int j) {
-    const int next = first + j + kKeysAhead;
-    if (next < keys.tile.length) prefetch_rows(keys(next), 0, 1, D);
+    if (j + kKeysAhead < found) prefetch_rows(keys[j + kKeysAhead], 0, 1, D);
   };
   const auto nothing = [](int) {};
   // Views before m, and those after it with the query at their end.
@@ -243,18 +242,19 @@ void decoded_query_views(const DuplexQueryViewsForwardArgs& args, const DecodedV
   const Sequence& sequence = *decoded.sequence;
   for (int64_t index = item.first_tile; index < item.last_tile; ++index) {
     const KeyTile& tile = sequence.tiles[index];
-    const TileRows<Storage> keys{args.key, sequence, item.kv_head, tile};
     int seen[kFewRows], most = 0;
     for (int i = 0; i < rows.count; ++i) {
       seen[i] = visible_keys(sequence.order, tile, i % args.num_queries + args.num_keys - args.num_queries);
       most = most > seen[i] ? most : seen[i];
     }
     for (int first = 0; first < most; first += kNearKeys) {
-      const int count = smaller(kNearKeys, most - first);
+      const int count = smaller(kNearKeys, most - first), found = smaller(kNearKeys + kKeysAhead, tile.length - first);
+      const Storage* keys[kNearKeys + kKeysAhead];
+      find_rows(args.key, sequence, item.kv_head, tile, first, found, keys);
       int visible[kFewRows];
       for (int i = 0; i < rows.count; ++i)
         visible[i] = seen[i] < first ? 0 : seen[i] - first < count ? seen[i] - first : count;
-      add_keys(args, keys, first, count, visible, rows);
+      add_keys(args, tile.modality, keys, found, count, visible, rows);
     }
   }
   if (item.partial == nullptr) {

@@ -283,14 +283,16 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   if (tile_limit == 0) return;
 
   const int64_t kv_head = rows.item.first_head / args.group;
-  const TileRows<Storage> keys_of_tile{args.key, sequence, kv_head, tile};
-  const TileRows<Storage> values_of_tile{args.value, sequence, kv_head, tile};
+  const Storage *keys_of_tile[kTileKeys], *values_of_tile[kTileKeys];  // where they are not packed
   if (packed == nullptr) {
+    find_rows(args.key, sequence, kv_head, tile, 0, tile_limit, keys_of_tile);
+    find_rows(args.value, sequence, kv_head, tile, 0, tile_limit, values_of_tile);
+    const auto key = [&](int j) MODA_EXT_ALWAYS_INLINE { return keys_of_tile[j]; };
     const auto ahead = [&](int j) {
-      prefetch_rows(values_of_tile(j), 0, 1, args.head_dim);
-      if (j + kKeysAhead < tile_limit) prefetch_rows(keys_of_tile(j + kKeysAhead), 0, 1, args.head_dim);
+      prefetch_rows(values_of_tile[j], 0, 1, args.head_dim);
+      if (j + kKeysAhead < tile_limit) prefetch_rows(keys_of_tile[j + kKeysAhead], 0, 1, args.head_dim);
     };
-    score_rows(count, tile_limit, args.head_dim, queries, keys_of_tile, ahead, scratch.scores);
+    score_rows(count, tile_limit, args.head_dim, queries, key, ahead, scratch.scores);
   }
   for (int panel = 0; packed != nullptr && panel < tile_limit; panel += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
@@ -331,7 +333,8 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
   }
 
   if (packed == nullptr) {
-    add_weighted_rows(count, tile_limit, args.head_dim, scratch.scores, values_of_tile, state.output, scratch.rescale);
+    const auto value = [&](int j) MODA_EXT_ALWAYS_INLINE { return values_of_tile[j]; };
+    add_weighted_rows(count, tile_limit, args.head_dim, scratch.scores, value, state.output, scratch.rescale);
     return;
   }
   const T* values = packed + packed_value_offset(args, tile);
