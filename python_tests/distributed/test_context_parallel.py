@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda_ext
 from moda_ext.distributed import SequenceShards, context_parallel_attention
+from moda_ext.mask import ModularMask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Device mesh:UserWarning")
 
@@ -253,6 +254,11 @@ REFUSED = {
     "context": ({"context": torch.ones(2, 48).bool()}, {}, "context belongs to.*got scope='causal'"),
     "condition": ({"aligner": None}, {}, "mask variant 'attn' is conditioned on"),
     "heads": ({"scheme": "ulysses"}, {"heads": 3, "kv_heads": 3, "mask": None}, "scheme 'ulysses' needs .*got 3 and 3"),
+    "another mask": (
+        {"scheme": "ulysses", "mask": ModularMask(16, variant="fix")},
+        {"aligner": None, "mask": None},
+        "scheme 'ulysses' cuts the heads of the mask, which must be those of query, 8, got .16.",
+    ),
     "scale": ({"scale": float("nan")}, {}, "scale must be finite"),
 }
 

@@ -50,8 +50,8 @@ struct ModularAttentionForwardArgs : ModularAttentionArgs {
 
 struct ModularAttentionBackwardArgs : ModularAttentionArgs {
   Input saved_out, saved_lse, saved_mass, saved_lse_residual;
-  bool whole_rows = true;  // false: saved_* are of rows that see more keys, of which these are a part
-  Input grad_out, grad_lse, grad_mass;                            // grad_lse.data, grad_mass.data null: zero
+  bool whole_rows = true;               // false: saved_* are of rows that see more keys, of which these are a part
+  Input grad_out, grad_lse, grad_mass;  // grad_lse.data, grad_mass.data null: zero
   Output grad_query, grad_key, grad_value, grad_bias, grad_sink;  // data null: not wanted
   Output delta;             // workspace, one number for each row: D_i of docs/mathematics.md section 3
   Output probability_sums;  // workspace of the shape of grad_bias, wanted with it: sums of P over each modality
