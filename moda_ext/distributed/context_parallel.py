@@ -494,8 +494,10 @@ def _over_heads(
     if mask is None:
         out, mass = attend(None)
     else:
-        heads = slice(shards.rank * query.shape[1], (shards.rank + 1) * query.shape[1])
-        out, mass = mask(query, call.modality, read=lambda: attend(_heads_of(mask, heads)))
+        count = query.shape[1]
+        heads = slice(shards.rank * count, (shards.rank + 1) * count)
+        part = functools.partial(_heads_of, mask, heads, shards.size * count)
+        out, mass = mask(query, call.modality, read=lambda: attend(part()))
     return _to_tokens(out, shards), _to_tokens(mass, shards) if return_mass else mass
 
 
@@ -510,11 +512,20 @@ def _to_tokens(x: Tensor, shards: SequenceShards) -> Tensor:
     return shards.exchange(shards.by_rank(x, 2)).movedim(0, 1).flatten(1, 2)
 
 
-def _heads_of(mask: ModularMask, heads: slice) -> ModularMask:
+def _heads_of(mask: ModularMask, heads: slice, num_heads: int) -> ModularMask:
     """The mask of some heads, whose tensors are slices of this one's.
 
     A plain one without hooks, also where wrappers have changed the class of ``mask``: its own have run.
+
+    Raises:
+        ValueError: the mask is not that of ``num_heads`` heads.
     """
+    rows = {mask.num_heads, *(len(t) for t in (*mask.parameters(), *mask.buffers()))}
+    if rows != {num_heads}:
+        raise ValueError(
+            f"{OP}: scheme 'ulysses' cuts the heads of the mask, which must be those of query, {num_heads}, got "
+            f"{sorted(rows)}; where heads are cut already (tensor parallel), use 'regather'"
+        )
     part = ModularMask.__new__(ModularMask)
     vars(part).update(vars(mask))
     for name, value in vars(mask).items():

@@ -3,6 +3,9 @@
 One start of four processes for all of it: a start takes as long as everything that they do.
 """
 
+import itertools
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,10 +53,15 @@ def check_ring(meshes) -> None:
 
 
 def check_ring_in_float32(mesh) -> None:
-    for setting in ("defaults", "add", "split", "mixed", "not causal, full"):
-        problem = make_problem(**SETTINGS[setting]).to(torch.float32)
-        error, name = worst_difference(on_ranks(problem, SequenceShards(mesh), "ring"), alone(problem))
-        assert error <= LIMITS[torch.float32], f"{setting}: {name} differs by {error:.1e}"
+    """Within the limit or, for the prior's sum of small differences, a few times one process's own error."""
+    for setting, keywords in SETTINGS.items():
+        problem = make_problem(**keywords)
+        exact = {name: tensor.float() for name, tensor in alone(problem).items()}
+        problem = problem.to(torch.float32)
+        expected = alone(problem)
+        limit = max(LIMITS[torch.float32], 4 * worst_difference(expected, exact)[0])
+        error, name = worst_difference(on_ranks(problem, SequenceShards(mesh), "ring"), expected)
+        assert error <= limit, f"{setting}: {name} differs by {error:.1e}"
 
 
 def check_ring_in_bfloat16(mesh) -> None:
@@ -88,29 +96,31 @@ def check_large_biases(mesh) -> None:
 
 
 def check_volumes(mesh) -> None:
-    """docs/distributed.md, for float32 and the results out alone."""
+    """The table of docs/distributed.md, for out alone."""
     batch, tokens, heads, kv_heads, size, modalities, world = 2, 64, 8, 4, 16, 2, mesh.size()
-    problem = make_problem(tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=size).to(torch.float32)
-    for zigzag in (False, True):
-        shards = SequenceShards(mesh, zigzag)
-        gram = (world - 1) * (2 if zigzag else 1) * batch * kv_heads * modalities * size**2 * 4
-        keys = 2 * batch * tokens * kv_heads * size * 4 * (world - 1) // world
-        heads_turned = batch * tokens * size * (2 * heads + 2 * kv_heads) * 4 * (world - 1) // world**2
+    problem = make_problem(tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=size)
+    for dtype, zigzag in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        low, shards = problem.to(dtype, torch.float32), SequenceShards(mesh, zigzag)
+        number, of_sum = dtype.itemsize, 4
+        gram = (world - 1) * (2 if zigzag else 1) * batch * kv_heads * modalities * size**2 * of_sum
+        keys = 2 * batch * tokens * kv_heads * size * (world - 1) // world
+        turned = batch * tokens * size * (2 * heads + 2 * kv_heads) * (world - 1) // world**2
+        again = keys * number + gram, keys * (number + of_sum) + gram
         formulas = {
-            "allgather": (keys + gram, keys + gram),
-            "regather": (keys + gram, 2 * keys + gram),
-            "ring": (keys + gram, 2 * keys + gram),
-            "ulysses": (heads_turned, heads_turned),
+            "regather": again,
+            "allgather": (keys * number + gram, keys * of_sum + gram),
+            "ring": again,
+            "ulysses": (turned * number, turned * number),
         }
         for scheme, formula in formulas.items():
-            leaves = [shards.shard(t, 2).requires_grad_() for t in problem.tokens]
+            leaves = [shards.shard(t, 2).requires_grad_() for t in low.tokens]
             with Received(world) as forward:
                 out = context_parallel_attention(
-                    problem.aligner, problem.mask, *leaves, problem.modality, shards=shards, scheme=scheme
+                    low.aligner, low.mask, *leaves, low.modality, shards=shards, scheme=scheme
                 )
             with Received(world) as backward:
                 out.sum().backward()
-            assert (forward.bytes, backward.bytes) == formula, (scheme, zigzag)
+            assert (forward.bytes, backward.bytes) == formula, (scheme, dtype, zigzag)
 
 
 def rank() -> None:
@@ -138,9 +148,15 @@ def fail_on_rank_1() -> None:
     shards = SequenceShards(init_device_mesh("cpu", (2,)))
     if shards.rank == 1:
         raise RuntimeError("out of luck")
-    shards.gather(torch.zeros(2), 0)
+    try:
+        shards.gather(torch.zeros(2), 0)
+    except RuntimeError:
+        time.sleep(20)  # the other's error is to be seen first, also on a machine that is busy
+        raise
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
+    begin = time.monotonic()
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="out of luck"):
         run_ranks(fail_on_rank_1, 2, tmp_path / "rendezvous")
+    assert time.monotonic() - begin < 60
