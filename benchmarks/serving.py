@@ -51,10 +51,11 @@ def main() -> None:
             start = time.perf_counter()
             engine.generate([{"prompt_token_ids": t} for t in tokens], greedy, use_tqdm=False)
             seconds[name].append(time.perf_counter() - start)
-    first = statistics.median(seconds[given.names[0]][1:])
+    first = seconds[given.names[0]]
     for name, taken in seconds.items():
-        median = statistics.median(taken[1:])
-        print(f"{name:10} {REQUESTS * given.tokens / median:7.0f} tokens/s  {first / median:.2f} of {given.names[0]}")
+        rate = REQUESTS * given.tokens / statistics.median(taken[1:])
+        share = statistics.median(a / b for a, b in zip(first[1:], taken[1:], strict=True))  # of rounds, so in pairs
+        print(f"{name:10} {rate:7.0f} tokens/s  {share:.2f} of {given.names[0]}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,29 @@ from moda_ext.functional.paged import Pages, align_and_attend, attend, positions
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.mask import ModularMask
 
-__all__ = ["PagedAttention", "Pages", "positions_of_rows"]
+__all__ = ["PagedAttention", "Pages", "Rows", "positions_of_rows"]
+
+
+class Rows:
+    """The rows of a step, the last tokens of their sequences, and what all layers want to know of them.
+
+    Args:
+        modality: (T,), int32, from 0.
+        positions: (T,), the place of each row in its sequence, from 0; see :func:`positions_of_rows`.
+    """
+
+    def __init__(self, modality: Tensor, positions: Tensor):
+        self.modality, self.positions = modality, positions
+        # The modality of all rows, as decoded ones mostly have one; not where looking waits for a device.
+        self.only: int | None = None
+        if modality.is_cpu and len(modality) and bool((modality == modality[0]).all()):
+            self.only = int(modality[0])
+        self._up_to: dict[int, Tensor] = {}
+
+    def positions_up_to(self, last: int) -> Tensor:
+        if last not in self._up_to:
+            self._up_to[last] = self.positions.clamp(max=last)
+        return self._up_to[last]
 
 
 class PagedAttention:
@@ -40,6 +62,7 @@ class PagedAttention:
         self.condition: Tensor | None = None
         self.sink: Tensor | None = None
         self.weights: dict[str, Tensor] | None = None
+        self._terms: tuple[tuple[int, int], Tensor | None, Tensor | None] | None = None
         with torch.no_grad():
             if aligner is not None:
                 weights = aligner.low_rank()
@@ -63,22 +86,36 @@ class PagedAttention:
         if sink is not None:
             self.sink = sink.expand(1, mask.num_heads, places)[0].T.contiguous()
 
-    def __call__(self, query: Tensor, query_modality: Tensor, positions: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
+    def _terms_of(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Bias and condition of the rows, (T, Hq, M). Those of rows of one modality are views, kept for the next step:
+        after an operator has filled the caches, each small one of PyTorch's takes a twentieth of its time."""
+        if rows.only is None:
+            bias, condition = (
+                t if t is None else t.index_select(0, rows.modality) for t in (self.bias, self.condition)
+            )
+            return bias, condition
+        which = rows.only, len(rows.modality)
+        if self._terms is None or self._terms[0] != which:
+            bias, condition = (
+                t if t is None else t[rows.only].expand(which[1], -1, -1) for t in (self.bias, self.condition)
+            )
+            self._terms = which, bias, condition
+        return self._terms[1:]
+
+    def __call__(self, query: Tensor, rows: Rows, pages: Pages) -> tuple[Tensor, Tensor]:
         """
         Args:
             query: (T, Hq, D), the last tokens of the sequences.
-            query_modality: (T,), int32, from 0.
-            positions: (T,), the place of each row in its sequence, from 0; see :func:`positions_of_rows`.
+            rows: what they are.
             pages: keys, values and modalities of all tokens, those of the rows among them.
 
         Returns:
             ``out`` (T, Hq, D) and ``mass`` (T, Hq, M).
         """
-        bias = None if self.bias is None else self.bias.index_select(0, query_modality)
-        condition = None if self.condition is None else self.condition.index_select(0, query_modality)
+        bias, condition = self._terms_of(rows)
         sink = self.sink
         if sink is not None and len(sink) > 1:
-            sink = sink.index_select(0, positions.clamp(max=len(sink) - 1))
+            sink = sink.index_select(0, rows.positions_up_to(len(sink) - 1))
         elif sink is not None:
             sink = sink.expand(query.shape[0], -1)
 
@@ -89,7 +126,7 @@ class PagedAttention:
                 return out, mass
             out, _, mass = align_and_attend(
                 query,
-                query_modality,
+                rows.modality,
                 pages,
                 self.weights,
                 self.num_modalities,
@@ -111,5 +148,5 @@ class PagedAttention:
             return tuple(result.unsqueeze(2) for result in one(bias))
 
         wide = None if bias is None else bias.unsqueeze(2)
-        out, mass = self.mask.over_softmaxes(sides, query.unsqueeze(2), query_modality.unsqueeze(1), wide)
+        out, mass = self.mask.over_softmaxes(sides, query.unsqueeze(2), rows.modality.unsqueeze(1), wide)
         return out.squeeze(2), mass.squeeze(2)

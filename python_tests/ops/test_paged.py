@@ -13,7 +13,7 @@ from moda_ext.attention import paged_cache_update, paged_duplex_attention, paged
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
 from moda_ext.nn.mask import ModularMask
-from moda_ext.nn.paged import PagedAttention, Pages, positions_of_rows
+from moda_ext.nn.paged import PagedAttention, Pages, Rows, positions_of_rows
 
 RANK = 4
 NAMES = ("out", "lse", "mass")
@@ -415,18 +415,20 @@ def test_modules_are_those_of_the_dense_layer(native, length, variant, softmax, 
     for module in (aligner, mask):
         for parameter in () if module is None else module.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
-    modality = torch.randint(0, 2, (starts[-1],))
     pages = Pages(*(arguments[n] for n in ("kv_cache", "block_table", "seq_lens", "query_start_loc")))
     positions = positions_of_rows(pages.seq_lens, pages.query_start_loc, starts[-1])
     attention = PagedAttention(aligner, mask, 2, 32**-0.5, torch.float32, 1000)
-    found = attention(arguments["query"], modality.int(), positions, pages)
-    for i, length in enumerate(MIXED["lengths"]):
-        rows = slice(starts[i], starts[i + 1])
-        cells = cache[arguments["block_table"][i, : -(-length // 16)].long()].transpose(0, 1).flatten(1, 2)[:, :length]
-        query = arguments["query"][rows].transpose(0, 1)[None]
-        key, value, ids = cells[None, ..., :32], cells[None, ..., 32:64], cells[:1, :, 64].int()
-        tokens = Tokens(query, key, value, modality[None, rows], ids, key, ids, 32**-0.5)
-        if length:
-            expected = align_and_attend(aligner, mask, tokens, 2, start=length - (rows.stop - rows.start))
-            for result, wanted in zip(found, (expected.out, expected.mass), strict=True):
-                assert_close(result[rows], wanted[0].transpose(0, 1), 64)
+    mixed = torch.randint(0, 2, (starts[-1],))
+    for modality in (mixed, mixed * 0, mixed * 0 + 1):
+        found = attention(arguments["query"], Rows(modality.int(), positions), pages)
+        for i, length in enumerate(MIXED["lengths"]):
+            rows = slice(starts[i], starts[i + 1])
+            blocks = arguments["block_table"][i, : -(-length // 16)].long()
+            cells = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+            query = arguments["query"][rows].transpose(0, 1)[None]
+            key, value, ids = cells[None, ..., :32], cells[None, ..., 32:64], cells[:1, :, 64].int()
+            tokens = Tokens(query, key, value, modality[None, rows], ids, key, ids, 32**-0.5)
+            if length:
+                expected = align_and_attend(aligner, mask, tokens, 2, start=length - (rows.stop - rows.start))
+                for result, wanted in zip(found, (expected.out, expected.mass), strict=True):
+                    assert_close(result[rows], wanted[0].transpose(0, 1), 64)

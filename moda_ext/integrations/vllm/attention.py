@@ -30,7 +30,7 @@ from moda_ext.functional.paged import write
 from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.vllm import BACKEND
 from moda_ext.integrations.vllm.metrics import AttentionMass
-from moda_ext.nn.paged import PagedAttention, Pages, positions_of_rows
+from moda_ext.nn.paged import PagedAttention, Pages, Rows, positions_of_rows
 
 __all__ = ["MODABackend", "MODALayer", "Modalities", "convert"]
 
@@ -114,14 +114,17 @@ class MODAMetadata(AttentionMetadata):
     query_start_loc: Tensor
     max_query_len: int
     max_seq_len: int
-    rows: tuple[Tensor, Tensor] | None = None  # made by the first layer, for all
+    rows: Rows | None = None  # made by the first layer, for all
 
-    def of_rows(self, count: int, modalities: Modalities) -> tuple[Tensor, Tensor]:
-        """Modality and position, (count,), of the rows. Of the step's tokens, by the lengths: the positions of M-RoPE
-        do not count tokens."""
-        if self.rows is None or len(self.rows[0]) != count:
-            positions = positions_of_rows(self.seq_lens, self.query_start_loc, count)
-            self.rows = modalities.current[:count], positions
+    def of_rows(self, count: int, modalities: Modalities) -> Rows:
+        """The step's tokens. Their positions are found by the lengths, as those of M-RoPE do not count tokens."""
+        if self.rows is None or len(self.rows.modality) != count:
+            lengths, ends = self.seq_lens, self.query_start_loc
+            if self.max_query_len == 1 and lengths.is_cpu and count == len(lengths) == int(ends[-1]):
+                positions = lengths - 1  # a row of each
+            else:
+                positions = positions_of_rows(lengths, ends, count)
+            self.rows = Rows(modalities.current[:count], positions)
         return self.rows
 
     def pages(self, kv_cache: Tensor) -> Pages:
@@ -241,10 +244,10 @@ class MODAImpl(AttentionImpl[MODAMetadata]):
         if attn_metadata is None:  # profiling
             return output.zero_()
         attention = self.moda.attention(self.scale, query.dtype, self.max_positions)
-        modality, positions = attn_metadata.of_rows(query.shape[0], self.modalities)
-        out, mass = attention(query, modality, positions, attn_metadata.pages(kv_cache))
+        rows = attn_metadata.of_rows(query.shape[0], self.modalities)
+        out, mass = attention(query, rows, attn_metadata.pages(kv_cache))
         if self.mass is not None:
-            self.mass.add(mass, modality, attn_metadata.query_start_loc[-1])
+            self.mass.add(mass, rows.modality, attn_metadata.query_start_loc[-1])
         return output.copy_(out)
 
 

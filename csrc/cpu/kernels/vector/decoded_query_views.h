@@ -82,7 +82,8 @@ void start_decoded_rows(const DuplexQueryViewsForwardArgs& args, int64_t kv_head
                                                       rows.x + int64_t{a} * rows.count * kStride, kStride);
   }
   copy_rows<T>(rows.count, D, rows.query, kStride, rows.x + int64_t{M} * rows.count * kStride, kStride);
-  clear_rows(int64_t{M} * M * rows.count, rows.sums);
+  for (int64_t i = 0; i < int64_t{M} * M * rows.count; ++i)
+    memset(rows.sums + i * kStride, 0, sizeof(T) * static_cast<size_t>(D));
   memset(rows.square, 0, sizeof(T) * static_cast<size_t>(M * rows.count));
   memset(rows.trace, 0, sizeof(T) * static_cast<size_t>(M * rows.count));
 }
