@@ -71,8 +71,10 @@ class Call(NamedTuple):
             return [(own, of_all.stop) for own, of_all in self.own_chunks()]
         return [(slice(0, len(self.shards.chunks) * self.chunk), self.modality.shape[1])]
 
-    def terms(self, bias: Tensor | None, sink: Tensor | None, is_causal: bool) -> Terms:
-        return Terms(bias, sink, self.num_modalities, is_causal, self.scale)
+    def terms(self, bias: Tensor | None, sink: Tensor | None, own: slice, diagonal: bool = True) -> Terms:
+        """Of own rows; ``diagonal``: over keys that the rows' own tokens end, where their sink is."""
+        sink = _rows_of(sink, own) if diagonal else None
+        return Terms(_rows_of(bias, own), sink, self.num_modalities, self.is_causal and diagonal, self.scale)
 
 
 def context_parallel_attention(
@@ -281,7 +283,7 @@ class _Regathered(torch.autograd.Function):
         parts = []
         for own, end in call.blocks():
             seen = Keys(keys[:, :, :end], values[:, :, :end], call.modality[:, :end])
-            terms = call.terms(_rows_of(bias, own), _rows_of(sink, own), call.is_causal)
+            terms = call.terms(bias, sink, own)
             parts.append(attend_part(query[..., own, :], seen, terms))
         rows = Rows(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
         return _remember(ctx, query, key, value, bias, sink, rows, call)
@@ -301,7 +303,7 @@ class _Regathered(torch.autograd.Function):
                 _rows_of(grad_mass, own),
                 query[..., own, :],
                 Keys(keys[:, :, :end], values[:, :, :end], call.modality[:, :end]),
-                call.terms(_rows_of(bias, own), _rows_of(sink, own), call.is_causal),
+                call.terms(bias, sink, own),
                 rows.select(own),
                 needs,
                 whole_rows=True,
@@ -336,9 +338,7 @@ class _Ring(torch.autograd.Function):
             modality = call.shards.part_of(call.modality, 1, origin)
             for own, there, diagonal in _pairs(call, origin):
                 seen = Keys(keys[:, :, there], values[:, :, there], modality[:, there])
-                terms = call.terms(
-                    _rows_of(bias, own), _rows_of(sink, own) if diagonal else None, call.is_causal and diagonal
-                )
+                terms = call.terms(bias, sink, own, diagonal)
                 part = attend_part(query[..., own, :], seen, terms)
                 found[own.start] = merge(found[own.start], part) if own.start in found else part
         rows = Rows(*(torch.cat(parts, dim=2) for parts in zip(*(found[at] for at in sorted(found)), strict=True)))
@@ -370,9 +370,7 @@ class _Ring(torch.autograd.Function):
                     _rows_of(grad_mass, own),
                     query[..., own, :],
                     Keys(keys[:, :, there], values[:, :, there], modality[:, there]),
-                    call.terms(
-                        _rows_of(bias, own), _rows_of(sink, own) if diagonal else None, call.is_causal and diagonal
-                    ),
+                    call.terms(bias, sink, own, diagonal),
                     rows.select(own),
                     needs,
                     whole_rows=False,

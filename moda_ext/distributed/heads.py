@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from moda_ext.distributed.mesh import check_mesh
 from moda_ext.nn.layer import DuplexLayer
 
 __all__ = ["HeadSplit", "SplitHeads", "broadcast_parameters", "split_heads"]
@@ -165,13 +166,7 @@ def split_heads(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         >>> parallelize_module(layer, mesh, {**columns, "o_proj": RowwiseParallel()})  # doctest: +SKIP
         >>> split_heads(layer, mesh)  # doctest: +SKIP
     """
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"split_heads: mesh must be a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"split_heads: mesh must have one dimension, got {mesh.ndim}; take the tensor-parallel one, such as "
-            'mesh["tp"]'
-        )
+    check_mesh("split_heads", mesh, "tp")
     layers = [layer for layer in module.modules() if isinstance(layer, DuplexLayer)]
     if not layers:
         raise ValueError(f"split_heads: module must be a MODA layer or have some in it, got {type(module).__name__}")

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from moda_ext._ops.limits import accumulation_dtype
+from moda_ext.distributed.mesh import check_mesh
 
 __all__ = ["SequenceShards"]
 
@@ -45,13 +46,7 @@ class SequenceShards:
     """
 
     def __init__(self, mesh: DeviceMesh, zigzag: bool = True):
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"SequenceShards: mesh must be a DeviceMesh, got {type(mesh).__name__}")
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"SequenceShards: mesh must have one dimension, got {mesh.ndim} {mesh.mesh_dim_names or ''}; take the "
-                'one of the sequence, such as mesh["cp"]'
-            )
+        check_mesh("SequenceShards", mesh, "cp")
         if mesh.get_coordinate() is None:
             raise ValueError("SequenceShards: mesh must hold this rank")
         self.mesh, self.zigzag = mesh, bool(zigzag)

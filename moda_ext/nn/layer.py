@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
 
-__all__ = ["DuplexLayer"]
+__all__ = ["DuplexLayer", "on_own_heads"]
 
 
 class Split(Protocol):
@@ -47,3 +49,14 @@ class DuplexLayer(nn.Module):
     def own_heads(self) -> contextlib.AbstractContextManager[None]:
         """A block in which aligner and mask are those of this process's heads."""
         return contextlib.nullcontext() if self.head_split is None else self.head_split.own_heads(self)
+
+
+def on_own_heads(forward: Callable) -> Callable:
+    """A method of a :class:`DuplexLayer` all of which is about this process's heads."""
+
+    @functools.wraps(forward)
+    def inner(self: DuplexLayer, *args: Any, **kwargs: Any) -> Any:
+        with self.own_heads():
+            return forward(self, *args, **kwargs)
+
+    return inner

@@ -240,7 +240,11 @@ def test_lengths_that_cannot_be_cut(zigzag, length, message):
 
 
 def test_meshes_that_are_none():
-    refused(lambda: SequenceShards(dist.group.WORLD), TypeError, "^SequenceShards: mesh must be a DeviceMesh, got")
+    refused(
+        lambda: SequenceShards(dist.group.WORLD),
+        TypeError,
+        "^SequenceShards: mesh must be a torch.distributed.DeviceMesh, got",
+    )
     refused(
         lambda: SequenceShards(DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("dp", "cp"))),
         ValueError,

@@ -36,7 +36,7 @@ from moda_ext.integrations.transformers.versions import versions
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
 from moda_ext.nn.guards import refuse_split_heads
-from moda_ext.nn.layer import DuplexLayer
+from moda_ext.nn.layer import DuplexLayer, on_own_heads
 from moda_ext.nn.mask import ModularMask
 from moda_ext.nn.states import GramState
 from moda_ext.release import ReleaseAligner
@@ -112,6 +112,7 @@ class MODAAttention(DuplexLayer):
         for name, tensor in self.state_dict(keep_vars=True).items():
             init.copy_(tensor, sharded_like(fresh[name], tensor))
 
+    @on_own_heads
     def forward(
         self,
         tokens: Tokens,
@@ -137,19 +138,6 @@ class MODAAttention(DuplexLayer):
             ``(out (B, Hq, Nq, D), state or None, what is recorded or None)``, the latter as keyword arguments of
             :class:`~moda_ext.integrations.recording.AttentionRecord`.
         """
-        with self.own_heads():
-            return self._attend(tokens, visible, state, keep_state, start, record, parallel)
-
-    def _attend(
-        self,
-        tokens: Tokens,
-        visible: Tensor | None,
-        state: GramState | None,
-        keep_state: bool,
-        start: Tensor | int,
-        record: bool,
-        parallel: ContextParallel | None,
-    ) -> tuple[Tensor, GramState | None, Recorded | None]:
         aligner = self.aligner
         if parallel is not None:
             if isinstance(aligner, ReleaseAligner):
