@@ -154,9 +154,10 @@ def finish_bias_gradient(
     for grad, result in ((grad_out, rows.out), (grad_mass, rows.mass)):
         if grad is not None:
             delta = delta + (grad.to(delta.dtype) * result.to(delta.dtype)).sum(dim=-1)
-    total = rows.mass.sum(dim=-1)
-    total = torch.ones_like(total) if sink is None else torch.where(sink == -torch.inf, 1.0, total)
-    missing = delta * (1 - total) - gradient.sum(dim=-1)
+    missing = -gradient.sum(dim=-1)
+    if sink is not None:  # what is left of 1 would be a difference again
+        of_sink = ((sink - rows.lse) - rows.lse_residual).exp()
+        missing = missing + delta * torch.where(sink == -torch.inf, 0.0, of_sink)
     return gradient + rows.mass * missing[..., None]
 
 

@@ -68,6 +68,19 @@ struct BackwardParams {
   float softmax_scale_log2;    // tau log2(e)
 };
 
+// exp(c - L): the part of a row that its sink has.
+MODA_EXT_DEVICE float sink_probability(const ModularAttentionBackwardArgs& args, int64_t batch, int head,
+                                       int64_t token) {
+  if (args.sink.data == nullptr) return 0.0f;
+  const float sink = *row_of<float>(args.sink, batch, head, token);
+  if (sink == -infinity()) return 0.0f;
+  const float lse = *row_of<float>(args.saved_lse, batch, head, token);
+  const float residual = *row_of<float>(args.saved_lse_residual, batch, head, token);
+  // Above 0 only where scores are so large that their rounding decides about the sink.
+  const float exponent = ((sink - lse) - residual) * kLog2e;
+  return exp2_fast(exponent > 0.0f ? 0.0f : exponent);
+}
+
 template <class Element, int kHeadDim>
 struct RowKernel {
   using Params = BackwardParams;
@@ -130,13 +143,9 @@ struct RowKernel {
     }
     if (lane_index() == 0) {
       p.delta[at] = sum;
-      if (args.grad_sink.data != nullptr) {
-        const float sink = *row_of<float>(args.sink, sequence.batch, head, token);
-        // Above 0 only where scores are so large that their rounding decides about the sink.
-        const float exponent = ((sink - lse) - residual) * kLog2e;
+      if (args.grad_sink.data != nullptr)
         *row_of<float>(args.grad_sink, sequence.batch, head, token) =
-            sink == -infinity() ? 0.0f : -exp2_fast(exponent > 0.0f ? 0.0f : exponent) * sum;
-      }
+            -sink_probability(args, sequence.batch, head, token) * sum;
     }
     return warp_or(sees ? 1u << m : 0u);
   }
@@ -619,7 +628,8 @@ class QueryKernel {
   // what they should sum to:
   //   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P
   //   D' = k sum_m (db_m + Q_m D) - dL
-  //   db_m <- k (db_m + Q_m (D - D'))
+  //   db_m <- k (db_m + Q_m (D - D'))    where D - D' = s D - k sum_m db_m + dL, with s the sink's part of the row:
+  // 1 - sum_m mass_m would be one more difference of large numbers.
   // The keys of a part of a row do not say what its probabilities sum to: their db_m stays as it is.
   MODA_EXT_DEVICE void finish_bias_gradient() {
     if (t != 0) return;
@@ -635,10 +645,10 @@ class QueryKernel {
         grads += grad_table[m * 16 + own];
         expected += mass[m * args.saved_mass.last];
       }
-      if (args.sink.data == nullptr || *row_of<float>(args.sink, sequence.batch, head, token) == -infinity())
-        expected = 1.0f;
+      const float of_sink = sink_probability(args, sequence.batch, head, token);
+      if (of_sink == 0.0f) expected = 1.0f;
       float correction = sum == 0.0f ? 0.0f : expected / sum;
-      float difference = p.delta[row_index(args, sequence, head, row)] * (1.0f - expected) - correction * grads;
+      float difference = p.delta[row_index(args, sequence, head, row)] * of_sink - correction * grads;
       if (args.grad_lse.data != nullptr) difference += *row_of<float>(args.grad_lse, sequence.batch, head, token);
       if (!args.whole_rows) correction = 1.0f, difference = 0.0f;
       float* grad_bias = row_of<float>(args.grad_bias, sequence.batch, head, token);

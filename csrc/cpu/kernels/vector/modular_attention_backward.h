@@ -67,6 +67,17 @@ MODA_EXT_INLINE double natural_exponent(const ModularAttentionBackwardArgs& args
   return (static_cast<double>(number) - static_cast<double>(lse)) - static_cast<double>(residual);
 }
 
+// exp(c - L): the part of a row that its sink has.
+template <class T>
+T sink_probability(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row) {
+  if (args.sink.data == nullptr) return 0;
+  const T sink = *row_of<T>(args.sink, sequence.batch, head, sequence.first_query + row);
+  if (sink == T(-INFINITY)) return 0;
+  // Above 0 only where scores are so large that their rounding decides about the sink.
+  const double exponent = natural_exponent(args, sequence, head, row, sink);
+  return static_cast<T>(exp(exponent > 0 ? 0 : exponent));
+}
+
 template <class T>
 void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head, int64_t row,
                  const T* out, const T* grad_out) {
@@ -94,13 +105,9 @@ void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& seque
     memset(row_of<T>(args.probability_sums, sequence.batch, head, sequence.first_query + row), 0,
            sizeof(T) * args.num_modalities);
   }
-  if (args.grad_sink.data != nullptr) {
-    const T sink = *row_of<T>(args.sink, sequence.batch, head, sequence.first_query + row);
-    // Above 0 only where scores are so large that their rounding decides about the sink.
-    const double exponent = natural_exponent(args, sequence, head, row, sink);
+  if (args.grad_sink.data != nullptr)
     *row_of<T>(args.grad_sink, sequence.batch, head, sequence.first_query + row) =
-        sink == T(-INFINITY) ? T(0) : -static_cast<T>(exp(exponent > 0 ? 0 : exponent)) * delta;
-  }
+        -sink_probability<T>(args, sequence, head, row) * delta;
 }
 
 // db_m = sum dS over the keys of modality m is a small difference of large numbers (zero for one modality without a
@@ -109,7 +116,8 @@ void prepare_row(const ModularAttentionBackwardArgs& args, const Sequence& seque
 // they should sum to:
 //   k = sum_m mass_m / sum_m Q_m    with Q_m = sum P; 1 where the scores are so large that it is far from it
 //   D = k sum_m (db_m + Q_m D_i) - dL
-//   db_m <- k (db_m + Q_m (D_i - D))
+//   db_m <- k (db_m + Q_m (D_i - D))    where D_i - D = s D_i - k sum_m db_m + dL, with s the sink's part of the row:
+// 1 - sum_m mass_m would be one more difference of large numbers.
 // The keys of a part of a row do not say what its probabilities sum to: their db_m stays as it is.
 template <class T>
 void finish_bias_gradient(const ModularAttentionBackwardArgs& args, const Sequence& sequence, int64_t head,
@@ -125,12 +133,11 @@ void finish_bias_gradient(const ModularAttentionBackwardArgs& args, const Sequen
     expected += mass[m * args.saved_mass.last];
   }
   if (seen == T(0)) return;
-  if (args.sink.data == nullptr ||
-      *row_of<T>(args.sink, sequence.batch, head, sequence.first_query + row) == T(-INFINITY))
-    expected = 1;
+  const T of_sink = sink_probability<T>(args, sequence, head, row);
+  if (of_sink == T(0)) expected = 1;
   const T ratio = expected / seen, correction = ratio > T(0.5) && ratio < T(2) ? ratio : T(1);
   T difference =
-      *row_of<T>(args.delta, sequence.batch, head, sequence.first_query + row) * (1 - expected) - correction * grads;
+      *row_of<T>(args.delta, sequence.batch, head, sequence.first_query + row) * of_sink - correction * grads;
   if (args.grad_lse.data != nullptr)
     difference += *row_of<T>(args.grad_lse, sequence.batch, head, sequence.first_query + row);
   for (int m = 0; m < args.num_modalities; ++m) grad[m] = (grad[m] + sums[m] * difference) * correction;
