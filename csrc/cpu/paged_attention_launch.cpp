@@ -46,6 +46,67 @@ template <class Got>
                               std::to_string(got));
 }
 
+// ------------------------------------------------------------------------------------------------------------------
+// paged_cache_update
+
+template <class Storage>
+void write_cells(const PagedCacheInputs& in, int64_t first, int64_t last) {
+  const int64_t heads = in.key.size(1), head_dim = in.key.size(2), block = in.kv_cache.size(2);
+  const Input key = input(in.key, true, Last::kPresent), value = input(in.value, true, Last::kPresent);
+  const int64_t* slots = static_cast<const int64_t*>(in.slot_mapping.const_data_ptr());
+  Storage* cells = static_cast<Storage*>(in.kv_cache.mutable_data_ptr());
+  const size_t bytes = sizeof(Storage) * static_cast<size_t>(head_dim);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t slot = slots[i * in.slot_mapping.stride(0)];
+    if (slot < 0) continue;
+    const Storage modality = static_cast<Storage>(static_cast<float>(integer_at(in.modality, i)));
+    for (int64_t h = 0; h < heads; ++h) {
+      Storage* cell = cells + slot / block * in.kv_cache.stride(0) + h * in.kv_cache.stride(1) +
+                      slot % block * in.kv_cache.stride(2);
+      std::memcpy(cell, row_of<Storage>(key, 0, h, i), bytes);
+      std::memcpy(cell + head_dim, row_of<Storage>(value, 0, h, i), bytes);
+      cell[2 * head_dim] = modality;
+    }
+  }
+}
+
+// Checks what is written, and where to; nothing is written before.
+void check_tokens(const PagedCacheInputs& in) {
+  check_paged_cache_update(in);
+  const int64_t slots = in.kv_cache.size(0) * in.kv_cache.size(2);
+  const int64_t* slot_mapping = static_cast<const int64_t*>(in.slot_mapping.const_data_ptr());
+  for (int64_t i = 0; i < in.key.size(0); ++i) {
+    const int64_t slot = slot_mapping[i * in.slot_mapping.stride(0)];
+    if (slot >= slots) fail(in.op, "slot_mapping", "slots below " + std::to_string(slots), slot);
+    const int32_t id = integer_at(in.modality, i);
+    if (id < -1 || id >= in.num_modalities)
+      fail(in.op, "modality", "ids from -1 to " + std::to_string(in.num_modalities - 1), id);
+  }
+}
+
+void write_tokens(const PagedCacheInputs& in) {
+  const int64_t tokens = in.key.size(0);
+  const Storage storage = storage_of(in.key.scalar_type());
+  const auto write = storage == Storage::kFloat64    ? write_cells<double>
+                     : storage == Storage::kBFloat16 ? write_cells<torch::headeronly::BFloat16>
+                     : storage == Storage::kFloat16  ? write_cells<torch::headeronly::Half>
+                                                     : write_cells<float>;
+  const int64_t pieces = (tokens + kTokensOfPiece - 1) / kTokensOfPiece;
+  run_items(pieces, [&](int64_t piece, int64_t) {
+    write(in, piece * kTokensOfPiece, std::min(tokens, (piece + 1) * kTokensOfPiece));
+  });
+}
+
+void paged_cache_update(const Tensor& key, const Tensor& value, const Tensor& modality, const Tensor& kv_cache,
+                        const Tensor& slot_mapping) {
+  const PagedCacheInputs in{"paged_cache_update", key, value, modality, kv_cache, slot_mapping, kMaxModalities};
+  check_tokens(in);
+  write_tokens(in);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// paged_modular_attention
+
 // One sequence of a call: which of the rows are its last tokens, and of each token its row in the cache and modality.
 struct PagedSequence {
   int64_t first_query, num_queries;
@@ -100,7 +161,9 @@ bool read_modalities(const PagedAttentionInputs& in, int64_t first, int64_t last
   return true;
 }
 
-std::vector<PagedSequence> read_sequences(const PagedAttentionInputs& in, int64_t num_queries) {
+// `written` are tokens that come into the pages first, when all that can be wrong with them and the tables is known.
+std::vector<PagedSequence> read_sequences(const PagedAttentionInputs& in, int64_t num_queries,
+                                          const PagedCacheInputs* written) {
   struct Piece {
     PagedSequence* sequence;
     int64_t first, last;
@@ -109,6 +172,7 @@ std::vector<PagedSequence> read_sequences(const PagedAttentionInputs& in, int64_
   };
   std::vector<PagedSequence> sequences;
   for (int64_t i = 0; i < in.block_table.size(0); ++i) sequences.push_back(locate_sequence(in, i, num_queries));
+  if (written != nullptr) write_tokens(*written);
   std::vector<Piece> pieces;
   for (PagedSequence& sequence : sequences) {
     sequence.modality.resize(sequence.rows.size());
@@ -163,24 +227,88 @@ std::vector<Group> group_sequences(const PagedAttentionInputs& in, const std::ve
   return groups;
 }
 
+// Rows of sums, (T, Hq) or (T, Hq, M): copied from a table as `pick` says which row of it a row takes, or without one
+// the tensor itself.
+class RowsOfSums {
+ public:
+  template <class Pick>
+  RowsOfSums(const PagedAttentionInputs& in, const std::optional<Tensor>& table, int64_t count, Last last,
+             const Pick& pick) {
+    if (!table) return;
+    rows_ = input(*table, true, last);
+    if (!in.row_modality) return;
+    const bool wide = compute_dtype(in.query.scalar_type()) == ScalarType::Double;
+    wide ? copy<double>(*table, count, pick) : copy<float>(*table, count, pick);
+  }
+  const Input& rows() const { return rows_; }
+
+ private:
+  template <class T, class Pick>
+  void copy(const Tensor& table, int64_t count, const Pick& pick) {
+    const int64_t heads = table.size(1), width = table.dim() == 3 ? table.size(2) : 1;
+    T* copied = reinterpret_cast<T*>(memory_.emplace(count * heads * width * static_cast<int64_t>(sizeof(T))).at());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = pick(i);
+      for (int64_t h = 0; h < heads; ++h) {
+        const T* from = row_of<T>(rows_, 0, h, row);
+        for (int64_t m = 0; m < width; ++m) *copied++ = from[m * rows_.last];
+      }
+    }
+    rows_ = Input{};
+    rows_.data = memory_->at();
+    rows_.head = width;
+    rows_.row = heads * width;
+    rows_.last = 1;
+  }
+
+  Input rows_;
+  std::optional<Workspace> memory_;
+};
+
+// The bias, or condition, of rows: of a table that of their modality. Padding, which has none, takes the first.
+RowsOfSums by_modality(const PagedAttentionInputs& in, const std::optional<Tensor>& table, int64_t count) {
+  return {in, table, count, Last::kPresent,
+          [&](int64_t i) { return std::max<int64_t>(0, integer_at(*in.row_modality, i)); }};
+}
+
+// The sink of rows: of a table that of their place in their sequence, of which the last stands for all beyond.
+RowsOfSums by_position(const PagedAttentionInputs& in, const std::vector<PagedSequence>& sequences, int64_t count) {
+  size_t at = 0;
+  return {in, in.sink, count, Last::kNone, [&](int64_t i) {
+            while (at < sequences.size() && i >= sequences[at].first_query + sequences[at].num_queries) ++at;
+            if (at == sequences.size()) return int64_t{0};  // of no sequence
+            const PagedSequence& own = sequences[at];
+            return std::min(in.sink->size(0) - 1, own.num_keys() - own.num_queries + i - own.first_query);
+          }};
+}
+
 // A checked call with its pages read, its results allocated and the arguments that the kernels of attention take.
 struct PagedCall {
   ModularAttentionShape shape;
   std::vector<PagedSequence> sequences;
   std::vector<Group> groups;
-  ModularAttentionOutputs outputs;
+  RowsOfSums bias, sink;
+  Tensor out, lse, mass;
+  Workspace residual;  // of lse, which nobody asks for
   ModularAttentionForwardArgs args;
 
-  PagedCall(const PagedAttentionInputs& in, const ModularAttentionShape& checked)
-      : shape(checked), sequences(read_sequences(in, shape.num_queries)) {
+  // Writes to `into` if there is one.
+  PagedCall(const PagedAttentionInputs& in, const ModularAttentionShape& checked, const Tensor* into = nullptr,
+            const PagedCacheInputs* written = nullptr)
+      : shape(checked),
+        sequences(read_sequences(in, shape.num_queries, written)),
+        bias(by_modality(in, in.modality_bias, shape.num_queries)),
+        sink(by_position(in, sequences, shape.num_queries)),
+        out(into != nullptr ? *into : CpuResults::result_like(in.query, shape.out(), true)),
+        lse(empty_sums(in.query, shape.rows())),
+        mass(empty_sums(in.query, shape.mass())),
+        residual(lse.numel() * static_cast<int64_t>(lse.element_size())) {
     args.group = static_cast<int>(shape.kv_heads > 0 ? shape.query_heads / shape.kv_heads : 1);
     groups = group_sequences(in, sequences, args.group);
-    outputs = {CpuResults::result_like(in.query, shape.out(), true), empty_sums(in.query, shape.rows()),
-               empty_sums(in.query, shape.mass()), empty_sums(in.query, shape.rows())};
     int64_t covered = 0;
     for (const PagedSequence& sequence : sequences) covered += sequence.num_queries;
     if (covered < shape.num_queries)  // rows of no sequence, as where a graph has a fixed number of them
-      for (Tensor result : {outputs.out, outputs.lse, outputs.mass}) torch::stable::zero_(result);
+      for (Tensor result : {out, lse, mass}) torch::stable::zero_(result);
     args.head_dim = static_cast<int>(shape.head_dim);
     args.num_modalities = static_cast<int>(shape.num_modalities);
     args.num_views = static_cast<int>(shape.num_views);
@@ -193,11 +321,20 @@ struct PagedCall {
     args.value = args.key;
     args.value.data =
         static_cast<const char*>(args.key.data) + shape.head_dim * static_cast<int64_t>(in.kv_cache.element_size());
-    args.bias = input(in.modality_bias, true, Last::kPresent);
-    args.sink = input(in.sink, true, Last::kNone);
-    set_outputs(outputs, shape, args);
+    args.bias = bias.rows();
+    args.sink = sink.rows();
+    args.out = output(out, true, Last::kPresent);
+    args.lse = output(lse, true, Last::kNone);
+    args.mass = output(mass, true, Last::kPresent);
+    args.lse_residual = args.lse;
+    args.lse_residual.data = residual.at();
   }
 };
+
+void attend(const PagedCall& call) {
+  for (const Group& group : call.groups)
+    run_forward(*group.kernels, call.args, call.shape, group.batch, {0, call.shape.kv_heads});
+}
 
 std::tuple<Tensor, Tensor, Tensor> paged_modular_attention(const Tensor& query, const Tensor& kv_cache,
                                                            const Tensor& block_table, const Tensor& seq_lens,
@@ -208,9 +345,8 @@ std::tuple<Tensor, Tensor, Tensor> paged_modular_attention(const Tensor& query, 
   const PagedAttentionInputs in{"paged_modular_attention", query,         kv_cache, block_table,    seq_lens,
                                 query_start_loc,           modality_bias, sink,     num_modalities, scale};
   const PagedCall call(in, check_paged_attention(in));
-  for (const Group& group : call.groups)
-    run_forward(*group.kernels, call.args, call.shape, group.batch, {0, call.shape.kv_heads});
-  return {call.outputs.out, call.outputs.lse, call.outputs.mass};
+  attend(call);
+  return {call.out, call.lse, call.mass};
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -227,25 +363,42 @@ Operand from_row(Operand operand, int64_t row, int64_t element_size) {
 // Makes the views of the query of a call, for some key heads at a time, and the bias where it depends on the indicator.
 class PagedViews {
  public:
-  PagedViews(const PagedDuplexInputs& in, const PagedCall& call, const Output& conditioned_bias)
+  PagedViews(const PagedDuplexInputs& in, const PagedCall& call)
       : in_(in),
         shape_(call.shape),
         element_(static_cast<int64_t>(in.query.element_size())),
         vector_(in, call, 0),
         sums_(vector_.kernels.compute_bytes),
         scale_(shape_.kv_heads * shape_.num_queries * shape_.num_modalities * sums_),
-        conditioned_bias_(conditioned_bias) {
+        bias_(call.bias.rows()),
+        condition_(by_modality(in, in.condition, shape_.num_queries)),
+        conditioned_(in.condition ? shape_.query_heads * shape_.num_queries * shape_.num_modalities * sums_ : 0) {
     for (const PagedSequence& sequence : call.sequences)
       if (!tiles_ && &kernels_of(sequence) != &vector_.kernels)
         tiles_.emplace(in, call, sequence.num_queries * call.args.group);
     scale_of_call_.data = scale_.at();
     scale_of_call_.row = shape_.num_modalities;
     scale_of_call_.head = shape_.num_queries * shape_.num_modalities;
+    if (!in.condition) return;
+    conditioned_bias_.data = conditioned_.at();
+    conditioned_bias_.head = shape_.num_modalities;
+    conditioned_bias_.row = shape_.query_heads * shape_.num_modalities;
+    conditioned_bias_.last = 1;
   }
 
   int64_t bytes_per_head() const {
     const int64_t group = shape_.query_heads / shape_.kv_heads;
     return element_ * shape_.num_modalities * group * shape_.num_queries * shape_.head_dim;
+  }
+
+  // The bias with the indicator's share, which make() writes.
+  Input conditioned_bias() const {
+    Input bias;
+    bias.data = conditioned_bias_.data;
+    bias.head = conditioned_bias_.head;
+    bias.row = conditioned_bias_.row;
+    bias.last = conditioned_bias_.last;
+    return bias;
   }
 
   // The views of key heads [heads.first, heads.last) and all rows, as if those of all heads were there.
@@ -332,8 +485,8 @@ class PagedViews {
     work.args.row_scale.data = work.decoded.scale.data;
     work.args.row_scale.head = work.decoded.scale.head;
     work.args.row_scale.row = work.decoded.scale.row;
-    work.bias = from_row(input(in_.modality_bias, true, Last::kPresent), first, sums_);
-    work.condition = from_row(input(in_.condition, true, Last::kPresent), first, sums_);
+    work.bias = from_row(bias_, first, sums_);
+    work.condition = from_row(condition_.rows(), first, sums_);
     return work;
   }
 
@@ -427,8 +580,27 @@ class PagedViews {
   std::optional<Kernels> tiles_;  // where a sequence has the rows for them
   const int64_t sums_;            // bytes of a number of the compute type
   const Workspace scale_;
+  const Input& bias_;
+  const RowsOfSums condition_;
+  const Workspace conditioned_;
   Output scale_of_call_, conditioned_bias_;
 };
+
+void align_and_attend(const PagedDuplexInputs& in, PagedCall& call) {
+  if (call.groups.empty() || call.shape.kv_heads == 0) return;
+  const PagedViews views(in, call);
+  if (in.condition) call.args.bias = views.conditioned_bias();
+  call.args.num_views = static_cast<int>(in.num_modalities);
+  const int64_t bytes = std::max<int64_t>(1, views.bytes_per_head());
+  const int64_t heads = std::min(call.shape.kv_heads, std::max(num_threads(), kViewsBudget / bytes));
+  const Workspace memory(heads * bytes);
+  for (const Group& group : call.groups)
+    for (int64_t first = 0; first < call.shape.kv_heads; first += heads) {
+      const KeyHeads now{first, std::min(call.shape.kv_heads, first + heads)};
+      call.args.query = views.make(group, now, memory.at());
+      run_forward(*group.kernels, call.args, call.shape, group.batch, now);
+    }
+}
 
 std::tuple<Tensor, Tensor, Tensor> paged_duplex_attention(const Tensor& query, const Tensor& query_modality,
                                                           const Tensor& kv_cache, const Tensor& block_table,
@@ -447,70 +619,41 @@ std::tuple<Tensor, Tensor, Tensor> paged_duplex_attention(const Tensor& query, c
                              by_trace,
                              eps};
   PagedCall call(in, check_paged_duplex_attention(in));
-  if (call.groups.empty() || call.shape.kv_heads == 0) return {call.outputs.out, call.outputs.lse, call.outputs.mass};
-  std::optional<Tensor> bias = modality_bias;
-  if (condition) bias = empty_sums(query, call.shape.mass());
-  call.args.bias = input(bias, true, Last::kPresent);
-  const PagedViews views(in, call, condition ? output(*bias, true, Last::kPresent) : Output{});
-  call.args.num_views = static_cast<int>(num_modalities);
-  const int64_t bytes = std::max<int64_t>(1, views.bytes_per_head());
-  const int64_t heads = std::min(call.shape.kv_heads, std::max(num_threads(), kViewsBudget / bytes));
-  const Workspace memory(heads * bytes);
-  for (const Group& group : call.groups)
-    for (int64_t first = 0; first < call.shape.kv_heads; first += heads) {
-      const KeyHeads now{first, std::min(call.shape.kv_heads, first + heads)};
-      call.args.query = views.make(group, now, memory.at());
-      run_forward(*group.kernels, call.args, call.shape, group.batch, now);
-    }
-  return {call.outputs.out, call.outputs.lse, call.outputs.mass};
+  align_and_attend(in, call);
+  return {call.out, call.lse, call.mass};
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// paged_cache_update
+// paged_attention_step
 
-template <class Storage>
-void write_cells(const PagedCacheInputs& in, int64_t first, int64_t last) {
-  const int64_t heads = in.key.size(1), head_dim = in.key.size(2), block = in.kv_cache.size(2);
-  const Input key = input(in.key, true, Last::kPresent), value = input(in.value, true, Last::kPresent);
-  const int64_t* slots = static_cast<const int64_t*>(in.slot_mapping.const_data_ptr());
-  Storage* cells = static_cast<Storage*>(in.kv_cache.mutable_data_ptr());
-  const size_t bytes = sizeof(Storage) * static_cast<size_t>(head_dim);
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t slot = slots[i * in.slot_mapping.stride(0)];
-    if (slot < 0) continue;
-    const Storage modality = static_cast<Storage>(static_cast<float>(integer_at(in.modality, i)));
-    for (int64_t h = 0; h < heads; ++h) {
-      Storage* cell = cells + slot / block * in.kv_cache.stride(0) + h * in.kv_cache.stride(1) +
-                      slot % block * in.kv_cache.stride(2);
-      std::memcpy(cell, row_of<Storage>(key, 0, h, i), bytes);
-      std::memcpy(cell + head_dim, row_of<Storage>(value, 0, h, i), bytes);
-      cell[2 * head_dim] = modality;
-    }
+Tensor paged_attention_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& modality,
+                            const Tensor& slot_mapping, const Tensor& kv_cache, const Tensor& block_table,
+                            const Tensor& seq_lens, const Tensor& query_start_loc, const std::optional<Tensor>& a1,
+                            const std::optional<Tensor>& b1, const std::optional<Tensor>& a2,
+                            const std::optional<Tensor>& b2, const std::optional<Tensor>& modality_bias,
+                            const std::optional<Tensor>& condition, const std::optional<Tensor>& sink,
+                            int64_t num_modalities, bool unit_keys, bool by_trace, double eps, double scale,
+                            const Tensor& out) {
+  const char* op = "paged_attention_step";
+  const PagedAttentionInputs plain{
+      op,   query,          kv_cache, block_table, seq_lens, query_start_loc, modality_bias,
+      sink, num_modalities, scale,    modality};
+  const PagedCacheInputs written{op, key, value, modality, kv_cache, slot_mapping, num_modalities};
+  const bool aligned = a1 && b1 && a2 && b2;
+  ArgumentCheck(op).require(aligned || !(a1 || b1 || a2 || b2 || condition), "a1, b1, a2, b2", "all or none", "some");
+  if (!aligned) {
+    const ModularAttentionShape shape = check_paged_step(plain, check_paged_attention(plain), written, out);
+    check_tokens(written);
+    const PagedCall call(plain, shape, &out, &written);
+    attend(call);
+    return call.mass;
   }
-}
-
-void paged_cache_update(const Tensor& key, const Tensor& value, const Tensor& modality, const Tensor& kv_cache,
-                        const Tensor& slot_mapping) {
-  const PagedCacheInputs in{key, value, modality, kv_cache, slot_mapping};
-  check_paged_cache_update(in);
-  const char* op = "paged_cache_update";
-  const int64_t tokens = key.size(0), slots = kv_cache.size(0) * kv_cache.size(2);
-  for (int64_t i = 0; i < tokens; ++i) {
-    const int64_t slot = static_cast<const int64_t*>(slot_mapping.const_data_ptr())[i * slot_mapping.stride(0)];
-    if (slot >= slots) fail(op, "slot_mapping", "slots below " + std::to_string(slots), slot);
-    const int32_t id = integer_at(modality, i);
-    if (id < -1 || id >= kMaxModalities)
-      fail(op, "modality", "ids from -1 to " + std::to_string(kMaxModalities - 1), id);
-  }
-  const Storage storage = storage_of(key.scalar_type());
-  const auto write = storage == Storage::kFloat64    ? write_cells<double>
-                     : storage == Storage::kBFloat16 ? write_cells<torch::headeronly::BFloat16>
-                     : storage == Storage::kFloat16  ? write_cells<torch::headeronly::Half>
-                                                     : write_cells<float>;
-  const int64_t pieces = (tokens + kTokensOfPiece - 1) / kTokensOfPiece;
-  run_items(pieces, [&](int64_t piece, int64_t) {
-    write(in, piece * kTokensOfPiece, std::min(tokens, (piece + 1) * kTokensOfPiece));
-  });
+  const PagedDuplexInputs in{plain, {*a1, *b1, *a2, *b2}, modality, condition, unit_keys, by_trace, eps};
+  const ModularAttentionShape shape = check_paged_step(plain, check_paged_duplex_attention(in), written, out);
+  check_tokens(written);
+  PagedCall call(in, shape, &out, &written);
+  align_and_attend(in, call);
+  return call.mass;
 }
 
 }  // namespace
@@ -521,4 +664,5 @@ STABLE_TORCH_LIBRARY_IMPL(moda_ext, CPU, m) {
   m.impl("paged_modular_attention", TORCH_BOX(&moda_ext::cpu::paged_modular_attention));
   m.impl("paged_duplex_attention", TORCH_BOX(&moda_ext::cpu::paged_duplex_attention));
   m.impl("paged_cache_update", TORCH_BOX(&moda_ext::cpu::paged_cache_update));
+  m.impl("paged_attention_step", TORCH_BOX(&moda_ext::cpu::paged_attention_step));
 }

@@ -18,6 +18,19 @@ void check_cache(const ArgumentCheck& check, const Tensor& kv_cache, int64_t hea
                 "blocks that begin a whole number of cells after one another", kv_cache.stride(0));
 }
 
+// What is added to sums: of every row, or a table of so many rows, 0: any but none.
+void check_sums(const ArgumentCheck& check, const PagedAttentionInputs& in, const char* name,
+                const std::optional<Tensor>& tensor, std::vector<int64_t> sizes, int64_t of_table) {
+  if (!tensor) return;
+  if (in.row_modality) {
+    if (of_table == 0 && tensor->dim() > 0) of_table = std::max<int64_t>(1, tensor->size(0));
+    sizes[0] = of_table;
+  }
+  check.sizes(name, *tensor, sizes);
+  check.dtype(name, *tensor, compute_dtype(in.query.scalar_type()));
+  check.device(name, *tensor, in.query);
+}
+
 }  // namespace
 
 int64_t rows_per_block(const Tensor& kv_cache) { return kv_cache.stride(0) / std::max<int64_t>(1, kv_cache.stride(2)); }
@@ -61,16 +74,20 @@ ModularAttentionShape check_paged_attention(const PagedAttentionInputs& in) {
   check_integers("seq_lens", in.seq_lens);
   check_integers("query_start_loc", in.query_start_loc);
 
-  const ScalarType sums = compute_dtype(in.query.scalar_type());
-  const auto check_sums = [&](const char* name, const std::optional<Tensor>& tensor,
-                              const std::vector<int64_t>& sizes) {
-    if (!tensor) return;
-    check.sizes(name, *tensor, sizes);
-    check.dtype(name, *tensor, sums);
-    check.device(name, *tensor, in.query);
-  };
-  check_sums("modality_bias", in.modality_bias, shape.mass());
-  check_sums("sink", in.sink, shape.rows());
+  check_sums(check, in, "modality_bias", in.modality_bias, shape.mass(), in.num_modalities);
+  check_sums(check, in, "sink", in.sink, shape.rows(), 0);
+  return shape;
+}
+
+ModularAttentionShape check_paged_step(const PagedAttentionInputs& in, const ModularAttentionShape& shape,
+                                       const PagedCacheInputs& written, const Tensor& out) {
+  const ArgumentCheck check(in.op);
+  check.sizes("key", written.key, {shape.num_queries, shape.kv_heads, shape.head_dim});
+  check_paged_cache_update(written);
+  check.sizes("out", out, shape.out());
+  check.dtype("out", out, in.query.scalar_type());
+  check.device("out", out, in.query);
+  check.contiguous_last("out", out);
   return shape;
 }
 
@@ -84,12 +101,12 @@ ModularAttentionShape check_paged_duplex_attention(const PagedDuplexInputs& in) 
   check.require(in.eps > 0 && std::isfinite(in.eps), "eps", "a finite number above 0", "another");
   const GramInputs gram{in.query, in.query_modality, in.num_modalities, in.unit_keys, in.eps, "query"};
   check_weights(check, gram, in, shape.head_dim);
-  if (in.condition) check_tensor(check, gram, "condition", *in.condition, shape.mass(), Numbers::kSums);
+  check_sums(check, in, "condition", in.condition, shape.mass(), in.num_modalities);
   return shape;
 }
 
 void check_paged_cache_update(const PagedCacheInputs& in) {
-  const ArgumentCheck check("paged_cache_update");
+  const ArgumentCheck check(in.op);
   check.require(in.key.dim() == 3, "key", "3 dimensions", in.key);
   check.floating("key", in.key);
   check.contiguous_last("key", in.key);

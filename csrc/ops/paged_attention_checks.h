@@ -14,13 +14,15 @@ namespace moda_ext {
 struct PagedAttentionInputs {
   const char* op;
   Tensor query;            // (T, Hq, D), or (M, T, Hq, D): one view for each key modality
-  Tensor kv_cache;         // (blocks, Hkv, block, C), C > 2 D
-  Tensor block_table;      // (S, blocks of the longest sequence), int32
-  Tensor seq_lens;         // (S,), int32: keys of each sequence, the queries' own among them
-  Tensor query_start_loc;  // (S + 1,), int32: offsets into T
+  Tensor kv_cache;                            // (blocks, Hkv, block, C), C > 2 D
+  Tensor block_table;                         // (S, blocks of the longest sequence), int32
+  Tensor seq_lens;                            // (S,), int32: keys of each sequence, the queries' own among them
+  Tensor query_start_loc;                     // (S + 1,), int32: offsets into T
   std::optional<Tensor> modality_bias, sink;
   int64_t num_modalities;
   double scale;
+  // (T,), int32: with it the sums above are tables, (M, Hq, M) of modalities of rows and (positions, Hq).
+  std::optional<Tensor> row_modality{};
 };
 
 struct PagedDuplexInputs : PagedAttentionInputs, DuplexWeights {
@@ -31,16 +33,21 @@ struct PagedDuplexInputs : PagedAttentionInputs, DuplexWeights {
 };
 
 struct PagedCacheInputs {
+  const char* op;
   Tensor key, value;    // (T, Hkv, D)
   Tensor modality;      // (T,), int32
   Tensor kv_cache;      // (blocks, Hkv, block, C), C > 2 D
   Tensor slot_mapping;  // (T,), int64; below 0: a token of no cell
+  int64_t num_modalities;
 };
 
 // Each throws std::invalid_argument. The shape is that of modular_attention_varlen, with num_keys 0.
 ModularAttentionShape check_paged_attention(const PagedAttentionInputs& inputs);
 ModularAttentionShape check_paged_duplex_attention(const PagedDuplexInputs& inputs);
 void check_paged_cache_update(const PagedCacheInputs& inputs);
+// Of both at once: the tokens that are written are rows, each with its own modality, and the result goes to `out`.
+ModularAttentionShape check_paged_step(const PagedAttentionInputs& inputs, const ModularAttentionShape& shape,
+                                       const PagedCacheInputs& written, const Tensor& out);
 
 // Rows of the cache, counted in strides of a cell: cell `offset` of a block is row block * rows_per_block + offset.
 int64_t rows_per_block(const Tensor& kv_cache);

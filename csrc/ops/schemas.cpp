@@ -75,4 +75,13 @@ STABLE_TORCH_LIBRARY(moda_ext, m) {
       "-> (Tensor out, Tensor lse, Tensor mass)");
   m.def(
       "paged_cache_update(Tensor key, Tensor value, Tensor modality, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  // Both in a call, for a layer of a step. modality_bias, condition (M, Hq, M) and sink (positions, Hq) are tables: a row
+  // takes what they have for its modality, and its place in its sequence, of which the last stands for all beyond. No
+  // weights: no views.
+  m.def(
+      "paged_attention_step(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor slot_mapping, "
+      "Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor? a1, Tensor? b1, "
+      "Tensor? a2, Tensor? b2, Tensor? modality_bias, Tensor? condition, Tensor? sink, int num_modalities, "
+      "bool unit_keys, bool by_trace, float eps, float scale, Tensor(b!) out) "
+      "-> Tensor mass");
 }

@@ -117,5 +117,10 @@ paged_cache_update = Operator(
     lambda given: None,
     instead="moda_ext.attention.paged_cache_update has, by way of PyTorch's indexing",
 )
+paged_attention_step = Operator(
+    "paged_attention_step",
+    lambda given: _statistics(given.query, given.query.shape[:2], given.num_modalities)[1],
+    instead="moda_ext.functional.paged.step has, by way of the other operators on pages",
+)
 
 DECLARED = {name: value for name, value in list(globals().items()) if isinstance(value, Operator)}

@@ -5,7 +5,9 @@ it belongs to, so that shared prefixes, preemption and copies of blocks need not
 aligner is made of the cached keys whenever it is wanted, so that no sequence has a state beside its pages.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -367,6 +369,110 @@ def align_and_attend(
         return_mass=True,
     )
     return gathered.packed(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTerms:
+    """What no step changes of a layer. Tables say what is added to the scores of a row, by its modality and by its
+    position: in the dtype of sums, None for nothing. The others are arguments of :func:`paged_duplex_attention`."""
+
+    num_modalities: int
+    scale: float
+    modality_bias: Tensor | None = None  # (M, Hq, M), [modality of the row, head, modality of the key]
+    condition: Tensor | None = None  # (M, Hq, M)
+    sink: Tensor | None = None  # (positions, Hq), of which the last stands for all beyond
+    weights: dict[str, Tensor] | None = None  # None for no aligner
+    key_norm: str | None = "l2"
+    normalize: str | None = "trace"
+    eps: float = 1e-6
+
+    @functools.cached_property
+    def operands(self) -> dict[str, Any]:
+        """Arguments of the operator."""
+        return {
+            **(self.weights or dict.fromkeys(("a1", "b1", "a2", "b2"))),
+            "modality_bias": self.modality_bias,
+            "condition": self.condition,
+            "sink": self.sink,
+            "num_modalities": self.num_modalities,
+            "unit_keys": self.key_norm == "l2",
+            "by_trace": self.normalize == "trace",
+            "eps": float(self.eps),
+            "scale": self.scale,
+        }
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.modality_bias, self.condition, self.sink, *(self.weights or {}).values()
+
+
+class Tokens(NamedTuple):
+    """The rows of a step, the last tokens of their sequences, which get into the pages first: arguments of
+    :func:`moda_ext.attention.paged_cache_update`."""
+
+    key: Tensor
+    value: Tensor
+    modality: Tensor
+    slot_mapping: Tensor
+
+
+def step(
+    query: Tensor, tokens: Tokens, pages: Pages, terms: StepTerms, out: Tensor, chosen: str | None = None
+) -> Tensor:
+    """:func:`paged_cache_update`, then :func:`paged_modular_attention` or, with weights,
+    :func:`paged_duplex_attention`: a layer's part of a step of serving, where few tokens are over before several
+    operators would be called.
+
+    Args:
+        query: (T, Hq, D).
+        out: (T, Hq, D), **written**.
+        chosen: the backend of "paged_attention_step", for callers that ask once for many calls.
+
+    Returns:
+        ``mass`` (T, Hq, M).
+    """
+    if chosen is None:
+        chosen = backend.choose("paged_attention_step", query, pages.kv_cache, *terms.tensors)
+    key, value, modality, slot_mapping = tokens
+    if chosen == backend.NATIVE and not (terms.weights and terms.normalize == "frobenius"):
+        return operators.paged_attention_step(
+            query=last_contiguous(query),
+            key=last_contiguous(key),
+            value=last_contiguous(value),
+            modality=modality,
+            slot_mapping=slot_mapping,
+            kv_cache=pages.kv_cache,
+            block_table=pages.block_table,
+            seq_lens=pages.seq_lens,
+            query_start_loc=pages.query_start_loc,
+            out=out,
+            **terms.operands,
+        )
+    write(key, value, modality, pages.kv_cache, slot_mapping)
+    of_row, sink = modality.clamp(min=0), terms.sink
+    bias, condition = (t if t is None else t.index_select(0, of_row) for t in (terms.modality_bias, terms.condition))
+    if sink is not None:
+        position = positions_of_rows(pages.seq_lens, pages.query_start_loc, len(query))
+        sink = sink.index_select(0, position.clamp(0, len(sink) - 1))
+    added = {"modality_bias": bias, "sink": sink}
+    if terms.weights is None:
+        found, _, mass = attend(query, pages, terms.num_modalities, **added, scale=terms.scale)
+    else:
+        found, _, mass = align_and_attend(
+            query,
+            modality,
+            pages,
+            terms.weights,
+            terms.num_modalities,
+            key_norm=terms.key_norm,
+            normalize=terms.normalize,
+            eps=terms.eps,
+            condition=condition,
+            **added,
+            scale=terms.scale,
+        )
+    out.copy_(found)
+    return mass
 
 
 def positions_of_rows(seq_lens: Tensor, query_start_loc: Tensor, rows: int) -> Tensor:

@@ -1,15 +1,19 @@
 """Duplex attention of any aligner and mask on a cache in pages: what a layer of a serving engine calls."""
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from moda_ext._ops import backend
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.alignment import low_rank_weights
-from moda_ext.functional.paged import Pages, align_and_attend, attend, positions_of_rows
+from moda_ext.functional.paged import Pages, StepTerms, Tokens, step
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.mask import ModularMask
 
-__all__ = ["PagedAttention", "Pages", "Rows", "positions_of_rows"]
+__all__ = ["PagedAttention", "Pages", "Rows"]
 
 
 class Rows:
@@ -17,21 +21,12 @@ class Rows:
 
     Args:
         modality: (T,), int32, from 0.
-        positions: (T,), the place of each row in its sequence, from 0; see :func:`positions_of_rows`.
+        slot_mapping: (T,), int64: their cells, see :func:`moda_ext.attention.paged_cache_update`.
     """
 
-    def __init__(self, modality: Tensor, positions: Tensor):
-        self.modality, self.positions = modality, positions
-        # The modality of all rows, as decoded ones mostly have one; not where looking waits for a device.
-        self.only: int | None = None
-        if modality.is_cpu and len(modality) and bool((modality == modality[0]).all()):
-            self.only = int(modality[0])
-        self._up_to: dict[int, Tensor] = {}
-
-    def positions_up_to(self, last: int) -> Tensor:
-        if last not in self._up_to:
-            self._up_to[last] = self.positions.clamp(max=last)
-        return self._up_to[last]
+    def __init__(self, modality: Tensor, slot_mapping: Tensor):
+        self.modality, self.slot_mapping = modality, slot_mapping
+        self.chosen: str | None = None  # the backend: the layers of a step differ in nothing that it depends on
 
 
 class PagedAttention:
@@ -56,97 +51,65 @@ class PagedAttention:
         dtype: torch.dtype,
         max_positions: int,
     ):
-        self.mask, self.num_modalities, self.scale = mask, num_modalities, scale
-        # (M, Hq, M), [modality of the row, head, modality of the key]; (positions, Hq), or (1, Hq) for all
-        self.bias: Tensor | None = None
-        self.condition: Tensor | None = None
-        self.sink: Tensor | None = None
-        self.weights: dict[str, Tensor] | None = None
-        self._terms: tuple[tuple[int, int], Tensor | None, Tensor | None] | None = None
+        self.mask = mask
+        settings: dict[str, Any] = {"num_modalities": num_modalities, "scale": scale}
         with torch.no_grad():
             if aligner is not None:
                 weights = aligner.low_rank()
                 names = weights["a1"], weights["b1"], weights["a2"], weights["b2"]
-                self.weights = low_rank_weights(names, accumulation_dtype(dtype))
-                self.key_norm, self.normalize = aligner.key_norm, aligner.normalize
+                settings["weights"] = low_rank_weights(names, accumulation_dtype(dtype))
+                settings |= {"key_norm": aligner.key_norm, "normalize": aligner.normalize}
             if mask is not None:
-                self._tabulate(mask, dtype, max_positions)
+                settings |= self._tabulate(mask, num_modalities, dtype, max_positions)
+        self.terms = StepTerms(**settings)
 
-    def _tabulate(self, mask: ModularMask, dtype: torch.dtype, max_positions: int) -> None:
+    def _tabulate(
+        self, mask: ModularMask, num_modalities: int, dtype: torch.dtype, max_positions: int
+    ) -> dict[str, Tensor | None]:
         device = next((t.device for t in mask.state_dict().values()), None)
-        each = torch.arange(self.num_modalities, device=device)[:, None]  # a row of each modality, alone
-        query = torch.zeros(self.num_modalities, mask.num_heads, 1, 8, dtype=dtype, device=device)
+        self.each = each = torch.arange(num_modalities, device=device)[:, None]  # a row of each modality, alone
+        query = torch.zeros(num_modalities, mask.num_heads, 1, 8, dtype=dtype, device=device)
         bias, _, condition = mask(query, each, return_condition=True)
-        self.bias = None if bias is None else bias.squeeze(2).contiguous()
-        self.condition = None if condition is None else condition.squeeze(2).contiguous()
+        bias, condition = (None if t is None else t.squeeze(2).contiguous() for t in (bias, condition))
         # Beyond the last position of a mask with a length there is no pseudo score left, whatever the position.
         places = 1 if mask.length is None else 1 + min(mask.length, max_positions)
         row = torch.zeros(1, places, dtype=torch.int32, device=device)
         _, sink = mask(query[:1].expand(-1, -1, places, -1), row)
         if sink is not None:
-            self.sink = sink.expand(1, mask.num_heads, places)[0].T.contiguous()
+            sink = sink.expand(1, mask.num_heads, places)[0].T.contiguous()
+        return {"modality_bias": bias, "condition": condition, "sink": sink}
 
-    def _terms_of(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-        """Bias and condition of the rows, (T, Hq, M). Those of rows of one modality are views, kept for the next step:
-        after an operator has filled the caches, each small one of PyTorch's takes a twentieth of its time."""
-        if rows.only is None:
-            bias, condition = (
-                t if t is None else t.index_select(0, rows.modality) for t in (self.bias, self.condition)
-            )
-            return bias, condition
-        which = rows.only, len(rows.modality)
-        if self._terms is None or self._terms[0] != which:
-            bias, condition = (
-                t if t is None else t[rows.only].expand(which[1], -1, -1) for t in (self.bias, self.condition)
-            )
-            self._terms = which, bias, condition
-        return self._terms[1:]
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Rows, pages: Pages, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the tokens of the rows into the pages, and attends.
 
-    def __call__(self, query: Tensor, rows: Rows, pages: Pages) -> tuple[Tensor, Tensor]:
-        """
         Args:
             query: (T, Hq, D), the last tokens of the sequences.
+            key, value: (T, Hkv, D), theirs.
             rows: what they are.
-            pages: keys, values and modalities of all tokens, those of the rows among them.
+            pages: keys, values and modalities of the other tokens; **updated in place**.
+            out: (T, Hq, D), where the result is **written**, None for a tensor of its own.
 
         Returns:
-            ``out`` (T, Hq, D) and ``mass`` (T, Hq, M).
+            ``out`` and ``mass`` (T, Hq, M).
         """
-        bias, condition = self._terms_of(rows)
-        sink = self.sink
-        if sink is not None and len(sink) > 1:
-            sink = sink.index_select(0, rows.positions_up_to(len(sink) - 1))
-        elif sink is not None:
-            sink = sink.expand(query.shape[0], -1)
-
-        def one(bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            if self.weights is None:
-                options = {"modality_bias": bias, "sink": sink}
-                out, _, mass = attend(query, pages, self.num_modalities, **options, scale=self.scale)
-                return out, mass
-            out, _, mass = align_and_attend(
-                query,
-                rows.modality,
-                pages,
-                self.weights,
-                self.num_modalities,
-                key_norm=self.key_norm,
-                normalize=self.normalize,
-                eps=1e-6,
-                modality_bias=bias,
-                condition=condition,
-                sink=sink,
-                scale=self.scale,
-            )
-            return out, mass
-
+        tokens = Tokens(key, value, rows.modality, rows.slot_mapping)
+        if out is None:
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if rows.chosen is None:
+            rows.chosen = backend.choose("paged_attention_step", query, pages.kv_cache, *self.terms.tensors)
         if self.mask is None or self.mask.softmax == "joint":
-            return one(bias)
+            return out, step(query, tokens, pages, self.terms, out, rows.chosen)
 
-        def sides(bias: Tensor | None) -> tuple[Tensor, ...]:  # (T, Hq, 1, M), every row a sequence of its own
-            bias = None if bias is None else bias.expand(*query.shape[:2], 1, -1).squeeze(2)
-            return tuple(result.unsqueeze(2) for result in one(bias))
+        def side(bias: Tensor) -> tuple[Tensor, Tensor]:  # (T, Hq, 1, M), every row a sequence of its own
+            bias = bias.expand(-1, query.shape[1], -1, -1).squeeze(2)
+            result = torch.empty_like(out)
+            terms = dataclasses.replace(self.terms, modality_bias=bias)
+            mass = step(query, tokens, pages, terms, result, rows.chosen)
+            return result.unsqueeze(2), mass.unsqueeze(2)
 
+        bias = self.terms.modality_bias
         wide = None if bias is None else bias.unsqueeze(2)
-        out, mass = self.mask.over_softmaxes(sides, query.unsqueeze(2), rows.modality.unsqueeze(1), wide)
-        return out.squeeze(2), mass.squeeze(2)
+        result, mass = self.mask.over_softmaxes(side, query.unsqueeze(2), self.each, wide)
+        return out.copy_(result.squeeze(2)), mass.squeeze(2)

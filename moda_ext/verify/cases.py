@@ -14,10 +14,23 @@ from torch.autograd.function import once_differentiable
 from moda_ext import reference
 from moda_ext._ops.backend import use_backend
 from moda_ext._ops.limits import accumulation_dtype
-from moda_ext.functional.alignment import causal_gram_projection, duplex_query_views, modality_gram
+from moda_ext.functional.alignment import (
+    causal_gram_projection,
+    duplex_query_views,
+    low_rank_weights,
+    modality_gram,
+)
 from moda_ext.functional.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional.duplex import duplex_attention
-from moda_ext.functional.paged import paged_cache_update, paged_duplex_attention, paged_modular_attention
+from moda_ext.functional.paged import (
+    Pages,
+    StepTerms,
+    Tokens,
+    paged_cache_update,
+    paged_duplex_attention,
+    paged_modular_attention,
+    step,
+)
 from moda_ext.functional.parts import Keys, Terms, attend_part, differentiate_part, finish_bias_gradient, merge
 from moda_ext.nn.aligner import DuplexAligner
 
@@ -497,7 +510,9 @@ def _paged(
     of_rows = torch.tensor([lengths[0], 1, 0, 5, 25])
     tokens, rows = int(of_sequences.sum()), int(of_rows.sum())
     pages = -(-of_sequences // block)
-    duplex = operator == "paged_duplex_attention"
+    duplex = operator in ("paged_duplex_attention", "paged_attention_step")
+    # Rows are the last tokens of their sequences.
+    taken = torch.arange(rows) + (of_sequences.cumsum(0) - of_rows.cumsum(0)).repeat_interleave(of_rows)
 
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         def randn(*shape: int) -> Tensor:
@@ -528,25 +543,52 @@ def _paged(
             made |= {"condition": randn(rows, heads, modalities), **_weights(generator, modalities, size)}
         return made
 
+    def empty_cache(like: Tensor) -> Tensor:
+        return like.new_zeros(int(pages.sum()) + 3, block, 2, 2 * size + 8).transpose(1, 2)
+
+    def in_a_step(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        modality: Tensor,
+        slot_mapping: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        modality_bias: Tensor,
+        condition: Tensor,
+        sink: Tensor,
+        **weights: Tensor,
+    ) -> Results:
+        cache, own = empty_cache(key), taken.to(key.device)
+        paged_cache_update(key, value, modality, cache, slot_mapping.index_fill(0, own, -1))
+        tokens = Tokens(key[own], value[own], modality[own].int(), slot_mapping[own])
+        low_rank = low_rank_weights(tuple(weights[n] for n in ("a1", "b1", "a2", "b2")), sink.dtype)
+        terms = StepTerms(modalities, size**-0.5, modality_bias, condition, sink, weights=low_rank)
+        located = Pages(cache, block_table.int(), seq_lens.int(), query_start_loc.int())
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        return {"mass": step(query, tokens, located, terms, out), "out": out}
+
     def through(update: Callable, attend: Callable, modular: Callable, **options: Any) -> Call:
         def call(key: Tensor, value: Tensor, modality: Tensor, slot_mapping: Tensor, **given: Tensor) -> Results:
-            cache = key.new_zeros(int(pages.sum()) + 3, block, 2, 2 * size + 8).transpose(1, 2)
+            cache = empty_cache(key)
             update(key, value, modality, cache, slot_mapping)
             if operator == "paged_cache_update":
                 return {"cells": cache}
             shared: dict[str, Any] = {"kv_cache": cache, "num_modalities": modalities, **options, **given}
             if duplex:
-                # Rows are the last tokens of their sequences.
-                taken = torch.arange(rows) + (of_sequences.cumsum(0) - of_rows.cumsum(0)).repeat_interleave(of_rows)
                 results = attend(query_modality=modality[taken.to(modality.device)], **shared)
             else:
                 results = modular(**shared)
-            return dict(zip(("out", "lse", "mass"), results, strict=True))
+            named = dict(zip(("out", "lse", "mass"), results, strict=True))
+            return {n: r for n, r in named.items() if n != "lse"} if operator == "paged_attention_step" else named
 
         return call
 
     ours = through(paged_cache_update, paged_duplex_attention, paged_modular_attention, **FULL)
     dense = through(reference.paged_cache_update, reference.paged_duplex_attention, reference.paged_modular_attention)
+    if operator == "paged_attention_step":
+        ours = in_a_step
     case = Case(operator, f"{label}, {rows} rows of {tokens} tokens", dtype, make, ours, dense, False)
     return replace(case, wide=()) if duplex else case
 
@@ -562,4 +604,5 @@ FAMILIES: dict[str, tuple[dict[str, dict], Callable[..., Case]]] = {
     "paged_modular_attention": (PAGES, _paged),
     "paged_duplex_attention": (PAGES, _paged),
     "paged_cache_update": (PAGES, _paged),
+    "paged_attention_step": (PAGES, _paged),
 }

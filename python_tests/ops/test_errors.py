@@ -355,6 +355,11 @@ def operator_calls():
             "block_table",
         ),
         "paged_cache_update": ((packed_k, packed_k, wrong[0], cache, torch.full((4,), 9)), "slot_mapping"),
+        "paged_attention_step": (
+            (packed_q, packed_k[:, :1], packed_k[:, :1], ids[0], torch.full((4,), 9), cache, *pages, *weights)
+            + (None, None, None, 2, True, True, 1e-6, 1.0, packed_q.clone()),
+            "slot_mapping",
+        ),
     }
 
 

@@ -10,10 +10,11 @@ from torch.library import opcheck
 import moda_ext
 from moda_ext import reference
 from moda_ext.attention import paged_cache_update, paged_duplex_attention, paged_modular_attention
+from moda_ext.functional.paged import positions_of_rows
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.attention import Tokens, align_and_attend
 from moda_ext.nn.mask import ModularMask
-from moda_ext.nn.paged import PagedAttention, Pages, Rows, positions_of_rows
+from moda_ext.nn.paged import PagedAttention, Pages, Rows
 
 RANK = 4
 NAMES = ("out", "lse", "mass")
@@ -85,6 +86,36 @@ def with_aligner(arguments, seed=0):
         **{name: randn(modalities, size, RANK) for name in ("a1", "a2")},
         **{name: randn(modalities, RANK, size) for name in ("b1", "b2")},
     }
+
+
+def make_step(aligned: bool, dtype: torch.dtype = torch.float32, **change) -> dict:
+    """Arguments of the operator paged_attention_step, whose rows are not in their cells yet."""
+    arguments = with_aligner(make(**MIXED, dtype=dtype)) | {"unit_keys": True, "by_trace": True, "eps": 1e-6}
+    query, sums, cache = arguments["query"], arguments["sink"].dtype, arguments["kv_cache"]
+    rows, heads, size = query.shape
+    modalities, kv_heads, block = arguments["num_modalities"], cache.shape[1], cache.shape[2]
+    starts = arguments["query_start_loc"].tolist()
+    slots = torch.full((rows,), -1)
+    for i, (length, table) in enumerate(zip(MIXED["lengths"], arguments["block_table"].long(), strict=True)):
+        place = torch.arange(length - (starts[i + 1] - starts[i]), length)
+        slots[starts[i] : starts[i + 1]] = table[place // block] * block + place % block
+    cache.transpose(1, 2)[slots // block, slots % block] = torch.nan
+    generator = torch.Generator().manual_seed(5)
+    key, value = torch.randn(2, rows, kv_heads, size, generator=generator, dtype=torch.float64).to(dtype).unbind()
+    given = {
+        **arguments,
+        "key": key,
+        "value": value,
+        "modality": torch.randint(-1, modalities, (rows,), generator=generator).int(),
+        "slot_mapping": slots,
+        "modality_bias": torch.randn(modalities, heads, modalities, generator=generator).to(sums),
+        "condition": torch.randn(modalities, heads, modalities, generator=generator).to(sums),
+        "sink": torch.randn(50, heads, generator=generator).to(sums),
+        "out": torch.full_like(query, torch.nan),
+    }
+    if not aligned:
+        given |= dict.fromkeys(("a1", "b1", "a2", "b2", "condition"))
+    return given | change
 
 
 def judge(ours, oracle, arguments, magnitude=0.0):
@@ -219,6 +250,54 @@ def test_gathered_on_other_devices(normalize):
             assert_close(result, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("aligned", (False, True))
+def test_a_step_is_an_update_and_attention_with_tables(native, aligned, dtype):
+    given = make_step(aligned, dtype)
+    schema = torch.ops.moda_ext.paged_attention_step.default._schema
+    cache, names = given["kv_cache"].clone(), ("block_table", "seq_lens", "query_start_loc", "num_modalities", "scale")
+    tokens = (given[name] for name in ("key", "value", "modality"))
+    paged_cache_update(*tokens, cache, given["slot_mapping"])
+    taken = {name: given[name] for name in names} | {"query": given["query"], "kv_cache": cache}
+    of_row = given["modality"].clamp(min=0)
+    position = positions_of_rows(given["seq_lens"], given["query_start_loc"], len(of_row))
+    taken |= {"modality_bias": given["modality_bias"][of_row], "sink": given["sink"][position.clamp(max=49)]}
+    mass = torch.ops.moda_ext.paged_attention_step(*(given[a.name] for a in schema.arguments))
+    if aligned:
+        taken |= {name: given[name] for name in ("a1", "b1", "a2", "b2")}
+        taken |= {"query_modality": given["modality"], "condition": given["condition"][of_row]}
+        expected = paged_duplex_attention(**taken, **FULL)
+    else:
+        expected = paged_modular_attention(**taken, **FULL)
+    torch.testing.assert_close(given["kv_cache"], cache, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(given["out"], expected[0]) and torch.equal(mass, expected[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modality_bias": torch.zeros(2, 4, 3)}, "modality_bias: expected"),
+        ({"condition": torch.zeros(96, 4, 3)}, "condition: expected"),
+        ({"sink": torch.zeros(0, 4)}, "sink: expected"),
+        ({"modality": torch.full((96,), 3).int()}, "modality: expected ids from -1 to 2, got 3"),
+        ({"slot_mapping": torch.full((96,), 10**6)}, "slot_mapping: expected slots below"),
+        ({"seq_lens": torch.full((7,), 10**6).int()}, "seq_lens: expected at most"),
+        ({"block_table": torch.full((7, 26), 999).int()}, "block_table: expected blocks from 0 to"),
+        ({"key": torch.randn(3, 2, 32)}, "key: expected"),
+        ({"out": torch.randn(3, 4, 32)}, "out: expected"),
+        ({"out": torch.randn(96, 4, 32).double()}, "out: expected"),
+        ({"a1": None}, "a1, b1, a2, b2: expected all or none"),
+    ],
+)
+def test_a_step_that_does_not_fit_writes_nothing(native, change, message):
+    given = make_step(True, **change)
+    cache = given["kv_cache"].clone()
+    schema = torch.ops.moda_ext.paged_attention_step.default._schema
+    with pytest.raises((ValueError, RuntimeError), match=f"^paged_attention_step: {message}"):
+        torch.ops.moda_ext.paged_attention_step(*(given[a.name] for a in schema.arguments))
+    torch.testing.assert_close(given["kv_cache"], cache, rtol=0, atol=0, equal_nan=True)
+
+
 def test_opcheck(native):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = make(**MIXED)
@@ -231,6 +310,10 @@ def test_opcheck(native):
     key, value = torch.randn(2, 5, 2, 32).unbind()
     tokens = key, value, torch.zeros(5, dtype=torch.int32), arguments["kv_cache"], torch.arange(-1, 4)
     opcheck(torch.ops.moda_ext.paged_cache_update, tokens, test_utils=tests)
+    schema = torch.ops.moda_ext.paged_attention_step.default._schema
+    for of_step in (make_step(aligned=True), make_step(aligned=False)):
+        taken = tuple(of_step[argument.name] for argument in schema.arguments)
+        opcheck(torch.ops.moda_ext.paged_attention_step, taken, test_utils=tests)
 
 
 def test_one_graph(native):
@@ -419,8 +502,13 @@ def test_modules_are_those_of_the_dense_layer(native, length, variant, softmax, 
     positions = positions_of_rows(pages.seq_lens, pages.query_start_loc, starts[-1])
     attention = PagedAttention(aligner, mask, 2, 32**-0.5, torch.float32, 1000)
     mixed = torch.randint(0, 2, (starts[-1],))
+    of_row = torch.cat([torch.full((b - a,), i) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
+    slots = pages.block_table.long()[of_row, positions // 16] * 16 + positions % 16
+    own = cache.transpose(1, 2)[slots // 16, slots % 16]  # (T, Hkv, C)
     for modality in (mixed, mixed * 0, mixed * 0 + 1):
-        found = attention(arguments["query"], Rows(modality.int(), positions), pages)
+        cache.transpose(1, 2)[slots // 16, slots % 16] = torch.nan  # until they are written
+        given = arguments["query"], own[..., :32], own[..., 32:64]
+        found = attention(*given, Rows(modality.int(), slots), pages)
         for i, length in enumerate(MIXED["lengths"]):
             rows = slice(starts[i], starts[i + 1])
             blocks = arguments["block_table"][i, : -(-length // 16)].long()

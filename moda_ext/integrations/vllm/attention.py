@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
@@ -26,11 +27,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from moda_ext._ops.limits import HEAD_SIZE_STEP, MAX_HEAD_SIZE
-from moda_ext.functional.paged import write
 from moda_ext.integrations.settings import MODAConfig
 from moda_ext.integrations.vllm import BACKEND
 from moda_ext.integrations.vllm.metrics import AttentionMass
-from moda_ext.nn.paged import PagedAttention, Pages, Rows, positions_of_rows
+from moda_ext.nn.paged import PagedAttention, Pages, Rows
 
 __all__ = ["MODABackend", "MODALayer", "Modalities", "convert"]
 
@@ -107,24 +107,22 @@ class Modalities:
 
 @dataclass
 class MODAMetadata(AttentionMetadata):
-    """Of one step: the pages, without their cache, and the places of its tokens in their sequences."""
+    """Of one step: the pages, without their cache, and the cells of its tokens."""
 
     block_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
     max_query_len: int
     max_seq_len: int
+    slot_mapping: Tensor
     rows: Rows | None = None  # made by the first layer, for all
 
     def of_rows(self, count: int, modalities: Modalities) -> Rows:
-        """The step's tokens. Their positions are found by the lengths, as those of M-RoPE do not count tokens."""
+        """The step's tokens."""
         if self.rows is None or len(self.rows.modality) != count:
-            lengths, ends = self.seq_lens, self.query_start_loc
-            if self.max_query_len == 1 and lengths.is_cpu and count == len(lengths) == int(ends[-1]):
-                positions = lengths - 1  # a row of each
-            else:
-                positions = positions_of_rows(lengths, ends, count)
-            self.rows = Rows(modalities.current[:count], positions)
+            slots = self.slot_mapping  # of all tokens, or without those that pad the step
+            slots = slots[:count] if len(slots) >= count else pad(slots, (0, count - len(slots)), value=-1)
+            self.rows = Rows(modalities.current[:count], slots)
         return self.rows
 
     def pages(self, kv_cache: Tensor) -> Pages:
@@ -151,13 +149,14 @@ class MODAMetadataBuilder(AttentionMetadataBuilder[MODAMetadata]):
             of_step.query_start_loc,
             of_step.max_query_len,
             of_step.max_seq_len,
+            of_step.slot_mapping,
         )
 
 
 class MODABackend(AttentionBackend):
     """The attention backend "MODA" of vLLM."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True  # a call of the engine's less for each layer
     supported_dtypes = [torch.float32, torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
 
@@ -217,16 +216,6 @@ class MODAImpl(AttentionImpl[MODAMetadata]):
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.moda, self.modalities, self.max_positions, self.mass = moda, modalities, max_positions, mass
 
-    def do_kv_cache_update(
-        self, layer: Attention, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        if kv_cache.numel() == 0:  # profiling, before there is a cache
-            return
-        tokens = slot_mapping.shape[0]
-        if tokens != key.shape[0]:  # it may lack the padding of the others
-            key, value = key[:tokens], value[:tokens]
-        write(key, value, self.modalities.current[:tokens], kv_cache, slot_mapping)
-
     def forward(
         self,
         layer: Attention,
@@ -245,10 +234,10 @@ class MODAImpl(AttentionImpl[MODAMetadata]):
             return output.zero_()
         attention = self.moda.attention(self.scale, query.dtype, self.max_positions)
         rows = attn_metadata.of_rows(query.shape[0], self.modalities)
-        out, mass = attention(query, rows, attn_metadata.pages(kv_cache))
+        _, mass = attention(query, key, value, rows, attn_metadata.pages(kv_cache), output)
         if self.mass is not None:
             self.mass.add(mass, rows.modality, attn_metadata.query_start_loc[-1])
-        return output.copy_(out)
+        return output
 
 
 def convert(

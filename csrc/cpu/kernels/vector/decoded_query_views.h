@@ -24,25 +24,27 @@ constexpr T kSmallest = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.225073858507201
 // The rows of an item, head by head, and what is summed for them over keys.
 template <class T>
 struct DecodedRows {
-  T *query, *low_rank;
-  T* x;       // [M + 1][rows] scratch rows: x of every view, then the query itself
-  T* scores;  // [M + 1][rows] scratch rows, a column for each of kNearKeys keys
-  T* sums;    // [M views][M modalities][rows] scratch rows
-  T* square;  // [M][rows]: sum_j (q . phi_j)^2
-  T* trace;   // [M][rows]
-  int count;  // rows
+  T* query;
+  T* low_rank;  // [M][rows] scratch rows
+  T* x;         // [M + 1][rows] scratch rows: x of every view, then the query itself
+  T* scores;    // [M + 1][rows] scratch rows, a column for each of kNearKeys keys
+  T* sums;      // [M views][M modalities][rows] scratch rows
+  T* square;    // [M][rows]: sum_j (q . phi_j)^2
+  T* trace;     // [M][rows]
+  int count;    // rows
 
   DecodedRows(const DuplexQueryViewsForwardArgs& args, Arena<T>& arena)
       : count(args.group * static_cast<int>(args.num_queries)) {
     const int64_t M = args.num_modalities;
     query = arena.rows(count);
-    low_rank = arena.rows(count);
+    low_rank = arena.rows(M * count);
     x = arena.rows((M + 1) * count);
     scores = arena.rows((M + 1) * count);
     sums = arena.rows(M * M * count);
     square = arena.take(M * count);
     trace = arena.take(M * count);
   }
+  T* low_rank_of(int view) const { return low_rank + int64_t{view} * count * kScratchStride<T>; }
   T* sums_of(int num_modalities, int view, int m) const {
     return sums + (int64_t{view} * num_modalities + m) * count * kScratchStride<T>;
   }
@@ -60,14 +62,6 @@ int64_t decoded_query_views_partial_bytes(const DuplexQueryViewsForwardArgs& arg
   return static_cast<int64_t>(sizeof(T)) * rows * (M * M * args.head_dim + 2 * M);
 }
 
-// low_rank <- [q B1_a^T, q B2_a^T], R columns each.
-template <class T>
-void down_project(const DuplexArgs& args, int view, DecodedRows<T>& rows) {
-  const ViewWeights<T> w = ViewWeights<T>::of(args, view, args.weights);
-  multiply<T, Order::kRowMajor, Accumulate::kStore>(rows.count, 2 * padded_rank<T>(args), args.head_dim, rows.query,
-                                                    w.down, w.down_stride, rows.low_rank, kScratchStride<T>);
-}
-
 template <class Storage, class T>
 void start_decoded_rows(const DuplexQueryViewsForwardArgs& args, int64_t kv_head, DecodedRows<T>& rows) {
   constexpr int kStride = kScratchStride<T>;
@@ -76,9 +70,11 @@ void start_decoded_rows(const DuplexQueryViewsForwardArgs& args, int64_t kv_head
     load_block(row_of<Storage>(args.query, 0, kv_head * args.group + h, 0), args.query.row, args.num_queries, D, T(1),
                rows.query + h * args.num_queries * kStride);
   for (int a = 0; a < M; ++a) {
-    down_project(args, a, rows);
-    multiply<T, Order::kRowMajor, Accumulate::kStore>(rows.count, D, R, rows.low_rank + R,
-                                                      ViewWeights<T>::of(args, a, args.weights).key_down, kStride,
+    const ViewWeights<T> w = ViewWeights<T>::of(args, a, args.weights);
+    T* low_rank = rows.low_rank_of(a);  // [q B1_a^T, q B2_a^T], R columns each
+    multiply<T, Order::kRowMajor, Accumulate::kStore>(rows.count, 2 * R, D, rows.query, w.down, w.down_stride, low_rank,
+                                                      kStride);
+    multiply<T, Order::kRowMajor, Accumulate::kStore>(rows.count, D, R, low_rank + R, w.key_down, kStride,
                                                       rows.x + int64_t{a} * rows.count * kStride, kStride);
   }
   copy_rows<T>(rows.count, D, rows.query, kStride, rows.x + int64_t{M} * rows.count * kStride, kStride);
@@ -123,18 +119,19 @@ MODA_EXT_INLINE T sum_first(int count, const At& at) {
   return reduce_add<T>(sum);
 }
 
-// squares <- the key's part of the trace, |phi|^2; factors <- what x . k times k is multiplied with.
+// squares <- the key's part of the trace, |phi|^2; factors <- what x . k times k is multiplied with. Of whole vectors.
 template <class T>
 MODA_EXT_INLINE void features_of_squares(const GramArgs& args, int count, T* squares, T* factors) {
-  const T eps = static_cast<T>(args.eps);
-  for (int j = 0; j < count; ++j) {
+  const T square = static_cast<T>(args.eps) * static_cast<T>(args.eps);
+  const Vector<T> least = splat(square > kSmallest<T> ? square : kSmallest<T>), one = splat(T(1));
+  for (int j = 0; j < count; j += kLanes<T>) {
     if (!args.unit_keys) {
-      factors[j] = 1;
+      store(factors + j, one);
       continue;
     }
-    const T norm = sqrt(squares[j]), inverse = 1 / (norm > eps ? norm : eps), unit = (norm < eps ? norm : eps) / eps;
-    factors[j] = inverse * inverse;
-    squares[j] = unit * unit;
+    const Vector<T> length = load(squares + j);
+    store(factors + j, one / maximum(least, length));
+    store(squares + j, minimum(least, length) / least);
   }
 }
 
@@ -177,8 +174,8 @@ void add_keys(const DuplexQueryViewsForwardArgs& args, int m, const Storage* con
     T* scores = rows_of_view(rows.scores, a);
     for (int i = 0; i < n; ++i) {
       T* score = scores + i * kStride;
-      for (int j = 0; j < visible[i]; ++j) score[j] *= factors[j];
-      for (int j = visible[i]; j < count; ++j) score[j] = 0;
+      for (int j = 0; j < count; j += kLanes<T>)
+        store(score + j, keep_first<T>(load(score + j) * load(factors + j), visible[i] - j));
     }
     add_weighted_rows(n, count, D, scores, key, rows.sums_of(M, a, m), static_cast<const T*>(nullptr));
   }
@@ -197,10 +194,9 @@ void finish_decoded_rows(const DuplexQueryViewsForwardArgs& args, const DecodedV
     return trace > kSmallest<T> ? 1 / trace : T(0);
   };
   for (int a = 0; a < M; ++a) {
-    down_project(args, a, rows);
     T* view = rows.sums_of(M, a, a);  // which has no sum
     multiply<T, Order::kRowMajor, Accumulate::kStore>(
-        n, D, R, rows.low_rank, ViewWeights<T>::of(args, a, args.weights).up, kStride, view, kStride);
+        n, D, R, rows.low_rank_of(a), ViewWeights<T>::of(args, a, args.weights).up, kStride, view, kStride);
     for (int i = 0; i < n; ++i) {
       T* row = view + i * kStride;
       for (int m = 0; m < M; ++m)
