@@ -508,7 +508,6 @@ class PagedViews {
     run_items(items, [&](int64_t item, int64_t thread) {
       const Work& work = works[static_cast<size_t>(item / count)];
       const int64_t head = heads.first + item % count;
-      work.kernels->causal_scale(work.args, work.decoded, head);
       DuplexQueryViewsForwardArgs args = work.args;
       const int64_t before = args.num_keys - args.num_queries;
       if (before >= kKeysOfGram) {
@@ -519,6 +518,7 @@ class PagedViews {
         args.key_rows += before;
         args.modality += before;
       }
+      work.kernels->causal_scale(args, work.decoded, head);
       work.kernels->duplex_query_views(args, 0, head, scratch.of(thread));
       condition(work, head);
     });

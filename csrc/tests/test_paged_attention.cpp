@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -98,6 +99,35 @@ struct Problem {
       if (i == 0) *out = result;
     }
     return status;
+  }
+  // A layer's step: the tokens of the rows, wherever the cache has something of them, and the result in `out`.
+  int step(const std::vector<Tensor>& weights, const std::optional<Tensor>& by_modality, const Tensor& new_key,
+           const Tensor& new_value, const Tensor& new_slots, const Tensor& out) const {
+    const std::optional<Tensor> none;
+    const auto weight = [&](size_t i) { return weights.empty() ? none : std::optional<Tensor>(weights[i]); };
+    std::vector<StableIValue> stack = {from(query),
+                                       from(new_key),
+                                       from(new_value),
+                                       from(integers(row_modality)),
+                                       from(new_slots),
+                                       from(cache),
+                                       from(table),
+                                       from(integers(lengths)),
+                                       from(integers(starts)),
+                                       from(weight(0)),
+                                       from(weight(1)),
+                                       from(weight(2)),
+                                       from(weight(3)),
+                                       from(by_modality),
+                                       from(weights.empty() ? none : by_modality),
+                                       from(none),
+                                       from(kModalities),
+                                       from(true),
+                                       from(true),
+                                       from(1e-6),
+                                       from(0.3),
+                                       from(out)};
+    return torch_call_dispatcher("moda_ext::paged_attention_step", "", stack.data(), TORCH_ABI_VERSION);
   }
   int attend_aligned(const std::vector<Tensor>& weights, const Tensor& condition, Tensor* out) const {
     const std::optional<Tensor> none, factor = condition;
@@ -208,6 +238,48 @@ TEST(PagedAttention, ADecodedRowIsTheLastOfAPrompt) {
         expect_near(out, rows_of(whole, length - rows, rows), "out");
       }
     }
+}
+
+TEST(PagedAttention, AStepIsAnUpdateAndAttention) {
+  for (int64_t head_dim : {8, 40, 128}) {
+    Problem problem(6, 2, head_dim, 16, {{1, 1}, {70, 70}, {300, 1}, {90, 30}, {0, 0}, {40, 5}});
+    std::vector<Tensor> weights;
+    for (int i = 0; i < 4; ++i)
+      weights.push_back(i % 2 == 0 ? problem.random({kModalities, head_dim, kRank})
+                                   : problem.random({kModalities, kRank, head_dim}));
+    const int64_t rows = problem.starts.back();
+    // No bias and no factor of the indicator, by way of tables.
+    const Tensor nothing = torch::stable::empty({kModalities, 6, kModalities}, ScalarType::Float);
+    std::fill_n(data<float>(nothing), nothing.numel(), 0.0f);
+    const Tensor no_condition = torch::stable::empty({rows, 6, kModalities}, ScalarType::Float);
+    std::fill_n(data<float>(no_condition), no_condition.numel(), 0.0f);
+    Tensor plain, aligned;
+    ASSERT_EQ(problem.attend(&plain), 0);
+    ASSERT_EQ(problem.attend_aligned(weights, no_condition, &aligned), 0);
+    // The rows' own tokens, which the step has to bring.
+    const Tensor key = problem.random({rows, 2, head_dim}), value = problem.random({rows, 2, head_dim});
+    const Tensor slots = torch::stable::empty({rows}, ScalarType::Long);
+    int64_t token = 0, row = 0;
+    const int64_t width = 2 * head_dim;
+    for (const Sequence& sequence : problem.sequences) {
+      token += sequence.length;
+      for (int64_t i = token - sequence.rows; i < token; ++i, ++row) {
+        std::copy_n(data<float>(problem.key) + i * width, width, data<float>(key) + row * width);
+        std::copy_n(data<float>(problem.value) + i * width, width, data<float>(value) + row * width);
+        const int64_t slot = data<int64_t>(slots)[row] = problem.slots[static_cast<size_t>(i)];
+        for (int64_t head = 0; head < 2; ++head)
+          std::fill_n(data<float>(problem.cache) + ((slot / 16 * 2 + head) * 16 + slot % 16) * (2 * head_dim + 1),
+                      2 * head_dim + 1, NAN);
+      }
+    }
+    const Tensor out = torch::stable::empty({rows, 6, head_dim}, ScalarType::Float);
+    ASSERT_EQ(problem.step(weights, nothing, key, value, slots, out), 0);
+    expect_near(out, aligned, "aligned");
+    ASSERT_EQ(problem.step({}, nothing, key, value, slots, out), 0);
+    expect_near(out, plain, "plain");
+    EXPECT_NE(problem.step({}, problem.random({1, 6, kModalities}), value, key, slots, out), 0)
+        << "a table without a row for each modality";
+  }
 }
 
 TEST(PagedAttention, RefusesWhatWouldLeadOutsideOfThePages) {

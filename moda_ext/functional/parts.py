@@ -148,7 +148,7 @@ def finish_bias_gradient(
     .. math::
         \delta = D (1 - s) - \sum_m db_m, \qquad db_m \leftarrow db_m + \text{mass}_m\, \delta
 
-    with s the sum of the row's probabilities, 1 without a sink.
+    with 1 - s = exp(c - L) the sink's part of the row, 0 without one.
     """
     delta = torch.zeros_like(rows.lse)
     for grad, result in ((grad_out, rows.out), (grad_mass, rows.mass)):

@@ -563,7 +563,7 @@ def _paged(
         cache, own = empty_cache(key), taken.to(key.device)
         paged_cache_update(key, value, modality, cache, slot_mapping.index_fill(0, own, -1))
         tokens = Tokens(key[own], value[own], modality[own].int(), slot_mapping[own])
-        low_rank = low_rank_weights(tuple(weights[n] for n in ("a1", "b1", "a2", "b2")), sink.dtype)
+        low_rank = low_rank_weights((weights["a1"], weights["b1"], weights["a2"], weights["b2"]), sink.dtype)
         terms = StepTerms(modalities, size**-0.5, modality_bias, condition, sink, weights=low_rank)
         located = Pages(cache, block_table.int(), seq_lens.int(), query_start_loc.int())
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

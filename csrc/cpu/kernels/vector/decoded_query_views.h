@@ -276,10 +276,15 @@ void merge_decoded_query_views(const DuplexQueryViewsForwardArgs& args, const De
   finish_decoded_rows<Storage>(args, decoded, kv_head, rows);
 }
 
-// (rows, M) at `scale`: what the raw Gram of each row is multiplied with. Rows are the last of the tokens.
+// (rows, M) at `scale`: what the raw Gram of each row is multiplied with. Rows are the last of the tokens. What the keys
+// before these have of the trace is on the diagonal of the initial Gram.
 template <class Storage, class T>
 void causal_scale(const CausalGramArgs& args, const DecodedViewsArgs& decoded, int64_t kv_head) {
   T trace[kMaxModalities] = {};
+  const int64_t D = args.head_dim;
+  if (const T* initial = grams_of<T>(args, args.initial, 0, kv_head))
+    for (int m = 0; m < args.num_modalities; ++m)
+      for (int64_t d = 0; d < D; ++d) trace[m] += initial[(m * D + d) * D + d];
   const int64_t before = args.num_keys - args.num_queries;
   for (int64_t first = 0; first < args.num_keys; first += kNearKeys) {
     const int count = args.num_keys - first < kNearKeys ? static_cast<int>(args.num_keys - first) : kNearKeys;
