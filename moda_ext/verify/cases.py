@@ -514,6 +514,9 @@ def _paged(
     # Rows are the last tokens of their sequences.
     taken = torch.arange(rows) + (of_sequences.cumsum(0) - of_rows.cumsum(0)).repeat_interleave(of_rows)
 
+    in_tables = operator == "paged_attention_step"  # rows of modalities and, some fewer than there are, of positions
+    of_biases, of_sinks = (modalities, int(of_sequences.max()) - 20) if in_tables else (rows, rows)
+
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -536,11 +539,11 @@ def _paged(
             "block_table": table,
             "seq_lens": of_sequences,
             "query_start_loc": torch.nn.functional.pad(of_rows.cumsum(0), (1, 0)),
-            "modality_bias": randn(rows, heads, modalities),
-            "sink": randn(rows, heads),
+            "modality_bias": randn(of_biases, heads, modalities),
+            "sink": randn(of_sinks, heads),
         }
         if duplex:
-            made |= {"condition": randn(rows, heads, modalities), **_weights(generator, modalities, size)}
+            made |= {"condition": randn(of_biases, heads, modalities), **_weights(generator, modalities, size)}
         return made
 
     def empty_cache(like: Tensor) -> Tensor:
@@ -576,18 +579,20 @@ def _paged(
             if operator == "paged_cache_update":
                 return {"cells": cache}
             shared: dict[str, Any] = {"kv_cache": cache, "num_modalities": modalities, **options, **given}
-            if duplex:
-                results = attend(query_modality=modality[taken.to(modality.device)], **shared)
-            else:
-                results = modular(**shared)
+            own = modality[taken.to(modality.device)]
+            if in_tables:
+                place = (torch.cat([torch.arange(n) for n in of_sequences.tolist()])[taken]).to(own.device)
+                picks = {"modality_bias": own, "condition": own, "sink": place.clamp(max=of_sinks - 1)}
+                shared |= {name: shared[name][pick] for name, pick in picks.items()}
+            results = attend(query_modality=own, **shared) if duplex else modular(**shared)
             named = dict(zip(("out", "lse", "mass"), results, strict=True))
-            return {n: r for n, r in named.items() if n != "lse"} if operator == "paged_attention_step" else named
+            return {n: r for n, r in named.items() if n != "lse"} if in_tables else named
 
         return call
 
     ours = through(paged_cache_update, paged_duplex_attention, paged_modular_attention, **FULL)
     dense = through(reference.paged_cache_update, reference.paged_duplex_attention, reference.paged_modular_attention)
-    if operator == "paged_attention_step":
+    if in_tables:
         ours = in_a_step
     case = Case(operator, f"{label}, {rows} rows of {tokens} tokens", dtype, make, ours, dense, False)
     return replace(case, wide=()) if duplex else case
