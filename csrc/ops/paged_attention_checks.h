@@ -14,10 +14,10 @@ namespace moda_ext {
 struct PagedAttentionInputs {
   const char* op;
   Tensor query;            // (T, Hq, D), or (M, T, Hq, D): one view for each key modality
-  Tensor kv_cache;                            // (blocks, Hkv, block, C), C > 2 D
-  Tensor block_table;                         // (S, blocks of the longest sequence), int32
-  Tensor seq_lens;                            // (S,), int32: keys of each sequence, the queries' own among them
-  Tensor query_start_loc;                     // (S + 1,), int32: offsets into T
+  Tensor kv_cache;         // (blocks, Hkv, block, C), C > 2 D
+  Tensor block_table;      // (S, blocks of the longest sequence), int32
+  Tensor seq_lens;         // (S,), int32: keys of each sequence, the queries' own among them
+  Tensor query_start_loc;  // (S + 1,), int32: offsets into T
   std::optional<Tensor> modality_bias, sink;
   int64_t num_modalities;
   double scale;
