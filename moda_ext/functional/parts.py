@@ -156,7 +156,7 @@ def finish_bias_gradient(
             delta = delta + (grad.to(delta.dtype) * result.to(delta.dtype)).sum(dim=-1)
     missing = -gradient.sum(dim=-1)
     if sink is not None:  # what is left of 1 would be a difference again
-        of_sink = ((sink - rows.lse) - rows.lse_residual).exp()
+        of_sink = ((sink - rows.lse) - rows.lse_residual).clamp(max=0).exp()
         missing = missing + delta * torch.where(sink == -torch.inf, 0.0, of_sink)
     return gradient + rows.mass * missing[..., None]
 
