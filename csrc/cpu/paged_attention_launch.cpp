@@ -360,6 +360,11 @@ Operand from_row(Operand operand, int64_t row, int64_t element_size) {
   return operand;
 }
 
+// What was written, to be read.
+Input read_from(const Output& written) {
+  return {written.data, written.batch, written.head, written.row, written.last, written.view};
+}
+
 // Makes the views of the query of a call, for some key heads at a time, and the bias where it depends on the indicator.
 class PagedViews {
  public:
@@ -392,14 +397,7 @@ class PagedViews {
   }
 
   // The bias with the indicator's share, which make() writes.
-  Input conditioned_bias() const {
-    Input bias;
-    bias.data = conditioned_bias_.data;
-    bias.head = conditioned_bias_.head;
-    bias.row = conditioned_bias_.row;
-    bias.last = conditioned_bias_.last;
-    return bias;
-  }
+  Input conditioned_bias() const { return read_from(conditioned_bias_); }
 
   // The views of key heads [heads.first, heads.last) and all rows, as if those of all heads were there.
   Input make(const Group& group, KeyHeads heads, char* memory) const {
@@ -416,12 +414,7 @@ class PagedViews {
     }
     fill(filled, heads);
     decode(decoded, heads);
-    Input made;
-    made.data = views.data;
-    made.row = views.row;
-    made.head = views.head;
-    made.view = views.view;
-    return made;
+    return read_from(views);
   }
 
  private:
@@ -641,17 +634,18 @@ Tensor paged_attention_step(const Tensor& query, const Tensor& key, const Tensor
   const PagedCacheInputs written{op, key, value, modality, kv_cache, slot_mapping, num_modalities};
   const bool aligned = a1 && b1 && a2 && b2;
   ArgumentCheck(op).require(aligned || !(a1 || b1 || a2 || b2 || condition), "a1, b1, a2, b2", "all or none", "some");
-  if (!aligned) {
-    const ModularAttentionShape shape = check_paged_step(plain, check_paged_attention(plain), written, out);
+  const auto checked = [&](const ModularAttentionShape& shape) {
+    check_paged_step(shape, written, out);
     check_tokens(written);
-    const PagedCall call(plain, shape, &out, &written);
+    return shape;
+  };
+  if (!aligned) {
+    const PagedCall call(plain, checked(check_paged_attention(plain)), &out, &written);
     attend(call);
     return call.mass;
   }
   const PagedDuplexInputs in{plain, {*a1, *b1, *a2, *b2}, modality, condition, unit_keys, by_trace, eps};
-  const ModularAttentionShape shape = check_paged_step(plain, check_paged_duplex_attention(in), written, out);
-  check_tokens(written);
-  PagedCall call(in, shape, &out, &written);
+  PagedCall call(in, checked(check_paged_duplex_attention(in)), &out, &written);
   align_and_attend(in, call);
   return call.mass;
 }

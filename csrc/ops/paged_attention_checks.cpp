@@ -79,16 +79,13 @@ ModularAttentionShape check_paged_attention(const PagedAttentionInputs& in) {
   return shape;
 }
 
-ModularAttentionShape check_paged_step(const PagedAttentionInputs& in, const ModularAttentionShape& shape,
-                                       const PagedCacheInputs& written, const Tensor& out) {
-  const ArgumentCheck check(in.op);
+void check_paged_step(const ModularAttentionShape& shape, const PagedCacheInputs& written, const Tensor& out) {
+  const ArgumentCheck check(written.op);
   check.sizes("key", written.key, {shape.num_queries, shape.kv_heads, shape.head_dim});
-  check_paged_cache_update(written);
   check.sizes("out", out, shape.out());
-  check.dtype("out", out, in.query.scalar_type());
-  check.device("out", out, in.query);
+  check.dtype("out", out, written.kv_cache.scalar_type());
+  check.device("out", out, written.kv_cache);
   check.contiguous_last("out", out);
-  return shape;
 }
 
 ModularAttentionShape check_paged_duplex_attention(const PagedDuplexInputs& in) {

@@ -45,9 +45,8 @@ struct PagedCacheInputs {
 ModularAttentionShape check_paged_attention(const PagedAttentionInputs& inputs);
 ModularAttentionShape check_paged_duplex_attention(const PagedDuplexInputs& inputs);
 void check_paged_cache_update(const PagedCacheInputs& inputs);
-// Of both at once: the tokens that are written are rows, each with its own modality, and the result goes to `out`.
-ModularAttentionShape check_paged_step(const PagedAttentionInputs& inputs, const ModularAttentionShape& shape,
-                                       const PagedCacheInputs& written, const Tensor& out);
+// Of both at once, beside those: the tokens that are written are the rows, and the result goes to `out`.
+void check_paged_step(const ModularAttentionShape& shape, const PagedCacheInputs& written, const Tensor& out);
 
 // Rows of the cache, counted in strides of a cell: cell `offset` of a block is row block * rows_per_block + offset.
 int64_t rows_per_block(const Tensor& kv_cache);

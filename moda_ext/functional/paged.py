@@ -406,7 +406,7 @@ class StepTerms:
         return self.modality_bias, self.condition, self.sink, *(self.weights or {}).values()
 
 
-class Tokens(NamedTuple):
+class NewTokens(NamedTuple):
     """The rows of a step, the last tokens of their sequences, which get into the pages first: arguments of
     :func:`moda_ext.attention.paged_cache_update`."""
 
@@ -417,7 +417,7 @@ class Tokens(NamedTuple):
 
 
 def step(
-    query: Tensor, tokens: Tokens, pages: Pages, terms: StepTerms, out: Tensor, chosen: str | None = None
+    query: Tensor, tokens: NewTokens, pages: Pages, terms: StepTerms, out: Tensor, chosen: str | None = None
 ) -> Tensor:
     """:func:`paged_cache_update`, then :func:`paged_modular_attention` or, with weights,
     :func:`paged_duplex_attention`: a layer's part of a step of serving, where few tokens are over before several

@@ -9,7 +9,7 @@ from torch import Tensor
 from moda_ext._ops import backend
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.alignment import low_rank_weights
-from moda_ext.functional.paged import Pages, StepTerms, Tokens, step
+from moda_ext.functional.paged import NewTokens, Pages, StepTerms, step
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.mask import ModularMask
 
@@ -94,7 +94,7 @@ class PagedAttention:
         Returns:
             ``out`` and ``mass`` (T, Hq, M).
         """
-        tokens = Tokens(key, value, rows.modality, rows.slot_mapping)
+        tokens = NewTokens(key, value, rows.modality, rows.slot_mapping)
         if out is None:
             out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if rows.chosen is None:

@@ -23,9 +23,9 @@ from moda_ext.functional.alignment import (
 from moda_ext.functional.attention import modular_attention, modular_attention_varlen
 from moda_ext.functional.duplex import duplex_attention
 from moda_ext.functional.paged import (
+    NewTokens,
     Pages,
     StepTerms,
-    Tokens,
     paged_cache_update,
     paged_duplex_attention,
     paged_modular_attention,
@@ -565,7 +565,7 @@ def _paged(
     ) -> Results:
         cache, own = empty_cache(key), taken.to(key.device)
         paged_cache_update(key, value, modality, cache, slot_mapping.index_fill(0, own, -1))
-        tokens = Tokens(key[own], value[own], modality[own].int(), slot_mapping[own])
+        tokens = NewTokens(key[own], value[own], modality[own].int(), slot_mapping[own])
         low_rank = low_rank_weights((weights["a1"], weights["b1"], weights["a2"], weights["b2"]), sink.dtype)
         terms = StepTerms(modalities, size**-0.5, modality_bias, condition, sink, weights=low_rank)
         located = Pages(cache, block_table.int(), seq_lens.int(), query_start_loc.int())
