@@ -1,0 +1,184 @@
+"""Conversations about pictures, in LLaVA's format: what is trained on, asked, and calibrated with.
+
+One JSON object for each conversation, a JSON list of them or one a line::
+
+    {"id": "7", "image": "photo.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                        {"from": "gpt", "value": "A cat."}]}
+
+``image`` is a path, below the file's folder or the one that is named, or a list of paths, one for each ``<image>``.
+``{"from": "system", ...}`` may come first. All other keys are kept as :attr:`Conversation.fields`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Conversation", "read_conversations", "write_conversations"]
+
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Some turns about some pictures.
+
+    Attributes:
+        id: of the conversation.
+        messages: ``(role, text)`` of each turn: ``"system"`` may come first, then ``"user"`` and ``"assistant"`` in
+            turns. Each ``<image>`` in a text is the place of a picture.
+        images: a file or a PIL image for each ``<image>``, in their order.
+        fields: what else is known of it, such as ``task``.
+    """
+
+    id: str
+    messages: tuple[tuple[str, str], ...]
+    images: tuple[Path | Image, ...] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        roles = [role for role, _ in self.messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+            raise ValueError(f"conversation {self.id}: user and assistant must take turns, the user first, got {roles}")
+        places = sum(text.count(PLACEHOLDER) for _, text in self.messages)
+        if places != len(self.images):
+            raise ValueError(f"conversation {self.id}: {places} times {PLACEHOLDER} and {len(self.images)} images")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], folder: str | Path = ".") -> Conversation:
+        """Of one JSON object.
+
+        Args:
+            record: the object. ``image`` may hold PIL images too, as those of Hugging Face datasets do. Where no text
+                has the placeholder, the pictures come first in the user's first turn.
+            folder: of its images.
+
+        Raises:
+            ValueError: what is missing or does not go together.
+        """
+        name = str(record.get("id", "without id"))
+        turns = record.get("conversations")
+        if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+            raise ValueError(f"conversation {name}: 'conversations' must be a list of turns, got {turns!r}")
+        messages = []
+        for turn in turns:
+            speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+            if speaker not in ROLES or not isinstance(text, str):
+                raise ValueError(
+                    f"conversation {name}: a turn must be {{'from': one of {', '.join(ROLES)}, 'value': text}}, got "
+                    f"{turn!r}"
+                )
+            messages.append((ROLES[speaker], text))
+        pictures = record.get("image", record.get("images"))
+        pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
+        images = tuple(Path(folder, picture) if isinstance(picture, (str, Path)) else picture for picture in pictures)
+        if images and not any(PLACEHOLDER in text for _, text in messages):
+            first = next((i for i, (role, _) in enumerate(messages) if role == "user"), 0)
+            role, text = messages[first]
+            messages[first] = (role, "\n".join([*[PLACEHOLDER] * len(images), text]))
+        known = ("id", "conversations", "image", "images")
+        fields = {key: value for key, value in record.items() if key not in known}
+        return cls(name, tuple(messages), images, fields)
+
+    @property
+    def prompt(self) -> Conversation:
+        """Without the last answer."""
+        if self.messages[-1][0] != "assistant":
+            return self
+        return dataclasses.replace(self, messages=self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The last answer.
+
+        Raises:
+            ValueError: the last turn is the user's.
+        """
+        role, text = self.messages[-1]
+        if role != "assistant":
+            raise ValueError(f"conversation {self.id}: has no answer")
+        return text
+
+    def chat(self) -> list[dict]:
+        """Messages for ``processor.apply_chat_template``."""
+        return [{"role": role, "content": _parts(text)} for role, text in self.messages]
+
+    def pictures(self) -> list[Image]:
+        """The images, as RGB.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: a file that is no image.
+        """
+        from PIL import Image
+
+        opened = []
+        for image in self.images:
+            if not isinstance(image, Path):
+                opened.append(image.convert("RGB"))
+                continue
+            with Image.open(image) as file:
+                opened.append(file.convert("RGB"))
+        return opened
+
+
+def _parts(text: str) -> list[dict]:
+    """The pictures and the texts of one turn. A line break between them is the template's business."""
+    parts: list[dict] = []
+    for i, piece in enumerate(text.split(PLACEHOLDER)):
+        if i:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def read_conversations(path: str | Path, folder: str | Path | None = None) -> list[Conversation]:
+    """The conversations of a file: JSON lines, or one JSON list of objects as LLaVA publishes them.
+
+    Args:
+        path: the file.
+        folder: of the images; by default that of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is no conversation, by its number, or a file without any.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    records: list[tuple[str, Any]]
+    try:
+        if text.lstrip().startswith("["):
+            records = [(f"entry {i + 1}", record) for i, record in enumerate(json.loads(text))]
+        else:
+            lines = enumerate(text.splitlines())
+            records = [(f"line {i + 1}", json.loads(line)) for i, line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not records:
+        raise ValueError(f"{path}: no conversations")
+    found = []
+    for place, record in records:
+        try:
+            if not isinstance(record, Mapping):
+                raise ValueError(f"a conversation must be a JSON object, got {record!r}")
+            found.append(Conversation.from_record(record, path.parent if folder is None else folder))
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from error
+    return found
+
+
+def write_conversations(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines of records as :meth:`Conversation.from_record` reads them."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Training a vision-language model with MODA."""
