@@ -319,10 +319,11 @@ class Comparison:
         return {**dataclasses.asdict(self), **figures}
 
 
-def compare(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> tuple[Comparison, list[Comparison]]:
+def compare(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> tuple[Comparison | None, list[Comparison]]:
     """``(overall, by_task)``: models compared pair by pair, such as the same training with several seeds.
 
-    By task come the accuracy of each, and how often a wrong hint is followed; Holm's correction is over all of these.
+    Overall are all questions without a hint, None where there are none with an exact answer. By task come the accuracy
+    of each, and how often a wrong hint is followed; Holm's correction is over all of these.
 
     Args:
         before, after: equally many, after[i] with before[i].
@@ -335,15 +336,19 @@ def compare(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> tuple[
     asked = [[(r.title, a.id, a.question) for r in e.results for a in r.answers] for e in (*before, *after)]
     if any(questions != asked[0] for questions in asked):
         raise ValueError("compare: the models were not asked the same questions")
-    rows = [_outcomes(e) for e in before], [_outcomes(e) for e in after]
-    overall, *by_task = (_compare(title, *([row[title] for row in side] for side in rows)) for title in rows[0][0])
+    overall = [[e.overall() for e in side] for side in (before, after)]
+    rows = [[_outcomes(e) for e in side] for side in (before, after)]
+    by_task = [_compare(title, *([row[title] for row in side] for side in rows)) for title in rows[0][0]]
     corrected = holm([comparison.p for comparison in by_task])
-    return overall, [dataclasses.replace(c, corrected=p) for c, p in zip(by_task, corrected, strict=True)]
+    return (
+        _compare("all questions without a hint", *overall) if overall[0][0] else None,
+        [dataclasses.replace(c, corrected=p) for c, p in zip(by_task, corrected, strict=True)],
+    )
 
 
 def _outcomes(evaluation: Evaluation) -> dict[str, list[bool]]:
-    """What is compared, overall first: yes or no for each question."""
-    found = {"all questions without a hint": evaluation.overall()}
+    """What is compared by task: yes or no for each question."""
+    found = {}
     for result in evaluation.results:
         if result.judged:
             continue
