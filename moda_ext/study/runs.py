@@ -24,7 +24,7 @@ from moda_ext.evaluation.answers import normalize
 from moda_ext.evaluation.evaluate import evaluate
 from moda_ext.evaluation.tasks import Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
-from moda_ext.study.variants import VARIANTS
+from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
 from moda_ext.training.collator import encode
 
@@ -56,15 +56,15 @@ class Plan:
     limit: int = 40
     questions: str = "test"
 
-    def stage(self, balance: float) -> Stage:
+    def stage(self, variant: Variant) -> Stage:
         return Stage(
             "study",
-            ["projector", "moda"],
+            ["projector"] if variant.moda is None else ["projector", "moda"],
             lora=Lora(),
             lr=self.lr,
             fast_lr=self.fast_lr,
             betas=[0.9, 0.98],
-            balance=balance,
+            balance=variant.balance,
             steps=self.steps,
             batch_size=self.batch_size,
             save_every=0,
@@ -196,7 +196,7 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     torch.manual_seed(seed)
     chosen.attach(model, plan.prior)
     remember_pictures(model.model.vision_tower)
-    conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen.balance)
+    conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen)
     place = folder / "training" / f"{_path(folder, variant, seed).stem}"
     begin = time.process_time()
     model = train_stage(model, processor, stage, conversations, place, seed=seed, progress=False)

@@ -59,11 +59,15 @@ class Variant:
 def by_parity(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A hook of the base model: every other token is of the other modality, whatever it is.
 
-    The place of a token is counted in its sequence, so that it is the same in training and while decoding.
+    The place of a token is counted in its sequence, so that it is the same in training and while decoding, where
+    ``generate`` gives no mask without padding, but positions.
     """
-    places = kwargs["attention_mask"].long().cumsum(dim=1)
-    modality = (places % 2).masked_fill(kwargs["attention_mask"] == 0, -1)
-    return args, {**kwargs, "modality_ids": modality[:, -kwargs["input_ids"].shape[1] :]}
+    mask, number = kwargs.get("attention_mask"), kwargs["input_ids"].shape[1]
+    if mask is not None:
+        modality = (mask.long().cumsum(dim=1) % 2).masked_fill(mask == 0, -1)
+    else:
+        modality = (kwargs["position_ids"] + 1) % 2
+    return args, {**kwargs, "modality_ids": modality[:, -number:]}
 
 
 class BilinearGate(nn.Module):
