@@ -274,9 +274,10 @@ extras = {
     "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
     "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
     "cli": ["moda_ext[demo,diagnostics,transformers]", "rich", "typer"],
+    "train": ["accelerate", "datasets", "moda_ext[cli]", "peft", "pyyaml", "tensorboard"],
     "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
-    "test-transformers": ["accelerate", "moda_ext[cli,transformers]", "peft", "pillow"],
+    "test-transformers": ["accelerate", "moda_ext[cli,transformers]", "peft", "pillow", "pyyaml", "tensorboard"],
 }
 
 write_build_info(isas)

@@ -67,6 +67,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     model: Any
     model, processor = load_model(recipe.model, device="cpu", dtype=recipe.dtype)
     if recipe.moda is not None:
+        set_seed(recipe.seed)  # of the aligners' maps
         apply_moda(model, MODAConfig(**recipe.moda))
     for number, (stage, conversations) in enumerate(zip(recipe.stages, data, strict=True)):
         folder, seed = output / stage.name, recipe.seed + number
@@ -139,11 +140,15 @@ def fit(
     """Trains what requires gradients, from the last checkpoint on if there is one, and saves it."""
     passes = stage.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     steps = stage.steps or math.ceil(stage.epochs * len(conversations) / (stage.batch_size * passes))
-    order = draw_order(have_images(conversations), stage.batch_size, steps * passes, seed)
+    with_image = have_images(conversations)
+    order = draw_order(with_image, stage.batch_size, steps * passes, seed)
     batches: Any = Subset(conversations, order)  # type: ignore[arg-type]  # a sequence will do
     probe = None
     if stage.deficit_every:
-        probe = collator([conversations[i] for i in order[: min(PROBE, stage.batch_size)]])
+        some = list(dict.fromkeys(i for i in order if with_image[i]))[: min(PROBE, stage.batch_size)]
+        if not some:
+            raise ValueError(f"stage {stage.name}: deficit_every must be 0, as no conversation has an image")
+        probe = collator([conversations[i] for i in some])
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
