@@ -108,7 +108,8 @@ def train_stage(
         The model in evaluation mode, with adapters merged. Weights that were trained are float32.
 
     Raises:
-        ValueError: a stage that the model cannot have, no conversations, or one that the collator refuses.
+        ValueError: a stage that the model cannot have, no conversations, some without images that would train nothing,
+            or one that the collator refuses.
         NotImplementedError: see :class:`moda_ext.training.trainer.ConversationTrainer`.
     """
     folder = Path(folder)
@@ -141,6 +142,11 @@ def fit(
     passes = stage.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     steps = stage.steps or math.ceil(stage.epochs * len(conversations) / (stage.batch_size * passes))
     with_image = have_images(conversations)
+    if not stage.trains_language and not all(with_image):
+        raise ValueError(
+            f"stage {stage.name}: {with_image.count(False)} conversations have no image and teach it nothing, as it "
+            f"trains {' and '.join(stage.train)} alone"
+        )
     order = draw_order(with_image, stage.batch_size, steps * passes, seed)
     batches: Any = Subset(conversations, order)  # type: ignore[arg-type]  # a sequence will do
     probe = None
@@ -159,7 +165,7 @@ def fit(
     last = checkpoints(folder)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     if is_first_process():
         write_json(folder / LOG, trainer.state.log_history)
         save_trained(model, folder / TRAINED)  # from now on the stage is finished

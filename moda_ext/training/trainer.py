@@ -178,7 +178,8 @@ class ConversationTrainer(Trainer):
     def measure_deficit(self) -> dict[str, float]:
         """AvgDiff of each modality and MDI on the probe, with what uniform attention would give.
 
-        See :class:`moda_ext.diagnostics.AttentionMeter`. A figure that is not defined is left out. The model, its mode and the random numbers stay as they are.
+        See :class:`moda_ext.diagnostics.AttentionMeter`. A figure that is not defined is left out. The model, its mode
+        and the random numbers stay as they are.
         """
         assert self.probe is not None, "asked for where there is one"
         modes = [(module, module.training) for module in self.network.modules()]
@@ -260,7 +261,7 @@ class Bar(ProgressCallback):
 
 
 def still_modules(model: nn.Module) -> list[nn.Module]:
-    """What stays in evaluation mode: a frozen vision tower, and batch norms, whose batches are too small to learn from."""
+    """What stays in evaluation mode: a frozen vision tower, and batch norms, for whose statistics batches are small."""
     trained = any(part_of(name) == "vision" and p.requires_grad for name, p in model.named_parameters())
     return [
         module

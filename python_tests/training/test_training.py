@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
-for package in ("accelerate", "peft", "yaml"):
-    pytest.importorskip(package, reason=f"{package} is missing: moda_ext[train]")
+pytest.importorskip("accelerate", reason="accelerate is missing: moda_ext[train]")
+pytest.importorskip("peft", reason="peft is missing: moda_ext[train]")
+pytest.importorskip("yaml", reason="pyyaml is missing: moda_ext[train]")
 import transformers
 from conversations import save_tiny_llava, write_data, write_recipe
 from processes import run_ranks
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from tolerance import assert_close
 
 from moda_ext.diagnostics import load_model
-from moda_ext.integrations.transformers import moda_state_dict
+from moda_ext.integrations.transformers import apply_moda, moda_state_dict
 from moda_ext.training import Collator, Lora, Stage, read_recipe, train, train_stage
 from moda_ext.training.data import load_conversations
+from moda_ext.training.parts import prepare
 from moda_ext.training.recipe import Source
+from moda_ext.training.trainer import load_trained
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -35,6 +38,12 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """Data of which every conversation has a picture."""
+    return write_data(tmp_path_factory.mktemp("pictured"), text_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +104,19 @@ def test_the_checkpoint_loads_and_holds_what_was_trained(finished, model):
 
 def test_the_merged_model_computes_what_the_adapters_did(model, data, tmp_path):
     recipe = read_recipe(write_recipe(tmp_path, model, data))
-    loaded, processor = load_model(recipe.model, dtype="float32")
     conversations = load_conversations(recipe.data)
-    batch = Collator(processor)([c for c in conversations if c.images][:2])
-    trained = train_stage(loaded, processor, recipe.stages[0], conversations, tmp_path / "s", progress=False)
-    from moda_ext.training.parts import prepare
-    from moda_ext.training.trainer import load_trained
-
-    again = prepare(load_model(recipe.model, dtype="float32")[0], recipe.stages[0]).eval()
-    load_trained(again, tmp_path / "s/trained.safetensors")
-    with torch.no_grad():
-        assert_close(trained(**batch).logits, again(**batch).logits)
+    models = []
+    for _ in range(2):
+        loaded, processor = load_model(recipe.model, dtype="float32")
+        torch.manual_seed(0)
+        models.append(apply_moda(loaded))
+    trained = train_stage(models[0], processor, recipe.stages[0], conversations, tmp_path / "s", progress=False)
     assert not any(p.requires_grad for p in trained.parameters())
+    adapted = prepare(models[1], recipe.stages[0]).eval()
+    load_trained(adapted, tmp_path / "s/trained.safetensors")
+    batch = Collator(processor)([c for c in conversations if c.images][:2])
+    with torch.no_grad():
+        assert_close(trained(**batch).logits, adapted(**batch).logits)
 
 
 @pytest.mark.parametrize("batch", [2, 4, 6])
@@ -150,8 +160,8 @@ def test_a_checkpoint_that_was_half_written_is_not_used(finished, model, data, m
     assert same(weights(train(recipe, progress=False)), weights(finished))
 
 
-def test_what_is_finished_is_not_done_again(model, data, tmp_path, monkeypatch):
-    path = write_recipe(tmp_path, model, data, steps=2)
+def test_what_is_finished_is_not_done_again(model, pictured, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, model, pictured)
     two = "[{name: align, train: [projector], autocast: none, steps: 2}, {name: instruct, lora: {r: 2}, train: [moda], "
     recipe = read_recipe(path, [f"stages={two}autocast: none, steps: 2, batch_size: 2}}]"])
     with monkeypatch.context() as patch:
@@ -218,9 +228,7 @@ def test_the_loss_is_the_models_own(model, data, tmp_path):
     """At a rate of 0: over batches of a step that have unequal numbers of labels."""
     loaded, processor = load_model(str(model), dtype="float32")
     conversations = load_conversations([Source(path=str(data))])
-    stage = Stage(
-        "s", ["projector"], lr=0.0, steps=1, batch_size=2, gradient_accumulation=3, log_every=1, autocast="none"
-    )
+    stage = Stage("s", ["text"], lr=0.0, steps=1, batch_size=2, gradient_accumulation=3, log_every=1, autocast="none")
     seen = []
 
     def collate(some):
@@ -252,15 +260,14 @@ def test_the_balance_loss_is_trained_against(model, data, checkpointing, tmp_pat
     assert same(results[1], results[2]) and not same(results[0], results[1])
 
 
-def test_frozen_parts_stay_as_they_are_in_bfloat16(model, data, tmp_path):
+def test_frozen_parts_stay_as_they_are_in_bfloat16(model, pictured, tmp_path):
     loaded, processor = load_model(str(model), dtype="bfloat16")
-    tower = loaded.model.vision_tower
-    tower.embeddings.patch_embedding = torch.nn.Sequential(
-        torch.nn.BatchNorm2d(3, dtype=torch.bfloat16), tower.embeddings.patch_embedding
-    )
+    patches, norm = loaded.model.vision_tower.embeddings.patch_embedding, torch.nn.BatchNorm2d(3)
+    patches.norm = norm.to(torch.bfloat16)
+    patches.register_forward_pre_hook(lambda module, inputs: (norm(inputs[0].to(torch.bfloat16)),))
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     stage = Stage("s", ["projector"], lr=0.01, steps=2, batch_size=2)
-    conversations = load_conversations([Source(path=str(data))])
+    conversations = load_conversations([Source(path=str(pictured))])
     loaded = train_stage(loaded, processor, stage, conversations, tmp_path, progress=False)
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == (torch.float32 if "projector" in name else before[name].dtype), name
@@ -274,13 +281,12 @@ def on_two_ranks(path):
     train(read_recipe(path), progress=False)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(model, tmp_path):
-    data = write_data(tmp_path / "data", text_only=False)
+def test_two_processes_equal_one_with_twice_the_batch(model, pictured, tmp_path):
     outputs = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        path = write_recipe(folder, model, data, batch_size=4 // processes, lora={"r": 2}, steps=3)
+        path = write_recipe(folder, model, pictured, batch_size=4 // processes, lora={"r": 2}, steps=3)
         if processes == 1:
             train(read_recipe(path), progress=False)
         else:
@@ -301,7 +307,9 @@ def test_errors(model, data, tmp_path):
         train_stage(loaded, processor, Stage("s", ["moda"]), conversations, tmp_path)
     with pytest.raises(ValueError, match="stage s: no conversations"):
         train_stage(loaded, processor, Stage("s", ["projector"]), [], tmp_path)
-    stage = Stage("s", ["projector"], deficit_every=1, steps=1)
+    with pytest.raises(ValueError, match="stage s: 4 conversations have no image and teach it nothing"):
+        train_stage(loaded, processor, Stage("s", ["projector"]), conversations, tmp_path)
+    stage = Stage("s", ["text"], deficit_every=1, steps=1)
     plain = [c for c in conversations if not c.images]
     with pytest.raises(ValueError, match="deficit_every must be 0"):
         train_stage(loaded, processor, stage, plain, tmp_path)
