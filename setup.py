@@ -272,12 +272,13 @@ extras = {
     "bench": ["numpy", "tqdm"],
     "transformers": ["pillow", "safetensors", VERSION["TRANSFORMERS_REQUIREMENT"]],
     "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
-    "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
     "evaluation": ["matplotlib>=3.8", "pillow", "scipy"],
+    "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
     "cli": ["moda_ext[demo,diagnostics,evaluation,transformers]", "rich", "typer"],
+    "train": ["accelerate", "datasets", "gguf", "moda_ext[cli]", "peft", "pyyaml", "tensorboard"],
     "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
-    "test-transformers": ["accelerate", "moda_ext[cli,transformers]", "peft", "pillow"],
+    "test-transformers": ["accelerate", "gguf", "moda_ext[cli,transformers]", "peft", "pillow", "pyyaml", "tensorboard"],
 }
 
 write_build_info(isas)

@@ -1,5 +1,10 @@
 """``python -m moda_ext``: the command ``moda-ext``."""
 
+EXTRAS = {
+    "cli": ("typer", "rich", "matplotlib", "PIL", "scipy", "transformers"),
+    "train": ("accelerate", "datasets", "gguf", "peft", "yaml"),
+}
+
 
 def main() -> None:
     try:
@@ -7,9 +12,10 @@ def main() -> None:
 
         app(prog_name="moda-ext")
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "matplotlib", "PIL", "scipy", "transformers"):
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        if extra is None:
             raise
-        raise SystemExit(f"moda-ext needs {error.name}: pip install 'moda_ext[cli]'") from error
+        raise SystemExit(f"moda-ext needs {error.name}: pip install 'moda_ext[{extra}]'") from error
 
 
 if __name__ == "__main__":

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moda_ext.cli.app import app, loading
+
+
+@contextlib.contextmanager
+def naming_the_recipe() -> Iterator[None]:
+    """Says in one sentence what is wrong with it."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="RECIPE") from error
 
 
 @app.command()
@@ -29,11 +40,10 @@ def train(
     from moda_ext.training import read_recipe
     from moda_ext.training.run import claim, train
 
-    try:
+    with naming_the_recipe():
         read = read_recipe(recipe, overrides or [])
-        claim(Path(read.output), read)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="RECIPE") from error
     with loading(read.model):
         load_processor(read.model)
+    with naming_the_recipe():
+        claim(Path(read.output), read)
     print(train(read, progress=not quiet))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ __all__ = ["Lora", "Recipe", "Source", "Stage", "read_recipe"]
 PARTS = ("text", "vision", "projector", "moda")
 DTYPES = ("float32", "bfloat16")
 AUTOCAST = ("bf16", "none")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Stage:
         batch_size: conversations in a forward pass of a process.
         gradient_accumulation: forward passes of a process in a step.
         warmup: the share of the steps in which the learning rates rise from 0.
-        schedule: of the learning rates, by its name in Transformers.
+        schedule: of the learning rates: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"constant_with_warmup"``.
         weight_decay: of everything but MODA's fast parameters.
         max_grad_norm: to which gradients are scaled down.
         betas: of AdamW.
@@ -132,10 +134,15 @@ class Stage:
     deficit_every: int = 0
     data: list[Source] | None = None
 
+    @property
+    def trains_language(self) -> bool:
+        """Whether it trains anything that text alone goes through."""
+        return self.lora is not None or bool({"text", "moda"} & set(self.train))
+
     def check(self, key: str) -> None:
         """Raises what :func:`read_recipe` raises; ``key`` is the stage's place in the recipe."""
-        known = bool(self.name) and Path(self.name).name == self.name
-        _require(known, f"{key}.name", "must be the name of a folder", self.name)
+        right = bool(self.name) and Path(self.name).name == self.name
+        _require(right, f"{key}.name", "must be the name of a folder", self.name)
         wrong = [part for part in self.train if part not in PARTS]
         _require(not wrong, f"{key}.train", f"must be a list of {', '.join(PARTS)}", self.train)
         _require(bool(self.train or self.lora), f"{key}.train", "must name a part, as there is no lora", self.train)
@@ -154,6 +161,8 @@ class Stage:
         _require(0 <= self.warmup < 1, f"{key}.warmup", "must be at least 0 and below 1", self.warmup)
         right = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(right, f"{key}.betas", "must be two numbers, at least 0 and below 1", self.betas)
+        known = self.schedule in SCHEDULES
+        _require(known, f"{key}.schedule", f"must be one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.autocast in AUTOCAST, f"{key}.autocast", f"must be one of {', '.join(AUTOCAST)}", self.autocast)
         if self.lora is not None:
             self.lora.check(f"{key}.lora")
@@ -298,6 +307,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             value = float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if isinstance(value, float) and not math.isfinite(value) and hint is float:
+        raise ValueError(f"recipe: {key} must be a finite number, got {value}")
     if type(value) is not hint:
         raise ValueError(f"recipe: {key} must be {hint.__name__}, got {value!r}")
     return value

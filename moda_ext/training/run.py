@@ -67,6 +67,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     model: Any
     model, processor = load_model(recipe.model, device="cpu", dtype=recipe.dtype)
     if recipe.moda is not None:
+        set_seed(recipe.seed)  # of the aligners' maps
         apply_moda(model, MODAConfig(**recipe.moda))
     for number, (stage, conversations) in enumerate(zip(recipe.stages, data, strict=True)):
         folder, seed = output / stage.name, recipe.seed + number
@@ -107,7 +108,8 @@ def train_stage(
         The model in evaluation mode, with adapters merged. Weights that were trained are float32.
 
     Raises:
-        ValueError: a stage that the model cannot have, no conversations, or one that the collator refuses.
+        ValueError: a stage that the model cannot have, no conversations, some without images that would train nothing,
+            or one that the collator refuses.
         NotImplementedError: see :class:`moda_ext.training.trainer.ConversationTrainer`.
     """
     folder = Path(folder)
@@ -139,11 +141,20 @@ def fit(
     """Trains what requires gradients, from the last checkpoint on if there is one, and saves it."""
     passes = stage.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     steps = stage.steps or math.ceil(stage.epochs * len(conversations) / (stage.batch_size * passes))
-    order = draw_order(have_images(conversations), stage.batch_size, steps * passes, seed)
+    with_image = have_images(conversations)
+    if not stage.trains_language and not all(with_image):
+        raise ValueError(
+            f"stage {stage.name}: {with_image.count(False)} conversations have no image and teach it nothing, as it "
+            f"trains {' and '.join(stage.train)} alone"
+        )
+    order = draw_order(with_image, stage.batch_size, steps * passes, seed)
     batches: Any = Subset(conversations, order)  # type: ignore[arg-type]  # a sequence will do
     probe = None
     if stage.deficit_every:
-        probe = collator([conversations[i] for i in order[: min(PROBE, stage.batch_size)]])
+        some = list(dict.fromkeys(i for i in order if with_image[i]))[: min(PROBE, stage.batch_size)]
+        if not some:
+            raise ValueError(f"stage {stage.name}: deficit_every must be 0, as no conversation has an image")
+        probe = collator([conversations[i] for i in some])
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -154,7 +165,7 @@ def fit(
     last = checkpoints(folder)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     if is_first_process():
         write_json(folder / LOG, trainer.state.log_history)
         save_trained(model, folder / TRAINED)  # from now on the stage is finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ class ConversationTrainer(Trainer):
             raise NotImplementedError("training with weights that are sharded by FSDP or DeepSpeed")
         self.model_accepts_loss_kwargs = True  # compute_loss wants to know how many labels a step has
         self.network, self.stage, self.folder, self.probe = model, stage, folder, probe
-        self.frozen_towers = frozen_towers(model)
+        self.still = still_modules(model)
         self.balance_loss = AttentionBalanceLoss() if stage.balance else None
         self._penalties: list[Tensor] = []
         self.remove_callback(ProgressCallback if progress else PrinterCallback)
@@ -145,8 +146,8 @@ class ConversationTrainer(Trainer):
 
         The logits are computed where there is a label, and nowhere else: they would be most of the memory.
         """
-        for tower in self.frozen_towers:
-            tower.eval()  # or its batch norms would learn
+        for module in self.still:
+            module.eval()  # training_step has put the whole model into training mode
         labels = inputs["labels"][:, 1:]
         there = labels != IGNORED
         with self.autocast():
@@ -177,7 +178,8 @@ class ConversationTrainer(Trainer):
     def measure_deficit(self) -> dict[str, float]:
         """AvgDiff of each modality and MDI on the probe, with what uniform attention would give.
 
-        See :class:`moda_ext.diagnostics.AttentionMeter`. The model, its mode and the random numbers stay as they are.
+        See :class:`moda_ext.diagnostics.AttentionMeter`. A figure that is not defined is left out. The model, its mode
+        and the random numbers stay as they are.
         """
         assert self.probe is not None, "asked for where there is one"
         modes = [(module, module.training) for module in self.network.modules()]
@@ -188,15 +190,13 @@ class ConversationTrainer(Trainer):
             self.network(**batch, logits_to_keep=1, use_cache=False)
         for module, mode in modes:
             module.training = mode
-        found = {}
-        diagnosis = meter.result()
+        diagnosis, found = meter.result(), {}
         for null in (False, True):
             summary = diagnosis.summary(null=null)
             for measure in ("avg_diff", "mdi"):
                 for name in diagnosis.modalities[measure == "mdi" :]:
-                    value = summary[measure][name]
-                    found[f"{measure}/{name}{'_uniform' * null}"] = value
-        return found
+                    found[f"{measure}/{name}{'_uniform' * null}"] = summary[measure][name]
+        return {key: value for key, value in found.items() if not math.isnan(value)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -260,11 +260,14 @@ class Bar(ProgressCallback):
         self.training_bar.set_postfix(self.shown)
 
 
-def frozen_towers(model: nn.Module) -> list[nn.Module]:
-    """The vision tower, unless a parameter of it is trained."""
+def still_modules(model: nn.Module) -> list[nn.Module]:
+    """What stays in evaluation mode: a frozen vision tower, and batch norms, for whose statistics batches are small."""
     trained = any(part_of(name) == "vision" and p.requires_grad for name, p in model.named_parameters())
-    towers = [module for name, module in model.named_modules() if name and part_of(name) == "vision"]
-    return [] if trained else towers
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (part_of(name) == "vision" and not trained)
+    ]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,315 @@
+"""Training by recipes: what comes out, and that it is the same however often it was interrupted."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
+pytest.importorskip("accelerate", reason="accelerate is missing: moda_ext[train]")
+pytest.importorskip("peft", reason="peft is missing: moda_ext[train]")
+pytest.importorskip("yaml", reason="pyyaml is missing: moda_ext[train]")
+import transformers
+from conversations import save_tiny_llava, write_data, write_recipe
+from processes import run_ranks
+from safetensors.torch import load_file
+from tolerance import assert_close
+
+from moda_ext.diagnostics import load_model
+from moda_ext.integrations.transformers import apply_moda, moda_state_dict
+from moda_ext.training import Collator, Lora, Stage, read_recipe, train, train_stage
+from moda_ext.training.data import load_conversations
+from moda_ext.training.parts import prepare
+from moda_ext.training.recipe import Source
+from moda_ext.training.trainer import load_trained
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_llava(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """Data of which every conversation has a picture."""
+    return write_data(tmp_path_factory.mktemp("pictured"), text_only=False)
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    return train(read_recipe(write_recipe(folder, model, data, deficit_every=3)), progress=False)
+
+
+def weights(folder: Path, name: str = "instruct/trained.safetensors") -> dict:
+    return load_file(folder / name)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_in_batch(number, monkeypatch):
+    """Ends a run while it makes a batch."""
+    calls, collate = [], Collator.__call__
+
+    def call(self, conversations):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return collate(self, conversations)
+
+    monkeypatch.setattr(Collator, "__call__", call)
+
+
+def test_the_checkpoint_loads_and_holds_what_was_trained(finished, model):
+    loaded, processor = load_model(str(finished), dtype="float32")
+    assert processor.chat_template
+    trained = weights(finished)
+    moda = {name: tensor for name, tensor in moda_state_dict(loaded).items() if "aligner" in name or "mask" in name}
+    for name, tensor in moda.items():
+        layer, _, rest = name.partition(".moda.")
+        (match,) = [key for key in trained if f".{layer}." in key and key.endswith(f".default.{rest}")]
+        assert torch.equal(tensor, trained[match]), name
+    assert any(tensor.any() for name, tensor in moda.items() if name.endswith(("b1", "prior")))
+    before = load_model(str(model), dtype="float32")[0].state_dict()
+    after = loaded.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    lora = ("q_proj.weight", "v_proj.weight", "o_proj.weight", "up_proj.weight")
+    assert all("language_model" in name and name.endswith(lora) or "projector" in name for name in changed)
+    assert len(changed) == 2 * 4 + 4
+    assert {path.name for path in (finished / "instruct").iterdir()} <= {
+        "trained.safetensors",
+        "log.json",
+        "tensorboard",
+    }
+
+
+def test_the_merged_model_computes_what_the_adapters_did(model, data, tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, model, data))
+    conversations = load_conversations(recipe.data)
+    models = []
+    for _ in range(2):
+        loaded, processor = load_model(recipe.model, dtype="float32")
+        torch.manual_seed(0)
+        models.append(apply_moda(loaded))
+    trained = train_stage(models[0], processor, recipe.stages[0], conversations, tmp_path / "s", progress=False)
+    assert not any(p.requires_grad for p in trained.parameters())
+    adapted = prepare(models[1], recipe.stages[0]).eval()
+    load_trained(adapted, tmp_path / "s/trained.safetensors")
+    batch = Collator(processor)([c for c in conversations if c.images][:2])
+    with torch.no_grad():
+        assert_close(trained(**batch).logits, adapted(**batch).logits)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6])
+def test_interrupted_and_resumed_is_the_same_to_the_last_bit(finished, model, data, batch, tmp_path, monkeypatch):
+    recipe = read_recipe(write_recipe(tmp_path, model, data, deficit_every=3))
+    with monkeypatch.context() as patch:
+        killed_in_batch(1 + batch, patch)  # the first is the probe
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    output = train(recipe, progress=False)
+    assert same(weights(output), weights(finished))
+    assert same(weights(output, "model.safetensors"), weights(finished, "model.safetensors"))
+    logs = [json.loads((folder / "instruct/log.json").read_text())[:-1] for folder in (output, finished)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("moment", ["optimizer", "move"])
+def test_a_checkpoint_that_was_half_written_is_not_used(finished, model, data, moment, tmp_path, monkeypatch):
+    recipe = read_recipe(write_recipe(tmp_path, model, data, deficit_every=3))
+    save, saved = torch.save, []
+
+    def killed(value, path, *rest, **options):
+        saved.append(str(path))
+        if sum(name.endswith("optimizer.pt") for name in saved) == 2:
+            Path(path).write_bytes(b"half")
+            raise Killed
+        return save(value, path, *rest, **options)
+
+    def not_moved(source, target):
+        if "checkpoint-4" in str(target):
+            raise Killed
+        return os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed) if moment == "optimizer" else patch.setattr(os, "replace", not_moved)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    stage = tmp_path / "out/instruct"
+    assert [path.name for path in stage.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (stage / "unfinished/checkpoint-4").is_dir()
+    assert same(weights(train(recipe, progress=False)), weights(finished))
+
+
+def test_what_is_finished_is_not_done_again(model, pictured, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, model, pictured)
+    two = "[{name: align, train: [projector], autocast: none, steps: 2}, {name: instruct, lora: {r: 2}, train: [moda], "
+    recipe = read_recipe(path, [f"stages={two}autocast: none, steps: 2, batch_size: 2}}]"])
+    with monkeypatch.context() as patch:
+        killed_in_batch(3, patch)  # the first of the second stage
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    assert not (tmp_path / "out/config.json").exists()
+    aligned = weights(tmp_path / "out", "align/trained.safetensors")
+    stamp = (tmp_path / "out/align/trained.safetensors").stat().st_mtime_ns
+    output = train(recipe, progress=False)
+    assert (output / "align/trained.safetensors").stat().st_mtime_ns == stamp
+    merged = weights(output, "model.safetensors")
+    for name, tensor in aligned.items():
+        if "projector" in name:
+            assert torch.equal(merged[name.removeprefix("model.")] if name not in merged else merged[name], tensor)
+    killed_in_batch(1, monkeypatch)
+    assert train(recipe, progress=False) == output
+
+
+def test_another_recipe_is_refused_in_the_same_folder(finished, model, data, tmp_path):
+    path = write_recipe(tmp_path, model, data, deficit_every=3)
+    changed = read_recipe(path, [f"output={finished}", "stages.instruct.lr=0.1", "stages.instruct.lora.r=2"])
+    with pytest.raises(ValueError, match=r"another stages\.instruct\.lora\.r, stages\.instruct\.lr"):
+        train(changed)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        train(read_recipe(path))
+
+
+def test_measuring_changes_nothing_and_is_logged(finished, model, data, tmp_path):
+    output = train(read_recipe(write_recipe(tmp_path, model, data)), progress=False)
+    assert same(weights(output), weights(finished))
+    log = json.loads((finished / "instruct/log.json").read_text())
+    measured = [entry for entry in log if "mdi/vision" in entry]
+    assert [entry["step"] for entry in measured] == [0, 3, 6]
+    for key in ("avg_diff/text", "avg_diff/vision", "mdi/vision"):
+        values = [entry[key] for entry in measured]
+        assert len(set(values)) == 3  # it is the model that is measured
+        assert len({entry[f"{key}_uniform"] for entry in measured}) == 1
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_bar_shows_loss_and_deficits(model, data, tmp_path, capsys):
+    train(read_recipe(write_recipe(tmp_path, model, data, steps=1, deficit_every=1)))
+    shown = capsys.readouterr().err
+    assert "loss=" in shown and "AvgDiff text=" in shown and "MDI vision=" in shown and "1/1" in shown
+
+
+def test_tensorboard_gets_the_figures(finished):
+    pytest.importorskip("tensorboard", reason="tensorboard is missing: moda_ext[train]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "instruct/tensorboard")).Reload()
+    assert {"train/loss", "train/mdi/vision"} <= set(events.Tags()["scalars"])
+
+
+def loss_of(network, batch):
+    with torch.no_grad():
+        return network(**batch).loss
+
+
+def test_the_loss_is_the_models_own(model, data, tmp_path):
+    """At a rate of 0: over batches of a step that have unequal numbers of labels."""
+    loaded, processor = load_model(str(model), dtype="float32")
+    conversations = load_conversations([Source(path=str(data))])
+    stage = Stage("s", ["text"], lr=0.0, steps=1, batch_size=2, gradient_accumulation=3, log_every=1, autocast="none")
+    seen = []
+
+    def collate(some):
+        seen.append(Collator(processor)(some))
+        return copy.deepcopy(seen[-1])
+
+    train_stage(loaded, processor, stage, conversations, tmp_path, collator=collate, progress=False)
+    counts = torch.tensor([(batch["labels"] != -100).sum() for batch in seen])
+    assert len(set(counts.tolist())) > 1
+    losses = torch.stack([loss_of(loaded, batch) for batch in seen])
+    logged = json.loads((tmp_path / "log.json").read_text())[0]["loss"]
+    assert_close(torch.tensor(logged), (losses * counts).sum() / counts.sum())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_balance_loss_is_trained_against(model, data, checkpointing, tmp_path):
+    """Its weights are the same with checkpointing, and others without the penalty."""
+    results = []
+    for balance, again in ((0.0, False), (5.0, False), (5.0, checkpointing)):
+        loaded, processor = load_model(str(model), dtype="float32")
+        stage = Stage(
+            "s", ["projector"], lora=Lora(r=2), lr=0.01, steps=3, batch_size=2, autocast="none", balance=balance,
+            gradient_checkpointing=again,
+        )  # fmt: skip
+        folder = tmp_path / f"{balance} {again} {len(results)}"
+        conversations = load_conversations([Source(path=str(data))])
+        train_stage(loaded, processor, stage, conversations, folder, progress=False)
+        results.append(load_file(folder / "trained.safetensors"))
+    assert same(results[1], results[2]) and not same(results[0], results[1])
+
+
+def test_frozen_parts_stay_as_they_are_in_bfloat16(model, pictured, tmp_path):
+    loaded, processor = load_model(str(model), dtype="bfloat16")
+    patches, norm = loaded.model.vision_tower.embeddings.patch_embedding, torch.nn.BatchNorm2d(3)
+    patches.norm = norm.to(torch.bfloat16)
+    patches.register_forward_pre_hook(lambda module, inputs: (norm(inputs[0].to(torch.bfloat16)),))
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    stage = Stage("s", ["projector"], lr=0.01, steps=2, batch_size=2)
+    conversations = load_conversations([Source(path=str(pictured))])
+    loaded = train_stage(loaded, processor, stage, conversations, tmp_path, progress=False)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == (torch.float32 if "projector" in name else before[name].dtype), name
+        assert torch.equal(tensor, before[name]) != ("projector" in name), name
+
+
+def on_two_ranks(path):
+    rank = torch.distributed.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # the group is there: nobody connects
+    train(read_recipe(path), progress=False)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(model, pictured, tmp_path):
+    outputs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        path = write_recipe(folder, model, pictured, batch_size=4 // processes, lora={"r": 2}, steps=3)
+        if processes == 1:
+            train(read_recipe(path), progress=False)
+        else:
+            run_ranks(on_two_ranks, 2, tmp_path / "rendezvous", str(path))
+        outputs.append(folder / "out")
+    one, two = (weights(output, "model.safetensors") for output in outputs)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert_close(two[name], tensor)
+    losses = [json.loads((output / "instruct/log.json").read_text())[0]["loss"] for output in outputs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_errors(model, data, tmp_path):
+    loaded, processor = load_model(str(model), dtype="float32")
+    conversations = load_conversations([Source(path=str(data))])
+    with pytest.raises(ValueError, match="stage s: the model has no moda to train"):
+        train_stage(loaded, processor, Stage("s", ["moda"]), conversations, tmp_path)
+    with pytest.raises(ValueError, match="stage s: no conversations"):
+        train_stage(loaded, processor, Stage("s", ["projector"]), [], tmp_path)
+    with pytest.raises(ValueError, match="stage s: 4 conversations have no image and teach it nothing"):
+        train_stage(loaded, processor, Stage("s", ["projector"]), conversations, tmp_path)
+    stage = Stage("s", ["text"], deficit_every=1, steps=1)
+    plain = [c for c in conversations if not c.images]
+    with pytest.raises(ValueError, match="deficit_every must be 0"):
+        train_stage(loaded, processor, stage, plain, tmp_path)
