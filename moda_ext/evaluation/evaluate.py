@@ -306,8 +306,11 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the difference: of the one pair, or Student's over the pairs."""
-        return self.pooled.interval if self.seeds is None else self.seeds.interval
+        """Of the difference: of the one pair, or what holds Student's over the pairs and that of the pooled answers."""
+        low, high = self.pooled.interval
+        if self.seeds is None:
+            return low, high
+        return max(-1.0, min(low, self.seeds.interval[0])), min(1.0, max(high, self.seeds.interval[1]))
 
     @property
     def significant(self) -> bool:

@@ -48,8 +48,9 @@ COMPARED = (
     "in their own lines alone."
 )
 SEEDS = (
-    "There are several pairs: the difference is the mean over pairs with Student's interval over them, and p is the "
-    "larger of the t-test's over pairs and McNemar's of all pairs' answers together, so that both must bear it out."
+    "There are several pairs: the difference is their mean. The interval holds Student's over pairs and that of "
+    "all pairs' answers together, and p is the larger of the t-test's and McNemar's, so that seeds and questions must "
+    "both bear a difference out."
 )
 JUDGED = (
     "The mean of evaluated / reference score, as a judge gave them (1: as good as the reference). A verdict that holds "
@@ -258,7 +259,9 @@ def _judged_section(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _bias_section(evaluations: Sequence[Evaluation]) -> list[str]:
-    rows = [(evaluation.model, bias) for evaluation in evaluations for bias in language_bias(evaluation.results)]
+    models = [evaluation.model for evaluation in evaluations]
+    tasks = zip(*(language_bias(evaluation.results) for evaluation in evaluations), strict=True)
+    rows = [(model, bias) for biases in tasks for model, bias in zip(models, biases, strict=True)]
     if not rows:
         return []
     lines = []
@@ -282,7 +285,9 @@ def _bias_figure(rows: Sequence[tuple[str, LanguageBias]]) -> Figure:
     axes[1].set_yticks(range(len(rows)), [""] * len(rows))
     for axis, title in zip(axes, ("right answers", "answers that a wrong hint suggests"), strict=True):
         axis.set(title=title, xlabel="%", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
-        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2 - 0.5 / len(rows)))
+        axis.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.5 + 0.45 * len(rows)))
+        )
     return figure
 
 
