@@ -148,9 +148,7 @@ def test_tasks_are_corrected_for_their_number():
 def test_several_seeds_must_agree():
     """Gains of 20 and 2 of 40 are significant by McNemar's test, but not over two seeds."""
     before = [evaluation(f"a{i}", result(["no"] * 40)) for i in range(2)]
-    after = [
-        evaluation(f"b{i}", result(["yes"] * gained + ["no"] * (40 - gained))) for i, gained in enumerate((20, 2))
-    ]
+    after = [evaluation(f"b{i}", result(["yes"] * gained + ["no"] * (40 - gained))) for i, gained in enumerate((20, 2))]
     overall, _ = compare(before, after)
     assert overall.pooled.p < 1e-5 and overall.seeds.p > 0.05
     assert overall.p == overall.seeds.p and not overall.significant
