@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("PIL", reason="pillow is not installed")
 
-from questions import picture, record, write_questions  # noqa: E402
+from questions import picture, record, write_mmrole, write_questions  # noqa: E402
 
 from moda_ext.evaluation import hfm, mvsa, read_questions, read_tasks  # noqa: E402
 from moda_ext.evaluation.tasks import draw_test  # noqa: E402
@@ -219,23 +219,6 @@ class TestHFM:
         write(tmp_path / "p.txt", f"['1', 'text', 1]\n{line}\n")
         with pytest.raises(ValueError, match="p.txt, line 2: "):
             hfm.read_posts(tmp_path / "p.txt")
-
-
-def write_mmrole(folder):
-    """One sample in each file."""
-    for part in ("in-distribution", "out-of-distribution"):
-        for kind in ("comment", "human-role", "inter-role"):
-            sample = {
-                "id": f"{part} {kind}",
-                "system": "Play the character.",
-                "image": "COCO/1.jpg",
-                "conversations": [{"from": "user", "value": "Speak!"}, {"from": "assistant", "value": "Ahoy."}],
-                "role": "Ann",
-                "script": "The Sea",
-                "other_role": "a curious human",
-            }
-            write(folder / "data" / "test" / part / f"{kind}_test.json", json.dumps([sample]))
-    picture(folder / "images" / "COCO" / "1.jpg")
 
 
 class TestMMRole:

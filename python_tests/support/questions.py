@@ -41,6 +41,25 @@ def write_questions(folder, hints=True):
     return folder / "test.jsonl"
 
 
+def write_mmrole(folder):
+    """The layout of MMRole, with one sample in each file."""
+    for part in ("in-distribution", "out-of-distribution"):
+        for kind in ("comment", "human-role", "inter-role"):
+            sample = {
+                "id": f"{part} {kind}",
+                "system": "Play the character.",
+                "image": "COCO/1.jpg",
+                "conversations": [{"from": "user", "value": "Speak!"}, {"from": "assistant", "value": "Ahoy."}],
+                "role": "Ann",
+                "script": "The Sea",
+                "other_role": "a curious human",
+            }
+            path = folder / "data" / "test" / part / f"{kind}_test.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([sample]))
+    picture(folder / "images" / "COCO" / "1.jpg")
+
+
 def trained_llava(conversations):
     """``(model, processor)``: a tiny Llava that has learnt the answers of some conversations by heart."""
     from moda_ext.diagnostics.tiny import tiny_llava
