@@ -205,9 +205,11 @@ def evaluate(
         progress: wraps the list of batches, for a progress bar.
 
     Raises:
-        ValueError: a checkpoint without a chat template, or a batch size below 1.
+        ValueError: a checkpoint without a chat template, a model in training mode, or a batch size below 1.
         OSError: a picture that cannot be read.
     """
+    if model.training:
+        raise ValueError("evaluate: the model is in training mode, so its answers may be random; call model.eval()")
     given = generate_answers(
         model,
         processor,

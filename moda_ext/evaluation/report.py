@@ -226,6 +226,11 @@ def _accuracy_section(evaluations: Sequence[Evaluation]) -> list[str]:
         tags = [" <strong>at chance</strong>" if result.at_chance else "" for result in results]
         shares = [percent(result.accuracy) + tag for result, tag in zip(results, tags, strict=True)]
         lines.append([_labelled(results[0]), str(len(results[0].answers)), f"{100 * results[0].chance:.1f} %", *shares])
+    for group in dict.fromkeys(results[0].group for results in tasks if results[0].group):
+        plain = [results for results in tasks if results[0].group == group and results[0].hint == "none"]
+        pooled = [_pooled([result.accuracy for result in column]) for column in zip(*plain, strict=True)]
+        if len(plain) > 1:
+            lines.append([escape(f"all {group}, without a hint"), str(pooled[0].n), "", *map(percent, pooled)])
     parts = [f"<h2>Accuracy</h2><p>{ACCURACY}</p>", _table(["task", "n", "chance", *models], lines)]
     lines = [
         [f"{_labelled(result)}: {model}", _scores(result.f1()), str(result.not_a_choice)]

@@ -78,6 +78,16 @@ def test_answers_say_what_was_asked(tasks, results):
     assert answer.images == (str(tasks[2].conversations[1].images[0]),)
 
 
+def test_a_model_in_training_mode_is_refused(trained, tasks):
+    model, processor = trained
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="is in training mode"):
+            evaluate(model, processor, tasks[0])
+    finally:
+        model.eval()
+
+
 def result(given, expected=None, **options):
     """A task result with these answers."""
     expected = expected or ["yes"] * len(given)

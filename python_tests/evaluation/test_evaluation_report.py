@@ -127,6 +127,12 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     assert "there is no score, as no judge gave one" in out.read_text() and "no score" in output
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 6
 
+    server.replies = [401]
+    judge = ["--judge-url", server.url, "--judge-model", "j"]
+    code, output = call("evaluate", *options, *judge, "--out", out)
+    assert code == 2 and "refuses: 401" in words(output) and "the answers are in" in words(output)
+
+    server.requests.clear()
     server.replies = ["[Scores]: (3, 4)"] * 47 + ["none"]
     code, output = call(
         "evaluate", *options, "--limit", "3", "--judge-url", server.url, "--judge-model", "j", "--out", out
@@ -138,6 +144,22 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     assert set(tasks[0]["scores"].values()) == {0.75}
     assert "<td>0.750</td>" in out.read_text() and "0.750" in output
     assert "secret" not in out.read_text()
+
+
+def test_groups_of_several_tasks_have_a_line(tmp_path):
+    """Of questions without a hint: 1 of 2, and 2 of 3."""
+    outcomes = {("a", "none"): [True, False], ("b", "none"): [True, True, False], ("a", "right"): [True]}
+    results = [
+        TaskResult(
+            name, tuple(Answer(str(i), "?", "x", "x", ok, hinted="x") for i, ok in enumerate(answers)), "sight", hint
+        )
+        for (name, hint), answers in outcomes.items()
+    ]
+    write_report(tmp_path / "r.html", [Evaluation("m", (*results, TaskResult("c", results[0].answers, "mind")))])
+    page = (tmp_path / "r.html").read_text()
+    assert re.findall(r"<td>all (.*?)</td><td>(\d+)</td><td></td><td>(.*?) %", page) == [
+        ("sight, without a hint", "5", "60.0")
+    ]
 
 
 def test_an_answer_is_text_and_not_markup(tmp_path):
