@@ -161,7 +161,8 @@ def _findings(evaluation: Evaluation) -> list[str]:
     if outcomes:
         found = Proportion(sum(outcomes), len(outcomes))
         sentences.append(f"{found.count} of {found.n} questions without a hint are answered right: {percent(found)}.")
-    poor = [result.title for result in evaluation.results if not result.judged and result.at_chance]
+    plain = [result for result in evaluation.results if not result.judged and result.hint == "none"]
+    poor = [result.title for result in plain if result.at_chance]
     if poor:
         sentences.append(f"At chance: {'; '.join(poor)}.")
     biases = language_bias(evaluation.results)
@@ -236,7 +237,7 @@ def _accuracy_section(evaluations: Sequence[Evaluation]) -> list[str]:
         [f"{_labelled(result)}: {model}", _scores(result.f1()), str(result.not_a_choice)]
         for results in tasks
         for model, result in zip(models, results, strict=True)
-        if result.not_a_choice is not None
+        if result.labels or result.not_a_choice
     ]
     if lines:
         parts.append("<p>Where a question leaves a choice, an answer that is none of it counts as wrong.</p>")
