@@ -84,7 +84,11 @@ def evaluate(
         write_answers(out.with_suffix(".jsonl"), evaluations)  # nothing is lost if the next one fails
     if judge_url is not None and judge_model is not None:
         judge = OpenAIJudge(judge_url, judge_model)
-        evaluations = [judged(evaluation, asked, judge) for evaluation in evaluations]
+        try:
+            evaluations = [judged(evaluation, asked, judge) for evaluation in evaluations]
+        except ConnectionError as error:
+            message = f"{error}; the answers are in {out.with_suffix('.jsonl')}"
+            raise typer.BadParameter(message, param_hint="--judge-url") from error
     before, after = evaluations[: len(model)], evaluations[len(model) :]
     notes = ["The weights of the model 'random' are random: its answers say nothing about any real model."]
     notes = notes if "random" in names else []

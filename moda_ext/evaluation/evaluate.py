@@ -205,9 +205,11 @@ def evaluate(
         progress: wraps the list of batches, for a progress bar.
 
     Raises:
-        ValueError: a checkpoint without a chat template, or a batch size below 1.
+        ValueError: a checkpoint without a chat template, a model in training mode, or a batch size below 1.
         OSError: a picture that cannot be read.
     """
+    if model.training:
+        raise ValueError("evaluate: the model is in training mode, so its answers may be random; call model.eval()")
     given = generate_answers(
         model,
         processor,
@@ -306,8 +308,11 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the difference: of the one pair, or Student's over the pairs."""
-        return self.pooled.interval if self.seeds is None else self.seeds.interval
+        """Of the difference: of the one pair, or what holds Student's over the pairs and that of the pooled answers."""
+        low, high = self.pooled.interval
+        if self.seeds is None:
+            return low, high
+        return max(-1.0, min(low, self.seeds.interval[0])), min(1.0, max(high, self.seeds.interval[1]))
 
     @property
     def significant(self) -> bool:

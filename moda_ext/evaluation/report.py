@@ -48,8 +48,9 @@ COMPARED = (
     "in their own lines alone."
 )
 SEEDS = (
-    "There are several pairs: the difference is the mean over pairs with Student's interval over them, and p is the "
-    "larger of the t-test's over pairs and McNemar's of all pairs' answers together, so that both must bear it out."
+    "There are several pairs: the difference is their mean. The interval holds Student's over pairs and that of "
+    "all pairs' answers together, and p is the larger of the t-test's and McNemar's, so that seeds and questions must "
+    "both bear a difference out."
 )
 JUDGED = (
     "The mean of evaluated / reference score, as a judge gave them (1: as good as the reference). A verdict that holds "
@@ -160,7 +161,8 @@ def _findings(evaluation: Evaluation) -> list[str]:
     if outcomes:
         found = Proportion(sum(outcomes), len(outcomes))
         sentences.append(f"{found.count} of {found.n} questions without a hint are answered right: {percent(found)}.")
-    poor = [result.title for result in evaluation.results if not result.judged and result.at_chance]
+    plain = [result for result in evaluation.results if not result.judged and result.hint == "none"]
+    poor = [result.title for result in plain if result.at_chance]
     if poor:
         sentences.append(f"At chance: {'; '.join(poor)}.")
     biases = language_bias(evaluation.results)
@@ -225,12 +227,17 @@ def _accuracy_section(evaluations: Sequence[Evaluation]) -> list[str]:
         tags = [" <strong>at chance</strong>" if result.at_chance else "" for result in results]
         shares = [percent(result.accuracy) + tag for result, tag in zip(results, tags, strict=True)]
         lines.append([_labelled(results[0]), str(len(results[0].answers)), f"{100 * results[0].chance:.1f} %", *shares])
+    for group in dict.fromkeys(results[0].group for results in tasks if results[0].group):
+        plain = [results for results in tasks if results[0].group == group and results[0].hint == "none"]
+        pooled = [_pooled([result.accuracy for result in column]) for column in zip(*plain, strict=True)]
+        if len(plain) > 1:
+            lines.append([escape(f"all {group}, without a hint"), str(pooled[0].n), "", *map(percent, pooled)])
     parts = [f"<h2>Accuracy</h2><p>{ACCURACY}</p>", _table(["task", "n", "chance", *models], lines)]
     lines = [
         [f"{_labelled(result)}: {model}", _scores(result.f1()), str(result.not_a_choice)]
         for results in tasks
         for model, result in zip(models, results, strict=True)
-        if result.not_a_choice is not None
+        if result.labels or result.not_a_choice
     ]
     if lines:
         parts.append("<p>Where a question leaves a choice, an answer that is none of it counts as wrong.</p>")
@@ -258,7 +265,9 @@ def _judged_section(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _bias_section(evaluations: Sequence[Evaluation]) -> list[str]:
-    rows = [(evaluation.model, bias) for evaluation in evaluations for bias in language_bias(evaluation.results)]
+    models = [evaluation.model for evaluation in evaluations]
+    tasks = zip(*(language_bias(evaluation.results) for evaluation in evaluations), strict=True)
+    rows = [(model, bias) for biases in tasks for model, bias in zip(models, biases, strict=True)]
     if not rows:
         return []
     lines = []
@@ -282,7 +291,9 @@ def _bias_figure(rows: Sequence[tuple[str, LanguageBias]]) -> Figure:
     axes[1].set_yticks(range(len(rows)), [""] * len(rows))
     for axis, title in zip(axes, ("right answers", "answers that a wrong hint suggests"), strict=True):
         axis.set(title=title, xlabel="%", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
-        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2 - 0.5 / len(rows)))
+        axis.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.5 + 0.45 * len(rows)))
+        )
     return figure
 
 

@@ -8,49 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from commands import Page, call, words
 
 import moda_ext
 from moda_ext.diagnostics import Diagnosis
 
 pytest.importorskip("typer", reason="typer is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def call(*arguments):
-    """(exit code, what it printed on stdout and stderr)."""
-    from typer.testing import CliRunner
-
-    from moda_ext.cli import app
-
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def words(output):
-    """Without the frames and line breaks that rich makes."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", output).split())
-
-
-class Page(HTMLParser):
-    """The images, their descriptions, and everything that a page would load."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.images, self.loads, self.tags = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        attributes = dict(attributes)
-        if tag == "img":
-            self.images.append(attributes)
-        self.loads += [value for key, value in attributes.items() if key in ("src", "href", "srcset", "data")]
 
 
 def test_info():

@@ -36,6 +36,7 @@ def needs(code: str) -> None:
     packages = {module.partition(".")[0] for module in found} & {"PIL", "matplotlib", "peft", "transformers"}
     packages |= {"transformers"} if "load_model" in code or "integrations.transformers" in code else set()
     packages |= {"matplotlib"} if "figures" in code else set()
+    packages |= {"matplotlib", "scipy"} if "moda_ext.evaluation" in code else set()
     for package in sorted(packages):
         pytest.importorskip(package, reason=f"{package} is not installed")
 
@@ -116,7 +117,19 @@ def check_diagnosis(found: dict, folder: Path, printed: str) -> None:
     assert found["generated"].thirds("mdi").isfinite().all()
 
 
-CHECKS = {"README.md": check_readme, "transformers.md": check_transformers, "diagnosis.md": check_diagnosis}
+def check_evaluation(found: dict, folder: Path, printed: str) -> None:
+    """The random model's answers are in the report, which compares it with itself."""
+    assert (found["overall"].difference, found["overall"].significant) == (0, False)
+    assert "no significant difference" in (folder / "evaluation.html").read_text()
+    assert found["results"][0].answers[0].given in printed
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "transformers.md": check_transformers,
+    "diagnosis.md": check_diagnosis,
+    "evaluation.md": check_evaluation,
+}
 
 
 @pytest.mark.parametrize("page", **names_of([page for page in PAGES if code_of(page)]))
@@ -149,7 +162,13 @@ def test_the_readme_is_short():
 
 def test_every_public_name_is_in_the_api_page():
     documented = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    modules = ["moda_ext.attention", "moda_ext.alignment", "moda_ext.mask", "moda_ext.diagnostics"]
+    modules = [
+        "moda_ext.attention",
+        "moda_ext.alignment",
+        "moda_ext.mask",
+        "moda_ext.diagnostics",
+        "moda_ext.evaluation",
+    ]
     if torch.distributed.is_available():
         modules.append("moda_ext.distributed")
     if importlib.util.find_spec("transformers"):
