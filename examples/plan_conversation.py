@@ -4,8 +4,8 @@ python examples/plan_conversation.py                                         a t
 python examples/plan_conversation.py --model llava-hf/llava-1.5-7b-hf --image friend.jpg --dialogue chat.txt \\
     --situation "My friend sent me this after her exam." --json plan.json
 
-An application of MODA's paper (arXiv 2507.04635). The dialogue until now, if any, is text, lines of "speaker: words", or
-JSON, a list of {"speaker": ..., "text": ...}. Each step is asked beside the answers before it.
+An application of MODA's paper (arXiv 2507.04635). The dialogue until now, if any, is text, lines of "speaker: words",
+or JSON, a list of {"speaker": ..., "text": ...}. Each step is asked beside the answers before it.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def understand_character(session: ChatSession, image, dialogue: list[tuple[str, 
         name: of the character, one of the speakers.
     """
     script = "\n".join(f"{speaker}: {words}" for speaker, words in dialogue)
-    context = f"The picture shows a scene with {name}. This is said in it:\n{script}\n\nAnswer in one or two sentences. "
+    context = f"The picture shows {name} in a scene. This is said:\n{script}\n\nAnswer in one sentence or two. "
     profile = {}
     for field, question in QUESTIONS.items():
         first = not profile

@@ -208,7 +208,9 @@ def shares_table(found: AnswerAttention) -> Table:
 
 def attention_map(picture: Picture) -> Table:
     """Where in a picture, as shades, beside uniform attention. Both are relative to the mean of the picture's tokens."""
-    table = Table(title=Text(picture.title), caption="▒ about the mean of the picture's tokens, █ three times it or more")
+    table = Table(
+        title=Text(picture.title), caption="▒ about the mean of the picture's tokens, █ three times it or more"
+    )
     table.add_column("model")
     table.add_column("uniform")
     table.add_row(*(Text(shaded(values, picture.grid)) for values in (picture.scores, picture.uniform)))

@@ -168,7 +168,7 @@ class TestPictures:
     }
 
     def layout(self, family, colours, pieces=None):
-        """``image_layout`` of an image of four colours in Transformers' own tiles, and what the text stack gets of it."""
+        """``image_layout`` of an image of four colours in Transformers' own tiles, and what the text stack gets."""
         from vision_language import FAMILIES, IMAGE, make_model
 
         from moda_ext.diagnostics.runner import image_layout

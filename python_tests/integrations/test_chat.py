@@ -100,7 +100,9 @@ class TestAnswers:
         answers += ["".join(session.ask("And?")), "".join(session.ask("Is <image> another?", [RED]))]
         turns = (("user", "<image>\nWhat is it?"), ("user", "And?"), ("user", "Is <image> another?"))
         messages = tuple(
-            turn for asked, answer in zip(turns, answers, strict=True) for turn in (asked, ("assistant", answer.strip()))
+            turn
+            for asked, answer in zip(turns, answers, strict=True)
+            for turn in (asked, ("assistant", answer.strip()))
         )
         assert session.conversation.messages == messages
         asked = [Conversation("", messages[:-1], pictures) for pictures in ((GRADIENT, RED), (RED, GRADIENT))]
@@ -253,7 +255,7 @@ class TestAttention:
         assert found.shares.text == pytest.approx(1)
 
     @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-    def test_pictures_of_different_numbers_of_tokens(self, family):
+    def test_pictures_of_different_numbers_of_tokens(self, family, monkeypatch):
         """Of families that cut a picture into tiles by its shape, OneVision only where there is one picture."""
         from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -274,9 +276,11 @@ class TestAttention:
         else:
             of_image = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints)
             common |= {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+            # It would look for the class of a video processor, which needs torchvision.
+            monkeypatch.setattr(LlavaOnevisionProcessor, "check_argument_for_proper_class", lambda *_: None)
             processor = LlavaOnevisionProcessor(of_image, **common)
         model.config.image_token_id = tiny.tokenizer.convert_tokens_to_ids("<image>")
-        session = ChatSession(model, processor)
+        session = ChatSession(model, processor, max_new_tokens=8)
         wide, square = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (16, 16), "blue")
         session._images = (wide, square)
         asked = Conversation("", (("user", "<image>or<image>?"),), session._images)
@@ -395,6 +399,16 @@ class TestCommand:
         (saved,) = read_conversations("talk.jsonl")
         assert saved.messages[0] == ("user", "Hello") and len(saved.answer) < 1000
 
+    def test_an_interrupt_where_a_question_is_waited_for_ends_it(self, chat, monkeypatch):
+        from moda_ext.cli.chat import Terminal
+
+        def lines(self):
+            yield "Hello"
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Terminal, "lines", lines)
+        assert chat()[:2] == (0, f"{answers_of(['Hello'])[0]}\n")
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -434,8 +448,8 @@ class TestCommand:
             read_until(b"no such image: nowhere.jpg")
             read_until(b"uniform")
             read_until(b"> ")
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
+            os.write(main, b"\x04")  # Ctrl-D
+            assert process.wait(timeout=60) == 0
         finally:
             process.kill()
             os.close(main)
@@ -447,9 +461,7 @@ def test_small_models_say_so():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.empty(count, device="meta"))
 
-    assert model_notes(Parameters(135_000_000), "x") == [
-        "135M parameters: expect the answers of a model of that size."
-    ]
+    assert model_notes(Parameters(135_000_000), "x") == ["135M parameters: expect the answers of a model of that size."]
     assert model_notes(Parameters(1_000_000_000), "x") == []
     assert "mean nothing" in model_notes(Parameters(10), "random")[0]
 
