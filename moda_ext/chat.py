@@ -6,7 +6,7 @@ import dataclasses
 import json
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,12 +129,12 @@ class ChatSession:
         images = {"image": [str(file.resolve()) for file in files]} if files else {}
         return {"id": conversation.id, **images, "conversations": turns}
 
-    def ask(self, text: str, images: Sequence[str | Path | Image] = ()) -> Iterator[str]:
+    def ask(self, text: str, images: Sequence[str | Path | Image] = ()) -> Generator[str, None, None]:
         """Asks, and gives the pieces of the answer as they are written: together what ``generate`` gives, decoded.
 
         The question and its answer are part of the conversation once the iteration ends. Ended early (``close()``, or
-        an exception such as KeyboardInterrupt where a piece is waited for), it stops the model, and the answer as far as
-        it was written stays. After an error nothing of the turn stays.
+        an exception such as KeyboardInterrupt where a piece is waited for), it stops the model, and the answer stays as
+        far as it was written. After an error nothing of the turn stays.
 
         Args:
             text: the question. Each ``<image>`` in it is the place of a picture; without one they come first.
@@ -160,13 +160,13 @@ class ChatSession:
         Raises:
             ValueError: there is no answer, or one of a single token; or the pictures' tokens cannot be told apart.
         """
-        from moda_ext.diagnostics import AttentionMeter
+        from moda_ext.diagnostics import AttentionMeter, Picture
 
         if self._last is None or len(self._last[1]) < 2:
             raise ValueError("no attention to show: it takes an answer of two tokens or more")
         inputs, tokens = self._last
         whole, length = _with_answer(inputs, tokens[:-1]), inputs["input_ids"].shape[1]
-        places, maps, notes = self._places(whole["input_ids"][0])
+        places, grids, notes = self._places(whole["input_ids"][0])
         with (
             torch.no_grad(),
             AttentionMeter(self.model, token_scores=1, score_rows="generated") as meter,
@@ -175,14 +175,11 @@ class ChatSession:
             self.model(**whole, use_cache=False, logits_to_keep=1)
         (looks,) = meter.result().token_scores
         scores, uniform = looks.scores.double().mean(dim=0), looks.uniform.double()
-        for picture, cells in maps.values():
-            picture.scores, picture.uniform = scores[cells], uniform[cells]
-        return AnswerAttention(
-            _shares(scores, places),
-            _shares(uniform, places),
-            tuple(maps[k][0] if k in maps else None for k in range(len(places))),
-            tuple(notes),
-        )
+        maps = [
+            Picture(grid.title, grid.image, grid.shape, scores[grid.places], uniform[grid.places]) if grid else None
+            for grid in grids
+        ]
+        return AnswerAttention(_shares(scores, places), _shares(uniform, places), tuple(maps), tuple(notes))
 
     def _conversation(self, turns: tuple[tuple[str, str], ...], images: tuple[Path | Image, ...]) -> Conversation:
         system = () if self.system is None else (("system", self.system),)
@@ -199,14 +196,14 @@ class ChatSession:
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and needed > most:
             raise ValueError(
-                f"the conversation and an answer of {self.max_new_tokens} tokens are {needed} tokens, and the model has "
-                f"{most} positions: begin a new one, or ask for shorter answers"
+                f"the conversation and an answer of {self.max_new_tokens} tokens are {needed} tokens, and the model "
+                f"has {most} positions: begin a new one, or ask for shorter answers"
             )
         return inputs.to(self.model.device, self.model.dtype)  # of these, floating-point ones only
 
     def _answer(
         self, turns: tuple[tuple[str, str], ...], images: tuple[Path | Image, ...], inputs: BatchFeature
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         written, stopped = _Written(), threading.Event()
         with ThreadPoolExecutor(1) as pool:
             generating = pool.submit(
@@ -252,36 +249,47 @@ class ChatSession:
     def _decode(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _places(self, ids: Tensor) -> tuple[list[Tensor], dict[int, tuple[Picture, Tensor]], list[str]]:
-        """The places of each picture among the tokens ``ids`` (N,), and of its grid, by the picture's number.
+    def _places(self, ids: Tensor) -> tuple[list[Tensor], list[_Grid | None], list[str]]:
+        """The places of each picture among the tokens ``ids`` (N,), its grid, and why one has none.
 
         How many tokens a picture has, and which of them are a grid, shows where it is alone.
         """
-        from moda_ext.diagnostics import Picture
         from moda_ext.diagnostics.runner import image_layout
         from moda_ext.integrations.settings import SUFFIX, placeholder
 
         token = placeholder(self.model.config, "image")
         alone = [self._encode(Conversation("", (("user", PLACEHOLDER),), (image,))) for image in self._images]
-        starts = [(inputs["input_ids"][0] == token).nonzero()[:, 0] for inputs in alone]
-        found = (ids == token).nonzero()[:, 0].cpu()
-        counts = [len(start) for start in starts]
+        own = [_places_of(token, inputs["input_ids"][0]) for inputs in alone]
+        found = _places_of(token, ids)
+        counts = [len(places) for places in own]
         if len(counts) > 1 and self.model.config.model_type.removesuffix(SUFFIX) == "llava_onevision":
             counts = [len(found) // len(counts)] * len(counts)  # of several pictures it cuts none into tiles
         if sum(counts) != len(found):
             raise ValueError(f"the {len(found)} tokens of the {len(counts)} pictures cannot be told apart")
-        places, maps, notes = list(found.split(counts)), {}, []
+        places = list(found.split(counts))
+        grids: list[_Grid | None] = []
+        notes = []
         for k, (image, inputs) in enumerate(zip(self._images, alone, strict=True)):
             title = image.name if isinstance(image, Path) else f"picture {k + 1}"
             seen = Conversation("", (("user", PLACEHOLDER),), (image,)).pictures()[0]
             drawn, grid, start, reason = image_layout(self.model, self.processor, inputs, seen)
             if drawn is None or grid is None or start is None:
+                grids.append(None)
                 notes.append(f"No map of {title}: {reason}.")
                 continue
-            first = int((starts[k] == start).nonzero())
-            cells = places[k][first : first + grid[0] * grid[1]]
-            maps[k] = Picture(title, drawn, grid, torch.empty(0), torch.empty(0)), cells
-        return places, maps, notes
+            first = int((own[k] < start).sum())
+            grids.append(_Grid(title, drawn, grid, places[k][first : first + grid[0] * grid[1]]))
+        return places, grids, notes
+
+
+@dataclasses.dataclass
+class _Grid:
+    """The tokens of a picture that are a grid over all of it: its shape (h, w), and their places (h * w,)."""
+
+    title: str
+    image: Tensor
+    shape: tuple[int, int]
+    places: Tensor
 
 
 class _Written:
@@ -313,6 +321,10 @@ def _with_answer(inputs: BatchFeature, tokens: Tensor) -> dict[str, Tensor]:
             more = tokens[None] if name == "input_ids" else torch.full_like(tokens[None], name == "attention_mask")
             whole[name] = torch.cat([value, more.to(value)], dim=1)
     return whole
+
+
+def _places_of(token: int | None, ids: Tensor) -> Tensor:
+    return torch.tensor([place for place, found in enumerate(ids.tolist()) if found == token], dtype=torch.long)
 
 
 def _shares(scores: Tensor, places: Sequence[Tensor]) -> Shares:
@@ -355,8 +367,8 @@ def read_dialogue(path: str | Path) -> list[tuple[str, str]]:
         for line in filter(None, map(str.strip, text.splitlines())):
             speaker, colon, words = line.partition(":")
             lines.append((speaker.strip(), words.strip()) if colon else (None, None))
-    for number, line in enumerate(lines, 1):
-        if not all(isinstance(part, str) and part for part in line):
+    for number, parts in enumerate(lines, 1):
+        if not all(isinstance(part, str) and part for part in parts):
             raise ValueError(f"{path}, line {number}: must have a speaker and words")
     if not lines:
         raise ValueError(f"{path}: no dialogue")

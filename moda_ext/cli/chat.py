@@ -49,7 +49,7 @@ def chat(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the accelerator if any.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Talks with a vision-language model about pictures. Questions come from the terminal, or from stdin, one a line."""
+    """Talks with a vision-language model about pictures. Questions come from the terminal, or one a line from stdin."""
     import torch
 
     from moda_ext.chat import ChatSession, model_notes
@@ -64,8 +64,10 @@ def chat(
     with loading(model):
         loaded, processor = load_model(model, device=device, dtype=dtype)
     torch.manual_seed(seed)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    terminal = Terminal(ChatSession(loaded, processor, system, **options), pictures, attention)
+    session = ChatSession(
+        loaded, processor, system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+    terminal = Terminal(session, pictures, attention)
     for sentence in model_notes(loaded, model):
         terminal.say(sentence)
     if prompt is None:
@@ -207,10 +209,8 @@ def shares_table(found: AnswerAttention) -> Table:
 
 
 def attention_map(picture: Picture) -> Table:
-    """Where in a picture, as shades, beside uniform attention. Both are relative to the mean of the picture's tokens."""
-    table = Table(
-        title=Text(picture.title), caption="▒ about the mean of the picture's tokens, █ three times it or more"
-    )
+    """Where in a picture, as shades, beside uniform attention; both relative to the mean of the picture's tokens."""
+    table = Table(title=Text(picture.title), caption="▒ about the mean of the picture's tokens, █ 3 times it or more")
     table.add_column("model")
     table.add_column("uniform")
     table.add_row(*(Text(shaded(values, picture.grid)) for values in (picture.scores, picture.uniform)))

@@ -99,11 +99,8 @@ class TestAnswers:
         answers = ["".join(session.ask("What is it?", [tmp_path / "gradient.png"]))]
         answers += ["".join(session.ask("And?")), "".join(session.ask("Is <image> another?", [RED]))]
         turns = (("user", "<image>\nWhat is it?"), ("user", "And?"), ("user", "Is <image> another?"))
-        messages = tuple(
-            turn
-            for asked, answer in zip(turns, answers, strict=True)
-            for turn in (asked, ("assistant", answer.strip()))
-        )
+        answered = [("assistant", answer.strip()) for answer in answers]
+        messages = tuple(turn for pair in zip(turns, answered, strict=True) for turn in pair)
         assert session.conversation.messages == messages
         asked = [Conversation("", messages[:-1], pictures) for pictures in ((GRADIENT, RED), (RED, GRADIENT))]
         right, wrong = generate_answers(model, processor, asked, max_new_tokens=6)
@@ -285,13 +282,15 @@ class TestAttention:
         session._images = (wide, square)
         asked = Conversation("", (("user", "<image>or<image>?"),), session._images)
         ids = encode(processor, [asked], padding_side="left")[0]["input_ids"][0]
-        places, maps, notes = session._places(ids)
+        places, grids, notes = session._places(ids)
         found = (ids == model.config.image_token_id).nonzero()[:, 0]
         border = int((found.diff() > 1).nonzero()) + 1  # the word between them
         assert [len(place) for place in places] == [border, len(found) - border]
         assert (border != len(found) - border) is (family == "llava_next")
         assert torch.equal(torch.cat(places), found)
-        assert notes == [] and all(torch.equal(maps[k][1], places[k][:4]) for k in (0, 1))  # the whole image is first
+        assert notes == [] and all(
+            torch.equal(grids[k].places, places[k][:4]) for k in (0, 1)
+        )  # the whole image is first
 
 
 @pytest.fixture
