@@ -20,7 +20,7 @@ from moda_ext.chat import ChatSession, model_notes, read_dialogue  # noqa: E402
 from moda_ext.conversations import Conversation, read_conversations  # noqa: E402
 from moda_ext.diagnostics import AttentionMeter, load_model  # noqa: E402
 from moda_ext.evaluation.answers import generate_answers  # noqa: E402
-from moda_ext.integrations.transformers import MODAConfig, apply_moda, recording  # noqa: E402
+from moda_ext.integrations.transformers import FAMILIES, MODAConfig, apply_moda, recording  # noqa: E402
 from moda_ext.training.collator import encode  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -243,6 +243,25 @@ class TestAttention:
         for question, images in (("What?", [RED]), ("And?", []), ("Now?", [GRADIENT])):
             assert list(quiet.ask(question, images)) == list(measured.ask(question, images))
             measured.attention()
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_one_more_pass_is_the_decoding_of_every_family(self, tiny, family, monkeypatch):
+        """What the processor of a family tells of each token besides goes on over the answer."""
+        from vision_language import END, IMAGE, START, VIDEO, make_inputs, make_model
+
+        model, inputs = make_model(family), make_inputs(family, rows=1)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        options["suppress_tokens"] = [IMAGE, VIDEO, START, END]  # random weights would write pictures
+        steps = []
+        with torch.no_grad(), recording(model, lambda record: steps.append(record.mass[0, :, -1].mean(dim=0))):
+            tokens = model.generate(**inputs, **options)
+        expected = torch.stack(steps).unflatten(0, (5, -1)).mean(dim=1)[1:].mean(dim=0)
+        session = ChatSession(model, tiny[1])
+        session._last = inputs, tokens[0, inputs["input_ids"].shape[1] :]
+        monkeypatch.setattr(session, "_places", lambda ids: ([torch.where(ids == IMAGE)[0]], [None], []))
+        found = session.attention()
+        assert found.shares.pictures[0] == pytest.approx(expected[1].item(), abs=1e-5)
+        assert found.shares.text == pytest.approx(expected[0].item(), abs=1e-5)
 
     def test_without_pictures(self, tiny):
         session = ChatSession(*tiny, max_new_tokens=4)
