@@ -227,6 +227,7 @@ class ChatSession:
         return {
             "max_new_tokens": self.max_new_tokens,
             "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            "num_beams": 1,  # beams cannot be streamed
             "do_sample": sampled,
             "temperature": self.temperature if sampled else None,
             "top_p": self.top_p if sampled else None,

@@ -89,9 +89,11 @@ def readable(path: str | Path) -> Path:
         raise FileNotFoundError(f"no such image: {path}")
     try:
         with Image.open(path) as file:
-            file.verify()
-    except (UnidentifiedImageError, SyntaxError) as error:  # the latter: a broken PNG
+            file.load()
+    except UnidentifiedImageError as error:
         raise OSError(f"not an image: {path}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # cut off, a broken PNG, or enormous
+        raise OSError(f"cannot read the image {path}: {error}") from error
     return path
 
 

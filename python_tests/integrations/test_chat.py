@@ -353,9 +353,11 @@ class TestCommand:
 
     def test_what_is_wrong_is_a_sentence_and_the_session_goes_on(self, chat):
         Path("text.png").write_text("no picture")
+        Path("half.png").write_bytes(Path("gradient.png").read_bytes()[:2000])
         wrong = {
             "/image nowhere.jpg": "no such image: nowhere.jpg",
             "/image text.png": "not an image: text.png",
+            "/image half.png": "cannot read the image half.png",
             "/image": "no such command: /image;",
             "/attention perhaps": "no such command: /attention perhaps;",
             "/sing": "no such command: /sing;",
