@@ -72,12 +72,14 @@ class AttentionMeter:
         token_scores: for how many sequences to keep the weight that each token gets from the text
             (:class:`moda_ext.diagnostics.TokenScores`). Only whole prompts in one call count. This computes the scores
             of text rows once more, block by block.
+        score_rows: which text rows those scores are of: ``"both"``, those that see every modality of the sequence, or
+            ``"generated"``, those of generated tokens, with a prompt and its answer in one call.
         similarity: also measure attention collapse, the mean cosine similarity of two tokens at the output of every
             layer (:func:`moda_ext.diagnostics.measures.token_similarity`), averaged over sequences.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a negative number of sequences; on entering, a model of an unknown family.
+        ValueError: a negative number of sequences, or other rows; on entering, a model of an unknown family.
     """
 
     def __init__(
@@ -87,17 +89,20 @@ class AttentionMeter:
         name: str | None = None,
         modalities: dict[str, int] | None = None,
         token_scores: int = 0,
+        score_rows: str = "both",
         similarity: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"AttentionMeter: model must be a torch.nn.Module, got {type(model).__name__}")
         if token_scores < 0:
             raise ValueError(f"AttentionMeter: token_scores must be at least 0, got {token_scores}")
+        if score_rows not in ("both", "generated"):
+            raise ValueError(f"AttentionMeter: score_rows must be 'both' or 'generated', got {score_rows!r}")
         self.model = model
         self.name = type(model).__name__ if name is None else name
         self.modalities = modalities
         self._names: dict[str, int] | None = modalities
-        self.token_scores, self.similarity = token_scores, similarity
+        self.token_scores, self.score_rows, self.similarity = token_scores, score_rows, similarity
         self._context: contextlib.ExitStack | None = None
         self._prompts = _Prompts()
         self.reset()
@@ -150,7 +155,7 @@ class AttentionMeter:
                 self._prompts.end_pass()
             call = self._call
             if begins or call is None or not call.is_over_the_tokens_of(record):
-                call = self._call = _Call(record, self._prompts.borders(record))
+                call = self._call = _Call(record, self._prompts.borders(record), self.score_rows)
             if begins:
                 self._begin(call)
             self._prompts.check_window(record)
@@ -455,7 +460,7 @@ class _Prompts:
 class _Call:
     """What the layers have in common in one forward pass: which row sees what."""
 
-    def __init__(self, record: AttentionRecord, borders: Tensor | None):
+    def __init__(self, record: AttentionRecord, borders: Tensor | None, score_rows: str):
         self.query_modality, self.key_modality, self.visible = (
             record.query_modality,
             record.key_modality,
@@ -464,7 +469,10 @@ class _Call:
         self.num_modalities = record.num_modalities
         self.counts = record.key_counts()
         see_all = measures.rows_that_see_all(self.counts, self.key_modality)
-        self.text_rows = see_all & (self.query_modality == 0)
+        scored = see_all
+        if score_rows == "generated":
+            scored = torch.zeros_like(see_all) if borders is None else borders > 0
+        self.text_rows = scored & (self.query_modality == 0)
         choices = [measures.choose_rows(self.query_modality, self.num_modalities, rows) for rows in (None, see_all)]
         self.chosen = torch.cat(choices, dim=-1).to(record.mass.dtype)  # (B, N, 2 M)
 

@@ -70,7 +70,7 @@ class TokenScores:
     Attributes:
         modality: (N,), int32.
         scores: (L, N), float32: the weight a key gets from a text row, mean over heads and over the text rows that see
-            every modality of the sequence.
+            every modality of the sequence, or over those of generated tokens (``score_rows`` of the meter).
         uniform: (N,), float32: the same for uniform attention.
     """
 

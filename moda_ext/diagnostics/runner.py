@@ -168,7 +168,7 @@ def diagnose(
                 model(**inputs, use_cache=False)
             title = f"{Path(path).name}: {prompt}"
             if meter.num_scored > scored:
-                looks.append((title, *_layout(model, processor, inputs, image)))
+                looks.append((title, *image_layout(model, processor, inputs, image)))
             elif scored < num_pictures:
                 notes.append(f"No picture for “{title}”: no text row sees the image.")
     diagnosis, pictures = meter.result(), []
@@ -189,10 +189,21 @@ def format_prompt(processor: Any, prompt: str) -> str:
     return f"{processor.image_token}\n{prompt}"
 
 
-def _layout(
+def image_layout(
     model: GenerativeModel, processor: ProcessorMixin, inputs: BatchFeature, image: Image
 ) -> tuple[Tensor | None, tuple[int, int] | None, int | None, str | None]:
-    """(picture, grid, place of its first token, reason why there is none) of a prompt about one image."""
+    """Where the tokens of an image are in a prompt about one image, and what the model saw of it.
+
+    Args:
+        model, processor: of a family that :mod:`moda_ext.integrations.transformers` knows.
+        inputs: of one prompt.
+        image: in RGB.
+
+    Returns:
+        ``(picture, grid, start, reason)``: the pixels (height, width, 3) in 0 to 1, the grid (h, w) of tokens that is
+        over all of them, and the place of its first token in the prompt, with no reason; or None and the reason why
+        there is no such grid.
+    """
     from moda_ext.integrations.settings import SUFFIX, placeholder
 
     places = (inputs["input_ids"][0] == placeholder(model.config, "image")).nonzero()[:, 0].tolist()

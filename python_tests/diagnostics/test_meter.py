@@ -177,6 +177,25 @@ class TestMeterOnOwnLayers:
         assert len(scores) == 4
         torch.testing.assert_close(scores[3].scores, scores[0].scores)
 
+    def test_token_scores_of_generated_rows(self):
+        stack = make_stack()
+        lengths = torch.tensor([6, 8, 4, 10])  # of the prompts; the fourth has no answer
+        meter = AttentionMeter(stack, token_scores=9, score_rows="generated")
+        with torch.no_grad(), meter, meter.generated_after(lengths):
+            stack(self.X, TOKENS)
+        visible = visible_pairs(TOKENS)
+        place = (TOKENS >= 0).cumsum(dim=1) - 1
+        rows = (place >= lengths[:, None]) & (TOKENS == 0)
+        chosen = [b for b in range(len(TOKENS)) if rows[b].any()]
+        scores, weights = meter.result().token_scores, dense_weights(stack, self.X, TOKENS)
+        assert len(scores) == len(chosen) > 1
+        for b, found in zip(chosen, scores, strict=True):
+            for layer, dense in enumerate(weights):
+                torch.testing.assert_close(found.scores[layer], dense[b][:, rows[b]].mean(dim=(0, 1)))
+            uniform = (visible[b] / visible[b].sum(dim=-1, keepdim=True).clamp(min=1))[rows[b]].mean(dim=0)
+            torch.testing.assert_close(found.uniform, uniform)
+        assert not measured(stack, self.X, TOKENS, token_scores=9, score_rows="generated").token_scores  # nobody said
+
     def test_similarity_of_the_outputs(self):
         stack = make_stack(layers=1)
         with torch.no_grad():
@@ -233,6 +252,8 @@ class TestMeterOnOwnLayers:
             AttentionMeter("llava")
         with pytest.raises(ValueError, match="token_scores must be at least 0, got -1"):
             AttentionMeter(make_stack(), token_scores=-1)
+        with pytest.raises(ValueError, match="score_rows must be 'both' or 'generated', got 'all'"):
+            AttentionMeter(make_stack(), score_rows="all")
         with pytest.raises(RuntimeError, match="nothing was measured"):
             AttentionMeter(make_stack()).result()
         with pytest.raises(ValueError, match="must number the model's 2 modalities from 0, got"):

@@ -168,10 +168,10 @@ class TestPictures:
     }
 
     def layout(self, family, colours, pieces=None):
-        """``_layout`` of an image of four colours in Transformers' own tiles, and what the text stack gets of it."""
+        """``image_layout`` of an image of four colours in Transformers' own tiles, and what the text stack gets."""
         from vision_language import FAMILIES, IMAGE, make_model
 
-        from moda_ext.diagnostics.runner import _layout
+        from moda_ext.diagnostics.runner import image_layout
 
         model, (name, options, lengths) = make_model(family), self.PROCESSORS[family]
         model.config.image_grid_pinpoints = options.get("image_grid_pinpoints")
@@ -196,7 +196,7 @@ class TestPictures:
             stack.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["inputs_embeds"][0]), with_kwargs=True)
             with torch.no_grad():
                 model(**inputs, use_cache=False)
-        return _layout(model, types.SimpleNamespace(image_processor=of_image), inputs, image), seen
+        return image_layout(model, types.SimpleNamespace(image_processor=of_image), inputs, image), seen
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_token_of_a_quarter_of_the_picture_sees_that_quarter(self, family):

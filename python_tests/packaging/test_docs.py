@@ -151,6 +151,8 @@ def test_an_example_runs(example, folder, monkeypatch, capsys):
         "finetune": "the logits are the same",
         "train_parallel": "saved moda.safetensors",
         "diagnose": "the model",
+        "understand_character": "relation: ",
+        "plan_conversation": "option 3: ",
     }[example.stem] in printed
 
 
