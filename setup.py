@@ -273,6 +273,7 @@ extras = {
     "transformers": ["pillow", "safetensors", VERSION["TRANSFORMERS_REQUIREMENT"]],
     "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
     "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
+    "lmms": [*VERSION["LMMS_EVAL_REQUIREMENTS"], "moda_ext[transformers]"],
     "cli": ["moda_ext[demo,diagnostics,transformers]", "rich", "typer"],
     "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
