@@ -32,7 +32,7 @@ def evaluate(checkpoint, folder, batch_size: int = 4, **options) -> tuple[list[s
             tasks=[TASK],
             batch_size=batch_size,
             device="cpu",
-            task_manager=TaskManager(include_path=str(folder)),
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
             log_samples=True,
             bootstrap_iters=0,
             cli_args=None,
@@ -45,7 +45,7 @@ def command(checkpoint, folder, *launcher: str) -> tuple[subprocess.CompletedPro
     """The command line of lmms-eval, with the results that it wrote, None without any."""
     words = [*(launcher or ["-m"]), "lmms_eval", "--model", "moda_ext", "--model_args", f"pretrained={checkpoint.path}"]
     words += ["--tasks", TASK, "--include_path", ".", "--batch_size", "4", "--device", "cpu", "--output_path", "out"]
-    words += ["--verbosity", "DEBUG"]  # without it every error ends with status 0
+    words += ["--log_samples", "--verbosity", "DEBUG"]  # without it every error ends with status 0
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=os.environ)
     written = list(Path(folder, "out").rglob("*results.json"))
     return done, json.loads(written[0].read_text()) if written else None
