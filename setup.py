@@ -274,11 +274,20 @@ extras = {
     "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
     "evaluation": ["matplotlib>=3.8", "pillow", "scipy"],
     "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
+    "lmms": [*VERSION["LMMS_EVAL_REQUIREMENTS"], "moda_ext[transformers]"],
     "cli": ["moda_ext[demo,diagnostics,evaluation,transformers]", "rich", "typer"],
     "train": ["accelerate", "datasets", "gguf", "moda_ext[cli]", "peft", "pyyaml", "tensorboard"],
     "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
-    "test-transformers": ["accelerate", "gguf", "moda_ext[cli,transformers]", "peft", "pillow", "pyyaml", "tensorboard"],
+    "test-transformers": [
+        "accelerate",
+        "gguf",
+        "moda_ext[cli,transformers]",
+        "peft",
+        "pillow",
+        "pyyaml",
+        "tensorboard",
+    ],
 }
 
 write_build_info(isas)

