@@ -247,7 +247,11 @@ def measure_deficit(model: Any, processor: Any, tasks: Sequence[Task]) -> dict[s
     diagnosis, found = meter.result(), {}
     for null, end in ((False, ""), (True, ", uniform")):
         summary = diagnosis.summary(null=null)
-        for measure, name in (("avg_diff", "text"), ("avg_diff", diagnosis.modalities[1]), ("mdi", diagnosis.modalities[1])):
+        for measure, name in (
+            ("avg_diff", "text"),
+            ("avg_diff", diagnosis.modalities[1]),
+            ("mdi", diagnosis.modalities[1]),
+        ):
             found[f"{measure} {name}{end}"] = float(summary[measure][name])
     return found
 

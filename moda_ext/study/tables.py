@@ -1,1 +1,2 @@
-def write_tables(): pass
+def write_tables():
+    pass

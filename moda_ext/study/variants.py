@@ -73,7 +73,7 @@ def by_parity(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 class BilinearGate(nn.Module):
     r"""A learned bias of each query and each image key, in the place of a layer's aligner.
 
-    .. math:: b_{ij} = \frac{1}{\sqrt{D}} (q_i A B) \cdot k_j \quad \text{for image keys } j, \qquad b_{ij} = 0 \text{ else}
+    .. math:: b_{ij} = D^{-1/2} (q_i A B) \cdot k_j \text{ for image keys } j, \quad b_{ij} = 0 \text{ for others,}
 
     which is a view of the query for image keys, q + q A B, and costs no N x N matrix. B starts at 0. After RAVE (arXiv
     2605.18359), whose bias is bilinear in queries and visual keys too, but takes them before RoPE; after it, the bias
@@ -105,9 +105,13 @@ VARIANTS = {
         Variant("moda", "and MODA: aligner and conditional mask in every layer", {}),
         Variant("blind", "the same, with the parity of a token's place for its modality: the control", {}, blind=True),
         Variant("balance", "moda, and the attention balance loss", {}, balance=0.1),
-        Variant("prior", "moda, its prior of text rows for image keys starting at the calibrated value", {}, calibrated=True),
+        Variant(
+            "prior", "moda, its prior of text rows for image keys starting at the calibrated value", {}, calibrated=True
+        ),
         Variant("gate", "a bilinear gate on image keys, after RAVE", NOTHING, gate=True),
         Variant("lora, hints at random", "lora, trained on hints that tell nothing", data="train_random_hints.jsonl"),
-        Variant("moda, hints at random", "moda, trained on hints that tell nothing", {}, data="train_random_hints.jsonl"),
+        Variant(
+            "moda, hints at random", "moda, trained on hints that tell nothing", {}, data="train_random_hints.jsonl"
+        ),
     )
 }
