@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from moda_ext.conversations import Conversation
 from moda_ext.training.collator import IGNORED, Collator, encode, render
@@ -79,7 +78,7 @@ def generate_answers(
 
 @torch.no_grad()
 def forced_matches(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     conversations: Sequence[Conversation],
     *,
@@ -106,7 +105,8 @@ def forced_matches(
     for batch in progress(batches(conversations, processor, batch_size)):
         inputs = collate([conversations[i] for i in batch])
         labels = only_last(inputs.pop("labels"))
-        inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        inputs = {k: v.to(model.device) for k, v in inputs.items()}
+        inputs |= {k: v.to(model.dtype) for k, v in inputs.items() if v.is_floating_point()}
         chosen = model(**inputs, use_cache=False, **forward).logits.argmax(dim=-1).cpu()
         right = (chosen[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
         for i, match in zip(batch, right.all(dim=1).tolist(), strict=True):

@@ -88,7 +88,7 @@ def join() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     file = fetch(GGUF)
     language: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del language.config.quantization_config  # the weights are plain numbers now
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.eos_token = TURN_END
     language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
@@ -215,5 +215,7 @@ def _targets(model: Any, processor: Any, scenes: list[Scene]) -> tuple[Tensor, T
     def embedding(word: str) -> Tensor:
         return table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(dim=0)
 
-    embeddings = [sum(embedding(word) for word in words) / math.sqrt(len(words)) for words in vocabulary]
-    return indices.flatten(), torch.stack(embeddings)
+    def together(words: tuple[str, ...]) -> Tensor:
+        return torch.stack([embedding(word) for word in words]).sum(dim=0) / math.sqrt(len(words))
+
+    return indices.flatten(), torch.stack([together(words) for words in vocabulary])

@@ -37,7 +37,9 @@ class Entry:
 @functools.cache
 def _index() -> dict[str, dict[str, list[int]]]:
     """{kind: {name: places}}."""
-    codes, places, count = json.loads((FOLDER / "index.json").read_text(encoding="utf-8")), {}, 0
+    codes = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
+    places: dict[str, dict[str, list[int]]] = {}
+    count = 0
     for kind, names in codes.items():
         places[kind] = {}
         for name, variants in names.items():

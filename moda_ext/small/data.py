@@ -61,7 +61,8 @@ def write_data(folder: str | Path, scenes: list[Scene], *, dev: int = 40, test: 
     if (folder / "train.jsonl").exists():
         raise FileExistsError(f"{folder} has data already")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    informative, random_hints = [], []
+    informative: list[dict[str, Any]] = []
+    random_hints: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
         image = _save(folder, f"train-{i}", scene)
         rng = random.Random(f"questions {seed} {i}")

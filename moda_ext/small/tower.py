@@ -55,7 +55,7 @@ class Convolution(nn.Sequential):
         )
         self.kernel, self.stride = kernel, stride
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nn.Sequential's argument has another name
+    def forward(self, x: Tensor) -> Tensor:
         pads = []
         for size in (x.shape[-1], x.shape[-2]):
             missing = max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0)
@@ -126,8 +126,8 @@ def load_weights(model: EfficientNetLiteModel, published: dict[str, Tensor]) -> 
     Raises:
         RuntimeError: weights that are missing, left over or of another shape.
     """
-    convolutions = {"_conv_stem": model.stem, "_conv_head": model.head}
-    norms = {"_bn0": model.stem, "_bn1": model.head}
+    convolutions: dict[str, Any] = {"_conv_stem": model.stem, "_conv_head": model.head}
+    norms: dict[str, Any] = {"_bn0": model.stem, "_bn1": model.head}
     for i, block in enumerate(model.blocks):
         expands = isinstance(block.expand, Convolution)
         parts = [("_expand_conv", "_bn0", block.expand)] if expands else []

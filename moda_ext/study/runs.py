@@ -271,7 +271,7 @@ def remember_pictures(tower: torch.nn.Module) -> None:
         cells = torch.stack([memory[key] for key in keys])
         return BaseModelOutput(last_hidden_state=cells, hidden_states=(cells,))
 
-    tower.forward = forward  # type: ignore[method-assign]
+    tower.forward = forward
 
 
 @functools.cache

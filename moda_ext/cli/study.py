@@ -1,0 +1,50 @@
+"""``moda-ext study``: does MODA help? Variants, seeds and a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moda_ext.cli.app import ManyValues, app
+
+
+@app.command(cls=ManyValues)
+def study(
+    small: Annotated[Path, typer.Option(help="What moda-ext assemble made.")] = Path("build/small"),
+    out: Annotated[Path, typer.Option(help="Gets a file for each run, and tables.md.")] = Path("build/study"),
+    variants: Annotated[list[str] | None, typer.Option(help="By default all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many of each variant.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 150,
+    lr: Annotated[float, typer.Option(help="Of LoRA, the projector and MODA's low-rank maps.")] = 1e-3,
+    fast_lr: Annotated[float, typer.Option(help="Of MODA's priors and conditions.")] = 1e-2,
+    prior: Annotated[float, typer.Option(help="At which the variant 'prior' starts, see moda-ext calibrate.")] = 1.0,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each task and hint.")] = 40,
+    questions: Annotated[str, typer.Option(help="test, or dev to choose learning rates by.")] = "test",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
+) -> None:
+    """Trains variants of the small model under the same conditions, and compares their answers and attention.
+
+    Runs that are done are not done again: call it again after an interruption, or with more seeds. Needs the extra
+    moda_ext[train].
+    """
+    import accelerate  # type: ignore[import-untyped]  # noqa: F401  if one is missing, say so first
+    import peft  # noqa: F401
+    import scipy  # noqa: F401
+
+    from moda_ext.study import VARIANTS, Plan, run_study, write_tables
+
+    if questions not in ("test", "dev"):
+        raise typer.BadParameter(f"must be test or dev, got {questions}", param_hint="--questions")
+    for part in ("model/config.json", f"data/{questions}.jsonl"):
+        if not (small / part).is_file():
+            raise typer.BadParameter(f"{small / part} is missing: run moda-ext assemble", param_hint="--small")
+    plan = Plan(str(small), steps=steps, lr=lr, fast_lr=fast_lr, prior=prior, limit=limit, questions=questions)
+    try:
+        runs = run_study(out, plan, variants or list(VARIANTS), range(seeds), jobs=jobs)
+        tables = write_tables(runs)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    (out / "tables.md").write_text(tables, encoding="utf-8")
+    print(tables + f"\n{out / 'tables.md'}")
