@@ -122,7 +122,7 @@ def parse_doses(text: str) -> list[float]:
 
 
 def print_result(found: Calibration) -> None:
-    """The half held out, before and after, with 95 % intervals; and a warning where it lost more than allowed."""
+    """The half held out, before and after, with 95 % intervals; and notes where it does not hold what it promised."""
     from moda_ext.evaluation.statistics import wilson_interval
 
     def cell(share: Share | None) -> str:
@@ -147,3 +147,5 @@ def print_result(found: Calibration) -> None:
                 f"[yellow]note[/]: on the half held out, accuracy without hints falls by {lost:.1f} points, more than "
                 f"the tolerance of {found.tolerance:g}, which held where the prior was chosen"
             )
+        if after.objective <= before.objective:
+            rich.print("[yellow]note[/]: on the half held out this prior is no better; more examples would tell more")

@@ -44,7 +44,7 @@ def train(model, processor, folder):
 
 @pytest.fixture(scope="session")
 def believer(tmp_path_factory):
-    """A folder with ``model``, a checkpoint, and ``dev.jsonl`` and ``test.jsonl``: 12 questions each, in three forms."""
+    """A folder with a checkpoint ``model``, ``dev.jsonl`` and ``test.jsonl``: 36 and 12 questions in three forms."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     from moda_ext.conversations import write_conversations
@@ -59,7 +59,7 @@ def believer(tmp_path_factory):
     train(model, processor, folder)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    for name, numbers in (("dev", range(12)), ("test", range(12, 24))):
+    for name, numbers in (("dev", range(36)), ("test", range(36, 48))):
         records = [example(folder, number, hint) for number in numbers for hint in ("none", "right", "wrong")]
         write_conversations(folder / f"{name}.jsonl", records)
     return folder
