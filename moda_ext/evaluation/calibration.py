@@ -405,7 +405,7 @@ def head_gradients(
 
 
 def head_places(gain: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    r"""The heads with most gain for their cost, by their number: 1/32 to 1/2 of all, of those that gain at all.
+    r"""The heads with most gain for their cost, by their number: 1/32, 1/16, ... of all, up to all that gain at all.
 
     They are ranked by :math:`\text{gain} / (\max(0, -\text{keep}) + \overline{|\text{keep}|})`: the mean over heads
     keeps those that cost nothing and gain next to nothing from coming first.
@@ -420,7 +420,7 @@ def head_places(gain: Tensor, keep: Tensor) -> dict[str, Tensor]:
     order = ranked.argsort(descending=True, stable=True)
     order = order[gain.flatten()[order] > 0]
     places = {}
-    for part in (32, 16, 8, 4, 2):
+    for part in (32, 16, 8, 4, 2, 1):
         number = min(max(1, gain.numel() // part), len(order))
         if number:
             table = torch.zeros(gain.numel())

@@ -236,9 +236,9 @@ class TestDial:
         gain = torch.tensor([[3.0, 2.0, -1.0, 1e-6], [2.0, 0.5, -2.0, -3.0]])
         keep = torch.tensor([[-3.0, 0.0, 1.0, 1.0], [-1.0, 0.0, 0.0, 2.0]])  # the mean of |keep| is 1
         places = head_places(gain, keep)
-        assert list(places) == ["1 head", "2 heads", "4 heads"]
+        assert list(places) == ["1 head", "2 heads", "4 heads", "5 heads"]
         order = [table.flatten().nonzero()[:, 0].tolist() for table in places.values()]
-        assert order == [[1], [1, 4], [0, 1, 4, 5]]  # 2, 1, then 0.75 and 0.5
+        assert order == [[1], [1, 4], [0, 1, 4, 5], [0, 1, 3, 4, 5]]  # 2, 1, 0.75, 0.5 and 1e-6
         assert head_places(-gain.abs(), keep) == {}
 
     def test_a_fixed_prior_is_refused_and_a_learned_one_is_added_to(self, loaded, dev):
@@ -321,10 +321,8 @@ class TestCommand:
         for layer, prior in zip(layers, priors.values(), strict=True):
             assert torch.equal(prior[:, 0, 1], doses[layer])
             assert not prior.sum(dim=(1, 2)).sub(doses[layer]).any()
-        by_layers = data["chosen"]["place"].startswith("layer")
         assert model.config.text_config.moda["layers"] == layers
-        assert ("gradients" in data) is not by_layers
-        assert any(".moda." in n for n, _ in model.named_parameters()) is not by_layers  # a setting, or weights
+        assert ("gradients" in data) is not data["chosen"]["place"].startswith("layer")
 
     def test_what_it_prints_and_draws(self, calibrated):
         out, output = calibrated
@@ -404,10 +402,31 @@ def test_the_figure_shows_what_was_measured():
     assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(100 * high)
 
 
-def test_whole_layers_become_a_setting_and_heads_become_weights(loaded):
-    model, _ = loaded
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 3]])
+def test_a_saved_prior_is_loaded_exactly(loaded, dev, tmp_path, heads):
+    """Whole layers become a setting without parameters, heads become weights; the answers are those of the dial."""
+    from moda_ext.diagnostics import load_model
+    from moda_ext.evaluation.answers import generate_answers
+    from moda_ext.training.collator import encode
+
+    model, processor = loaded
     doses = torch.zeros(2, 4)
-    doses[1, 2] = 1.0
-    apply_prior(model, doses)
-    assert model.config.text_config.moda["layers"] == [1]
-    assert model.config.text_config.moda["mask"]["learn_prior"]
+    doses[0, heads] = 3.75
+    fresh = load_model(model.name_or_path, device="cpu")[0]
+    apply_prior(fresh, doses)
+    fresh.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    saved, _ = load_model(str(tmp_path), device="cpu")
+    parameters = [name for name, _ in saved.named_parameters() if ".moda." in name]
+    assert len(parameters) == (0 if len(heads) == 4 else 1)
+    assert saved.config.text_config.moda["layers"] == [0]
+    dial = PriorDial(model)
+    plain = generate_answers(model, processor, dev)
+    dial.set(doses)
+    turned = generate_answers(model, processor, dev)
+    assert turned != plain and generate_answers(saved, processor, dev) == turned
+    inputs, _ = encode(processor, [c.prompt for c in dev[:6]], padding_side="left")
+    with torch.no_grad():
+        logits = [m(**inputs).logits for m in (fresh, saved, model)]
+    assert torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[2])
