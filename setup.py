@@ -273,7 +273,8 @@ extras = {
     "transformers": ["pillow", "safetensors", VERSION["TRANSFORMERS_REQUIREMENT"]],
     "diagnostics": ["matplotlib>=3.8", "pandas", "pillow"],
     "vllm": ["prometheus_client", "psutil", "rich", "typer", f"vllm{VERSION['VLLM_REQUIREMENT']}"],
-    "cli": ["moda_ext[demo,diagnostics,transformers]", "rich", "typer"],
+    "evaluation": ["matplotlib>=3.8", "pillow", "scipy"],
+    "cli": ["moda_ext[demo,diagnostics,evaluation,transformers]", "rich", "typer"],
     "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
     "test-transformers": ["accelerate", "moda_ext[cli,transformers]", "peft", "pillow"],

@@ -31,7 +31,6 @@ from moda_ext.evaluation.calibration import (
     measure,
     search,
 )
-from moda_ext.evaluation.statistics import wilson_interval
 from moda_ext.integrations.transformers import attention_modules
 
 from .contrastive import PAI, VCD, Decoder
@@ -138,14 +137,14 @@ class Bench:
 def table_of(rows: list[dict]) -> Table:
     """A line for each method, and its cost: the time of a token as a multiple of plain decoding's."""
     table = Table(title="on TEST: % of examples (95 % interval); time a token against plain decoding")
-    names = list(rows[0]["test"].shares())
+    names = list(rows[0]["test"].proportions())
     for column in ("method", "setting", "tried", *names, "time"):
         table.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for row in rows:
         cells = ["-"] * (len(names) + 1)
         if row["test"] is not None:
-            bounds = [(share.rate, *wilson_interval(*share)) for share in row["test"].shares().values()]
-            cells = [f"{100 * rate:.1f} ({100 * low:.0f}-{100 * high:.0f})" for rate, low, high in bounds]
+            bounds = [(share.value, *share.interval) for share in row["test"].proportions().values()]
+            cells = [f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})" for value, low, high in bounds]
             cells.append(f"{rows[0]['tokens_per_second'] / row['tokens_per_second']:.2f}")
         table.add_row(row["name"], row["setting"], str(row["tried"]), *cells)
     return table

@@ -7,7 +7,7 @@ def main() -> None:
 
         app(prog_name="moda-ext")
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "matplotlib", "PIL", "transformers"):
+        if error.name not in ("typer", "rich", "matplotlib", "PIL", "scipy", "transformers"):
             raise
         raise SystemExit(f"moda-ext needs {error.name}: pip install 'moda_ext[cli]'") from error
 

@@ -18,12 +18,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 class ManyValues(typer.core.TyperCommand):
     """Lets ``--images a.jpg b.jpg`` stand for ``--images a.jpg --images b.jpg``, as a shell's wildcard writes it."""
 
-    MANY = ("--images", "--prompts")
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the context is click's, or a copy in typer
+        many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         expanded, current = [], None
         for arg in args:
-            if arg in self.MANY:
+            if arg in many:
                 current = arg
             elif arg.startswith("--"):
                 current = None

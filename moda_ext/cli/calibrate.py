@@ -16,7 +16,8 @@ from rich.table import Table
 from moda_ext.cli.app import app, loading, versions
 
 if TYPE_CHECKING:
-    from moda_ext.evaluation.calibration import Calibration, Share
+    from moda_ext.evaluation.calibration import Calibration
+    from moda_ext.evaluation.statistics import Proportion
 
 
 @app.command()
@@ -44,6 +45,7 @@ def calibrate(
     """
     import matplotlib  # noqa: F401  if one is missing, say so before all the measuring
     import PIL  # noqa: F401
+    import scipy  # noqa: F401
     import transformers  # noqa: F401
 
     from moda_ext.conversations import read_conversations
@@ -121,27 +123,24 @@ def parse_doses(text: str) -> list[float]:
     return sorted(set(doses))
 
 
+def percent(share: Proportion) -> str:
+    low, high = share.interval
+    return f"{100 * share.value:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
 def print_result(found: Calibration) -> None:
     """The half held out, before and after, with 95 % intervals; and notes where it does not hold what it promised."""
-    from moda_ext.evaluation.statistics import wilson_interval
-
-    def cell(share: Share | None) -> str:
-        if not share or not share.of:
-            return "-"
-        low, high = wilson_interval(*share)
-        return f"{100 * share.rate:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
-
     name = "no better prior" if found.chosen is None else f"{found.chosen.place}, dose {found.chosen.dose:g}"
     table = Table(title="on the half held out; in parentheses: 95 % intervals")
     for column in ("", "n", "as it was", name):
         table.add_column(column, justify="left" if not column else "right")
     before, after = found.before, found.after
-    columns = [before.shares(), {} if after is None else after.shares()]
-    for label, share in before.shares().items():
-        table.add_row(label, str(share.of), *(cell(shares.get(label)) for shares in columns))
+    new = {} if after is None else after.proportions()
+    for label, old in before.proportions().items():
+        table.add_row(label, str(old.n), percent(old), percent(new[label]) if new else "-")
     rich.print(table)
     if after is not None:
-        lost = 100 * (before.accuracy["none"].rate - after.accuracy["none"].rate)
+        lost = 100 * (before.accuracy["none"].value - after.accuracy["none"].value)
         if lost > found.tolerance:
             rich.print(
                 f"[yellow]note[/]: on the half held out, accuracy without hints falls by {lost:.1f} points, more than "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moda_ext.diagnostics.measures import split_in_thirds
 from moda_ext.diagnostics.results import Diagnosis, RowOptions
+from moda_ext.reports import COLOURS, legend_below, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +34,6 @@ __all__ = [
     "token_scores",
 ]
 
-# Okabe and Ito: safe for colour-blind eyes
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1)))  # one for each diagnosis
 HATCHES = ("", "///", "...", "xxx")
 
@@ -50,7 +49,7 @@ def token_scores(diagnoses: Diagnosis | Sequence[Diagnosis], *, rows: str = "bot
         ValueError: no diagnosis, or modalities that differ.
     """
     diagnoses = _sequence(diagnoses)
-    figure, axes = _figure(1, width=5.2)
+    figure, axes = new_figure(1, width=5.2)
     axis = axes[0]
     width = 0.8 / len(diagnoses)
     names = diagnoses[0].modalities
@@ -87,7 +86,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
         ValueError: an unknown option.
     """
     names = diagnosis.modalities
-    figure, axes = _figure(len(names), width=4.2 * len(names))
+    figure, axes = new_figure(len(names), width=4.2 * len(names))
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         options: RowOptions = {"rows": rows, "first_token": first_token}
         for measure, style, label in (("self", "-", f"{name} to {name}"), ("cross", "--", f"{name} to others")):
@@ -105,7 +104,7 @@ def attention_by_layer(diagnosis: Diagnosis, *, rows: str = "both", first_token:
         if difference == difference:
             axis.set_title(f"{name}: AvgDiff {100 * difference:.1f} %")
             axis.set_yscale("log")
-            _legend_below(axis, columns=2)
+            legend_below(axis, columns=2)
         else:
             axis.set_title(f"{name}: not defined in this layout")
         axis.set_xlabel("layer")
@@ -124,7 +123,7 @@ def disparity_by_layer(
     """
     diagnoses = _sequence(diagnoses)
     names = diagnoses[0].modalities
-    figure, axes = _figure(len(names), width=4.2 * len(names))
+    figure, axes = new_figure(len(names), width=4.2 * len(names))
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         for k, diagnosis in enumerate(diagnoses):
             for null in (False, True):
@@ -142,7 +141,7 @@ def disparity_by_layer(
         axis.set_xlabel("layer")
         _integer_ticks(axis)
         if axis.lines:
-            _legend_below(axis)
+            legend_below(axis)
         else:
             axis.text(0.5, 0.5, "not defined in this layout", ha="center", transform=axis.transAxes)
     axes[0].set_ylabel("disparity |s - c| / max(s, c)")
@@ -164,7 +163,7 @@ def dominance_by_layer(
     diagnoses = _sequence(diagnoses)
     names = diagnoses[0].modalities
     options: RowOptions = {"rows": rows, "first_token": first_token}
-    figure, axes = _figure(len(names) - 1, width=5.2 * (len(names) - 1))
+    figure, axes = new_figure(len(names) - 1, width=5.2 * (len(names) - 1))
     for m, (axis, name) in enumerate(zip(axes, names[1:], strict=True), start=1):
         for k, diagnosis in enumerate(diagnoses):
             values, thirds = diagnosis.figure("mdi", **options)[:, m], diagnosis.thirds("mdi", **options)[:, m]
@@ -183,7 +182,7 @@ def dominance_by_layer(
             label = "uniform attention"
             axis.plot(diagnoses[0].layer_ids, null.tolist(), color="0.5", linestyle=":", label=label)
             axis.set_yscale("log")
-            _legend_below(axis)
+            legend_below(axis)
         else:
             axis.text(0.5, 0.5, "not defined in this layout", ha="center", transform=axis.transAxes)
         axis.set_title(f"attention of a text token over a {name} token")
@@ -201,7 +200,7 @@ def heads(diagnosis: Diagnosis, measure: str = "disparity", *, rows: str = "both
     """
     values = diagnosis.figure(measure, rows=rows, first_token=first_token, per_head=True)
     names = diagnosis.modalities
-    figure, axes = _figure(len(names), width=4.2 * len(names))
+    figure, axes = new_figure(len(names), width=4.2 * len(names))
     top = 1.0 if measure == "disparity" else None
     for m, (axis, name) in enumerate(zip(axes, names, strict=True)):
         image = axis.imshow(
@@ -240,7 +239,7 @@ def image_attention(
             f"{tuple(scores.shape)}"
         )
     ratio = (scores / (scores.mean() if uniform is None else uniform)).reshape(height, width)
-    figure, axes = _figure(2, width=8.0)
+    figure, axes = new_figure(2, width=8.0)
     for axis in axes:
         axis.imshow(picture.numpy() if isinstance(picture, Tensor) else picture)
         axis.set_axis_off()
@@ -261,7 +260,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]) -> Figure:
         ValueError: a diagnosis that was not measured with ``similarity=True``.
     """
     diagnoses = _sequence(diagnoses)
-    figure, axes = _figure(1, width=5.2)
+    figure, axes = new_figure(1, width=5.2)
     for k, diagnosis in enumerate(diagnoses):
         if diagnosis.similarity is None:
             raise ValueError(f"similarity: {diagnosis.name} was not measured with AttentionMeter(similarity=True)")
@@ -277,7 +276,7 @@ def similarity(diagnoses: Diagnosis | Sequence[Diagnosis]) -> Figure:
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel("mean cosine similarity of tokens")
     axes[0].set_title("Collapse: 1 means that all tokens are alike")
-    _legend_below(axes[0])
+    legend_below(axes[0])
     _integer_ticks(axes[0])
     return figure
 
@@ -289,22 +288,6 @@ def _sequence(diagnoses: Diagnosis | Sequence[Diagnosis]) -> list[Diagnosis]:
     if any(d.modalities != diagnoses[0].modalities for d in diagnoses):
         raise ValueError(f"figures: the modalities differ: {', '.join(str(d.modalities) for d in diagnoses)}")
     return diagnoses
-
-
-def _figure(columns: int, width: float) -> tuple[Figure, list[Axes]]:
-    """A figure with one row of axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "moda_ext.diagnostics.figures needs matplotlib, which is not installed; install it with: "
-            "pip install 'moda_ext[diagnostics]'"
-        ) from error
-    figure = Figure(figsize=(width, 3.5), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False).flatten().tolist()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _colour(modality: int) -> str:
@@ -319,10 +302,6 @@ def _integer_locator() -> MaxNLocator:
 
 def _integer_ticks(axis: Axes) -> None:
     axis.xaxis.set_major_locator(_integer_locator())
-
-
-def _legend_below(axis: Axes, columns: int = 1) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, fontsize=8)
 
 
 def _patch(colour: str, label: str, hatch: str) -> Patch:

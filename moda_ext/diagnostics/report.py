@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moda_ext.diagnostics import figures
 from moda_ext.diagnostics.results import VARIANTS, Diagnosis, RowOptions
 from moda_ext.diagnostics.runner import Picture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moda_ext.reports import chart, escape, write_page
 
 __all__ = ["write_report"]
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e5e5e5; }
-th:first-child, td:first-child { text-align: left; } .null { color: #777; }
-.note { background: #fff6e0; border-left: 4px solid #e69f00; padding: .5rem 1rem; }
-details { margin: .7rem 0; } summary { cursor: pointer; }
-"""
 LABELS = {
     "avg_diff": ("AvgDiff, |s − c| / max(s, c)", "%"),
     "avg_diff_sum": ("AvgDiff, |s − c| / (s + c)", "%"),
@@ -113,12 +95,12 @@ def write_report(
     undefined = list(dict.fromkeys(sentence for d in diagnoses for sentence in d.undefined()))
     names = " and ".join(d.name for d in diagnoses)
     parts = [
-        f"<h1>Attention between modalities: {_text(names)}</h1>",
-        *(f"<p>{_text(sentence)}</p>" for d in diagnoses for sentence in (_measured(d), *_findings(d))),
-        *(f'<p class="note">{_text(sentence)}</p>' for sentence in (*undefined, *notes)),
+        f"<h1>Attention between modalities: {escape(names)}</h1>",
+        *(f"<p>{escape(sentence)}</p>" for d in diagnoses for sentence in (_measured(d), *_findings(d))),
+        *(f'<p class="note">{escape(sentence)}</p>' for sentence in (*undefined, *notes)),
         f"<p>{HOW_TO_READ}</p>",
         "<h2>Figures</h2>",
-        *(_chart(figure, caption) for figure, caption in charts),
+        *(chart(figure, caption) for figure, caption in charts),
     ]
     if pictures:
         parts.append("<h2>Where the text looks in the image</h2>")
@@ -127,11 +109,11 @@ def write_report(
                 picture.image, picture.scores, picture.grid, uniform=picture.uniform, title=picture.title
             )
             caption = f"{name}. {picture.title} Mean over layers, heads and text rows after the image."
-            parts.append(_chart(drawn, caption, "png"))
+            parts.append(chart(drawn, caption, "png"))
     measured = any(d.generated_tokens for d in diagnoses)
     if measured:
         parts.append("<h2>What the generated tokens look at in their prompts</h2>")
-        parts.append(_chart(figures.dominance_by_layer(diagnoses), DOMINANCE))
+        parts.append(chart(figures.dominance_by_layer(diagnoses), DOMINANCE))
         parts += [_thirds_table(diagnoses, first_token) for first_token in (True, False)]
     parts.append("<h2>Numbers</h2>")
     for rows, first_token in VARIANTS:
@@ -142,18 +124,11 @@ def write_report(
         opened = " open" if (rows, first_token) == VARIANTS[0] else ""
         parts.append(f"<details{opened}><summary>{title[0].upper() + title[1:]}</summary>{table}</details>")
     for d in diagnoses:
-        parts.append(f"<details><summary>{_text(d.name)} by layer</summary>{_layer_table(d)}</details>")
+        parts.append(f"<details><summary>{escape(d.name)} by layer</summary>{_layer_table(d)}</details>")
     parts.append(f"<h2>What the numbers mean</h2><p>{MEANING}</p>")
     if versions:
-        parts.append(f"<p class='null'>{_text(', '.join(f'{k} {v}' for k, v in versions.items()))}</p>")
-    document = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Attention of {_text(names)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-    Path(path).write_text(document, encoding="utf-8")
+        parts.append(f"<p class='null'>{escape(', '.join(f'{k} {v}' for k, v in versions.items()))}</p>")
+    write_page(path, f"Attention of {names}", parts)
 
 
 def _measured(d: Diagnosis) -> str:
@@ -193,7 +168,7 @@ def _summary_table(diagnoses: Sequence[Diagnosis], rows: str, first_token: bool)
     columns = [(d.name, d.summary(**options, null=null), null) for d in diagnoses for null in (False, True)]
     modalities = diagnoses[0].modalities
     head = "".join(
-        f"<th{' class=null' if null else ''}>{_text('uniform' if null else name)}</th>" for name, _, null in columns
+        f"<th{' class=null' if null else ''}>{escape('uniform' if null else name)}</th>" for name, _, null in columns
     )
     lines = []
     for measure, (label, unit) in LABELS.items():
@@ -204,7 +179,7 @@ def _summary_table(diagnoses: Sequence[Diagnosis], rows: str, first_token: bool)
                 f"<td{' class=null' if null else ''}>{_number(summary[measure][name], unit)}</td>"
                 for _, summary, null in columns
             )
-            lines.append(f"<tr><td>{_text(label)}: {_text(name)}</td>{cells}</tr>")
+            lines.append(f"<tr><td>{escape(label)}: {escape(name)}</td>{cells}</tr>")
     return f'<div class="scroll"><table><tr><th>mean over layers</th>{head}</tr>{"".join(lines)}</table></div>'
 
 
@@ -223,14 +198,14 @@ def _thirds_table(diagnoses: Sequence[Diagnosis], first_token: bool) -> str:
                     for value, uniform in zip(found[m], null[m], strict=True)
                 )
                 label = f"{d.name}: {measure.upper()} of {name}"
-                lines.append(f"<tr><td>{_text(label)}</td>{cells}</tr>")
+                lines.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
     title = "all keys" if first_token else "without the first token as a key"
     return f'<div class="scroll"><table><tr><th>{title}</th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _layer_table(d: Diagnosis) -> str:
     measures = ("self", "cross", "disparity", "score")
-    head = "".join(f"<th>{measure}: {_text(name)}</th>" for measure in measures for name in d.modalities)
+    head = "".join(f"<th>{measure}: {escape(name)}</th>" for measure in measures for name in d.modalities)
     values = [d.figure(measure) for measure in measures]
     lines = []
     for i, layer in enumerate(d.layer_ids):
@@ -243,18 +218,3 @@ def _number(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return "not defined"
     return f"{round(100 * value, 2) + 0.0:.2f} %" if unit == "%" else f"{value:.4g}"  # + 0.0: no "-0.00"
-
-
-def _chart(figure: Figure, caption: str, form: str = "svg") -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
-    kind = "image/svg+xml" if form == "svg" else "image/png"
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<figure><img src="data:{kind};base64,{data}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption>'
-        "</figure>"
-    )
-
-
-def _text(value: str) -> str:
-    return html.escape(value)

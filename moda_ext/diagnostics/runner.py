@@ -90,7 +90,9 @@ def load_processor(name: str) -> ProcessorMixin | None:
         return None
     from transformers import AutoProcessor
 
-    import moda_ext.integrations.transformers  # noqa: F401  makes the model types with MODA known
+    # They make the model types with MODA known, and the vision tower of the small model.
+    import moda_ext.integrations.transformers
+    import moda_ext.small.tower  # noqa: F401
 
     return AutoProcessor.from_pretrained(name)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moda_ext.conversations import Conversation
 from moda_ext.evaluation.answers import Progress, batches, generate_answers, normalize, only_last
-from moda_ext.evaluation.statistics import wilson_interval
+from moda_ext.evaluation.statistics import Proportion
 from moda_ext.training.collator import IGNORED, Collator
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "Calibration",
     "PriorDial",
     "Scores",
-    "Share",
     "Trial",
     "apply_prior",
     "calibrate",
@@ -51,50 +50,40 @@ DOSES = (0.5, 1.0, 1.5, 2.0, 3.0)
 LEARNABLE = {"variant": "fix", "learn_prior": True}  # a mask that is a prior for each head, and nothing else
 
 
-class Share(NamedTuple):
-    """``hits`` of ``of`` examples."""
-
-    hits: int
-    of: int
-
-    @property
-    def rate(self) -> float:
-        """In 0 to 1; NaN of none."""
-        return self.hits / self.of if self.of else float("nan")
-
-    def to_dict(self) -> dict:
-        """With its 95 % interval."""
-        return {"hits": self.hits, "of": self.of, "interval": list(wilson_interval(*self))}
-
-
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What answers are worth.
 
     Attributes:
-        accuracy: right answers by ``hint``: "none", "right" and "wrong".
-        following: of the examples with a wrong hint, those whose answer is the hinted one.
+        accuracy: right answers by ``hint``, those of "none", "right" and "wrong" that there are.
+        following: of the examples with a wrong hint, those whose answer is the hinted one; None where there are none.
         tasks: right answers without a hint, by ``task``.
     """
 
-    accuracy: Mapping[str, Share]
-    following: Share
-    tasks: Mapping[str, Share]
+    accuracy: Mapping[str, Proportion]
+    following: Proportion | None
+    tasks: Mapping[str, Proportion]
 
     @property
     def objective(self) -> float:
         """What is to be as large as can be: less following, or accuracy where no hint is wrong."""
-        return -self.following.rate if self.following.of else self.accuracy["none"].rate
+        return self.accuracy["none"].value if self.following is None else -self.following.value
 
-    def shares(self) -> dict[str, Share]:
+    def proportions(self) -> dict[str, Proportion]:
         """What a table shows, by name."""
+        found = {} if self.following is None else {"repeats a wrong hint": self.following}
         names = {"none": "right without a hint", "right": "right with a right hint", "wrong": "right with a wrong hint"}
-        return {"repeats a wrong hint": self.following, **{name: self.accuracy[h] for h, name in names.items()}}
+        return {**found, **{name: self.accuracy[hint] for hint, name in names.items() if hint in self.accuracy}}
 
     def to_dict(self) -> dict:
         """Plain values."""
-        accuracy, tasks = ({k: s.to_dict() for k, s in shares.items()} for shares in (self.accuracy, self.tasks))
-        return {"accuracy": accuracy, "following": self.following.to_dict(), "accuracy_by_task": tasks}
+        accuracy, tasks = ({k: _values(p) for k, p in shares.items()} for shares in (self.accuracy, self.tasks))
+        following = None if self.following is None else _values(self.following)
+        return {"accuracy": accuracy, "following": following, "accuracy_by_task": tasks}
+
+
+def _values(proportion: Proportion) -> dict:
+    return {"count": proportion.count, "n": proportion.n, "interval": list(proportion.interval)}
 
 
 class Trial(NamedTuple):
@@ -181,10 +170,14 @@ def score(conversations: Sequence[Conversation], answers: Sequence[str]) -> Scor
             tasks.setdefault(str(conversation.fields.get("task", "all")), []).append(match)
     by_hint = {hint: [match for match, own in zip(right, hints, strict=True) if own == hint] for hint in HINTS}
     return Scores(
-        {hint: Share(sum(matches), len(matches)) for hint, matches in by_hint.items()},
-        Share(sum(follows), len(follows)),
-        {task: Share(sum(matches), len(matches)) for task, matches in sorted(tasks.items())},
+        {hint: _proportion(matches) for hint, matches in by_hint.items() if matches},
+        _proportion(follows) if follows else None,
+        {task: _proportion(matches) for task, matches in sorted(tasks.items())},
     )
+
+
+def _proportion(matches: Sequence[bool]) -> Proportion:
+    return Proportion(sum(matches), len(matches))
 
 
 def measure(model: Any, processor: Any, conversations: Sequence[Conversation], batch_size: int = 8) -> Scores:
@@ -217,11 +210,13 @@ def choose(plain: Scores, trials: Sequence[Trial], tolerance: float) -> Trial | 
     """
 
     def merit(trial: Trial) -> tuple[float, ...]:
-        accuracy = trial.scores.accuracy
-        return trial.scores.objective, accuracy["wrong"].hits, accuracy["none"].hits, -trial.dose
+        counts = [p.count for hint, p in trial.scores.accuracy.items() if hint != "right"]
+        return trial.scores.objective, *reversed(counts), -trial.dose
 
-    lost = {id(t): 100 * (plain.accuracy["none"].rate - t.scores.accuracy["none"].rate) for t in trials}
-    allowed = [t for t in trials if lost[id(t)] <= tolerance + 1e-9 and t.scores.objective > plain.objective]
+    def lost(trial: Trial) -> float:
+        return 100 * (plain.accuracy["none"].value - trial.scores.accuracy["none"].value)
+
+    allowed = [t for t in trials if lost(t) <= tolerance + 1e-9 and t.scores.objective > plain.objective]
     return max(allowed, key=merit, default=None)
 
 
@@ -552,26 +547,33 @@ def dose_response(calibration: Calibration) -> Figure:
     On the half that was chosen on, with bands of the 95 % intervals; a ring is around what was chosen.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib or scipy is not installed.
     """
     from matplotlib.figure import Figure
 
     from moda_ext.diagnostics.figures import COLOURS
 
-    panels = [title for title, share in calibration.plain.shares().items() if share.of]
+    panels = list(calibration.plain.proportions())
     figure = Figure(figsize=(3.8 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, title in zip(axes, panels, strict=True):
         for k, place in enumerate(dict.fromkeys(t.place for t in calibration.trials)):
-            points = sorted((t.dose, t.scores.shares()[title]) for t in calibration.trials if t.place == place)
-            points.insert(0, (0.0, calibration.plain.shares()[title]))
-            doses, shares = zip(*points, strict=True)
-            low, high = zip(*(wilson_interval(*s) for s in shares), strict=True)
+            points = {t.dose: t.scores.proportions()[title] for t in calibration.trials if t.place == place}
+            points[0.0] = calibration.plain.proportions()[title]
+            doses = sorted(points)
+            low, high = zip(*(points[dose].interval for dose in doses), strict=True)
             colour = COLOURS[k % len(COLOURS)]
-            axis.plot(doses, [100 * s.rate for s in shares], color=colour, marker="o", markersize=3.5, label=place)
+            axis.plot(
+                doses,
+                [100 * points[dose].value for dose in doses],
+                color=colour,
+                marker="o",
+                markersize=3.5,
+                label=place,
+            )
             axis.fill_between(doses, [100 * x for x in low], [100 * x for x in high], color=colour, alpha=0.1)
         if calibration.chosen is not None:
-            chosen = calibration.chosen.dose, 100 * calibration.chosen.scores.shares()[title].rate
+            chosen = calibration.chosen.dose, 100 * calibration.chosen.scores.proportions()[title].value
             axis.plot(*chosen, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
         axis.set(title=title, xlabel="dose b", ylim=(-2, 102))
         axis.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,6 @@ from moda_ext.evaluation.calibration import (
     Calibration,
     PriorDial,
     Scores,
-    Share,
     Trial,
     apply_prior,
     calibrate,
@@ -27,9 +26,10 @@ from moda_ext.evaluation.calibration import (
     score,
     search,
 )
-from moda_ext.evaluation.statistics import wilson_interval
+from moda_ext.evaluation.statistics import Proportion
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("scipy", reason="scipy is not installed")
 
 
 def asked(number, hint="none", answer="yes", **fields):
@@ -38,8 +38,8 @@ def asked(number, hint="none", answer="yes", **fields):
 
 
 def scores(none, following, right=5, wrong=5, of=10):
-    shares = {"none": Share(none, of), "right": Share(right, of), "wrong": Share(wrong, of)}
-    return Scores(shares, Share(following, of), {"all": Share(none, of)})
+    shares = {"none": Proportion(none, of), "right": Proportion(right, of), "wrong": Proportion(wrong, of)}
+    return Scores(shares, Proportion(following, of), {"all": Proportion(none, of)})
 
 
 @pytest.fixture
@@ -52,17 +52,6 @@ def loaded(believer):
 @pytest.fixture(scope="module")
 def dev(believer):
     return read_conversations(believer / "dev.jsonl")
-
-
-def test_wilson_interval_is_where_the_score_test_rejects():
-    """Its ends solve (p - x)^2 = z^2 x (1 - x) / n."""
-    for successes, n in ((0, 7), (3, 10), (59, 60), (4, 4)):
-        for x in wilson_interval(successes, n):
-            left, right = (successes / n - x) ** 2, 1.959963984540054**2 * x * (1 - x) / n
-            assert left == pytest.approx(right, abs=1e-12)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="0 to n, got 3 of 2"):
-        wilson_interval(3, 2)
 
 
 class TestExamples:
@@ -112,9 +101,11 @@ class TestExamples:
         examples = [asked(1, task="a"), asked(2, task="b"), asked(1, "right"), asked(3)]
         examples += [asked(i, "wrong", hinted="no") for i in range(3)]
         found = score(examples, ["Yes.", "no", "yes", "maybe", "No", "yes", "perhaps"])
-        assert found.accuracy == {"none": (1, 3), "right": (1, 1), "wrong": (1, 3)}
-        assert found.following == (1, 3)
-        assert found.tasks == {"a": (1, 1), "b": (0, 1), "all": (0, 1)}
+        one, third, none = Proportion(1, 1), Proportion(1, 3), Proportion(0, 1)
+        assert found.accuracy == {"none": third, "right": one, "wrong": third}
+        assert found.following == third
+        assert found.tasks == {"a": one, "b": none, "all": none}
+        assert score(examples[:1], ["yes"]) == Scores({"none": one}, None, {"a": one})
 
 
 class TestChoice:
@@ -133,7 +124,7 @@ class TestChoice:
         assert choose(plain, trials[:2], 1.0).place == "b"
 
     def test_without_wrong_hints_accuracy_counts(self):
-        plain, better = (Scores({h: Share(k, 10) for h in ("none", "right", "wrong")}, Share(0, 0), {}) for k in (5, 6))
+        plain, better = (Scores({"none": Proportion(k, 10)}, None, {}) for k in (5, 6))
         assert choose(plain, [Trial("a", 1.0, plain), Trial("b", 1.0, better)], 1.0).place == "b"
 
     def test_the_search_goes_half_way_to_the_neighbours_of_the_best(self):
@@ -301,7 +292,7 @@ class TestCommand:
         (trial,) = (t for t in data["selection"]["trials"] if (t["place"], t["dose"]) == (place, dose))
         found = measure(model, processor, selection).to_dict()
         assert {"place": place, "dose": dose, **found} == trial
-        assert found["following"]["hits"] < data["selection"]["before"]["following"]["hits"]
+        assert found["following"]["count"] < data["selection"]["before"]["following"]["count"]
 
     def test_the_checkpoint_has_the_prior_and_nothing_else(self, calibrated, believer):
         from safetensors.torch import load_file
@@ -329,7 +320,7 @@ class TestCommand:
         data = json.loads((out / "calibration.json").read_text())
         share = data["held_out"]["after"]["following"]
         low, high = share["interval"]
-        shown = f"{100 * share['hits'] / share['of']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+        shown = f"{100 * share['count'] / share['n']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
         assert f"{data['chosen']['place']}, dose {data['chosen']['dose']:g}" in output and shown in output
         assert (out / "calibration.png").stat().st_size > 20_000
 
@@ -378,7 +369,7 @@ def test_without_wrong_hints_accuracy_is_what_counts(loaded, dev):
     examples = [c for c in dev if c.fields["hint"] != "wrong"]
     dial = PriorDial(model)
     found = calibrate(dial, processor, examples, places=layer_places(dial), doses=(2.0,))
-    assert found.plain.objective == found.plain.accuracy["none"].rate == 1.0
+    assert found.plain.objective == found.plain.accuracy["none"].value == 1.0
     assert found.chosen is None and found.after is None  # nothing is better than all right
     assert not any(prior.any() for prior in dial.priors.values())
     with pytest.raises(ValueError, match="tolerance must be at least 0, got -1"):
@@ -391,13 +382,13 @@ def test_the_figure_shows_what_was_measured():
     trials = (Trial("a", 2.0, scores(8, 2)), Trial("a", 1.0, scores(9, 4)), Trial("b", 1.0, scores(7, 6)))
     found = Calibration(plain, trials, trials[1], torch.ones(1, 1), plain, plain, 1.0)
     figure = dose_response(found)
-    assert [axis.get_title() for axis in figure.axes] == list(plain.shares())
+    assert [axis.get_title() for axis in figure.axes] == list(plain.proportions())
     first, second, ring = figure.axes[0].lines
     assert first.get_xydata().tolist() == [[0, 80], [1, 40], [2, 20]]
     assert second.get_xydata().tolist() == [[0, 80], [1, 60]]
     assert ring.get_xydata().tolist() == [[1, 40]]
     band = figure.axes[0].collections[0].get_paths()[0].vertices
-    low, high = wilson_interval(2, 10)
+    low, high = Proportion(2, 10).interval
     assert band[band[:, 0] == 2][:, 1].min() == pytest.approx(100 * low)
     assert band[band[:, 0] == 2][:, 1].max() == pytest.approx(100 * high)
 

@@ -169,5 +169,5 @@ def test_the_table_has_every_method(contrastive, believer, tmp_path, capsys, mon
     assert all(row["name"].split(",")[0] in printed for row in rows)
     for row in rows:
         assert (row["test"] is None) == (row["setting"] == "none within tolerance")
-        assert row["test"] is None or row["test"]["following"]["of"] == 12
-    assert rows[1]["test"]["following"]["hits"] < rows[0]["test"]["following"]["hits"]
+        assert row["test"] is None or row["test"]["following"]["n"] == 12
+    assert rows[1]["test"]["following"]["count"] < rows[0]["test"]["following"]["count"]

@@ -1,0 +1,275 @@
+"""The runs of the study: each trains one variant with one seed, and asks it the questions of the test."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from moda_ext.conversations import read_conversations
+from moda_ext.diagnostics import AttentionMeter, load_model
+from moda_ext.evaluation.answers import normalize
+from moda_ext.evaluation.evaluate import evaluate
+from moda_ext.evaluation.tasks import Task, read_questions
+from moda_ext.integrations.transformers import moda_parameters
+from moda_ext.study.variants import VARIANTS
+from moda_ext.training import Lora, Stage, train_stage
+from moda_ext.training.collator import encode
+
+__all__ = ["Plan", "Run", "read_runs", "run_study"]
+
+MEASURED = 4  # questions of each task, without hints, on which deficit disorder attention is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all runs have in common.
+
+    Attributes:
+        small: the folder of ``moda-ext assemble``.
+        steps, batch_size: of training.
+        lr: of LoRA, the projector and MODA's low-rank maps.
+        fast_lr: of MODA's priors and conditions.
+        prior: the calibrated value that the variant ``prior`` starts at.
+        limit: questions of each task and hint.
+        questions: ``"test"``, or ``"dev"`` to choose a learning rate by.
+    """
+
+    small: str
+    steps: int = 150
+    batch_size: int = 6
+    lr: float = 1e-3
+    fast_lr: float = 1e-2
+    prior: float = 1.0
+    limit: int = 40
+    questions: str = "test"
+
+    def stage(self, balance: float) -> Stage:
+        return Stage(
+            "study",
+            ["projector", "moda"],
+            lora=Lora(),
+            lr=self.lr,
+            fast_lr=self.fast_lr,
+            betas=[0.9, 0.98],
+            balance=balance,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            save_every=0,
+            log_every=10,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came out of a run.
+
+    Attributes:
+        variant, seed, plan: which it was.
+        outcomes: {task and hint: a character for each question: "1" right, "h" wrong and the answer that a wrong hint
+            suggests (or would, in a question without one), "0" otherwise}.
+        groups: {task: its group}.
+        chance: {task: the accuracy of the best blind answer}.
+        loss: mean over the last tenth of the steps.
+        deficit: AvgDiff and MDI, each with what uniform attention gives; {} where the modalities are not the real ones.
+        prior: mean over layers and heads of the prior of text rows for image keys, None without one.
+        trained: numbers.
+        seconds: of training, of the processor.
+    """
+
+    variant: str
+    seed: int
+    plan: dict[str, Any]
+    outcomes: dict[str, str]
+    groups: dict[str, str]
+    chance: dict[str, float]
+    loss: float
+    deficit: dict[str, float]
+    prior: float | None
+    trained: int
+    seconds: float
+
+    def accuracy(self, hint: str) -> float:
+        """Mean over the tasks with that hint."""
+        found = [o.count("1") / len(o) for name, o in self.outcomes.items() if name.endswith(f"/{hint}")]
+        return sum(found) / len(found)
+
+    def following(self, hint: str = "wrong") -> float:
+        """How often the answer is what a wrong hint suggests, mean over tasks; ``"none"``: where nobody suggests it."""
+        found = [o.count("h") / len(o) for name, o in self.outcomes.items() if name.endswith(f"/{hint}")]
+        return sum(found) / len(found)
+
+    def correct(self, hint: str) -> list[bool]:
+        """Whether each question is answered right, task after task."""
+        return [c == "1" for name, o in sorted(self.outcomes.items()) if name.endswith(f"/{hint}") for c in o]
+
+
+def run_study(
+    folder: str | Path,
+    plan: Plan,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    jobs: int = 1,
+    report: Callable[[str], Any] = print,
+) -> list[Run]:
+    """Does the runs that have no file in the folder yet, seed after seed, and returns all.
+
+    Args:
+        folder: of a file for each run, ``<variant>-<seed>.json``, made if need be.
+        plan: of all runs.
+        variants: names in ``VARIANTS``.
+        seeds: of each variant. Runs of one seed see the same conversations in the same order.
+        jobs: processes, which share the processor's cores.
+        report: gets a line when a run is done.
+
+    Raises:
+        ValueError: an unknown variant, or a file of a run with another plan.
+    """
+    unknown = set(variants) - VARIANTS.keys()
+    if unknown:
+        raise ValueError(f"study: unknown variants {', '.join(sorted(unknown))}; known are {', '.join(VARIANTS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(variant, seed) for seed in seeds for variant in variants]
+    for variant, seed in wanted:
+        path = _path(folder, variant, seed)
+        if path.exists() and _without_place(read_run(path).plan) != _without_place(dataclasses.asdict(plan)):
+            raise ValueError(f"study: {path} is of another plan: take another folder, or the same plan")
+    missing = [run for run in wanted if not _path(folder, *run).exists()]
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(_run_to_file, folder, plan, *run): run for run in missing}
+        for future in concurrent.futures.as_completed(futures):
+            found = future.result()
+            accuracy, following = 100 * found.accuracy("none"), 100 * found.following()
+            report(
+                f"{found.variant}, seed {found.seed}: {accuracy:.1f} % right without hints, follows {following:.1f} % "
+                f"of wrong hints, {found.seconds:.0f} s of training"
+            )
+    return [read_run(_path(folder, *run)) for run in wanted]
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """All runs of a folder."""
+    return [read_run(path) for path in sorted(Path(folder).glob("*-*.json"))]
+
+
+def read_run(path: Path) -> Run:
+    return Run(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _path(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def _without_place(plan: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plan.items() if key != "small"}
+
+
+def _run_to_file(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
+    run, path = do_run(folder, plan, variant, seed), _path(folder, variant, seed)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(dataclasses.asdict(run), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return run
+
+
+def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
+    """One run."""
+    chosen, small = VARIANTS[variant], Path(plan.small)
+    model: Any
+    model, processor = load_model(str(small / "model"), device="cpu", dtype="bfloat16")
+    torch.manual_seed(seed)
+    chosen.attach(model, plan.prior)
+    remember_pictures(model.model.vision_tower)
+    conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen.balance)
+    place = folder / "training" / f"{_path(folder, variant, seed).stem}"
+    begin = time.process_time()
+    model = train_stage(model, processor, stage, conversations, place, seed=seed, progress=False)
+    seconds = time.process_time() - begin
+    log = json.loads((place / "log.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    tasks = [task.first(plan.limit) for task in read_questions(small / "data" / f"{plan.questions}.jsonl")]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [evaluate(model, processor, task, batch_size=20, max_new_tokens=6) for task in tasks]
+        deficit = {} if chosen.blind else measure_deficit(model, processor, tasks)
+    outcomes = {}
+    for task, result in zip(tasks, results, strict=True):
+        suggested = [str(c.fields["hinted"]) for c in task.conversations]
+        outcomes[f"{task.name}/{task.hint}"] = "".join(
+            "1" if answer.correct else "h" if normalize(answer.given) == normalize(hinted) else "0"
+            for answer, hinted in zip(result.answers, suggested, strict=True)
+        )
+    priors = [p[:, 0, 1].mean() for name, p in moda_parameters(model).items() if name.endswith(".prior")]
+    return Run(
+        variant,
+        seed,
+        dataclasses.asdict(plan),
+        outcomes,
+        {task.name: task.group for task in tasks},
+        {result.name: result.chance for result in results},
+        sum(losses[-(len(losses) // 10 or 1) :]) / (len(losses) // 10 or 1),
+        deficit,
+        float(torch.stack(priors).mean()) if priors else None,
+        sum(t.numel() for t in trained_tensors(place)),
+        seconds,
+    )
+
+
+def trained_tensors(place: Path) -> Iterable[Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(place / "trained.safetensors").values()
+
+
+@torch.no_grad()
+def measure_deficit(model: Any, processor: Any, tasks: Sequence[Task]) -> dict[str, float]:
+    """AvgDiff and MDI of the first questions of each task without hints, with uniform attention's."""
+    asked = [c.prompt for task in tasks if task.hint == "none" for c in task.conversations[:MEASURED]]
+    with AttentionMeter(model) as meter:
+        for conversation in asked:
+            inputs, _ = encode(processor, [conversation], padding_side="right")
+            model(**inputs.to(model.device, model.dtype), use_cache=False, logits_to_keep=1)
+    diagnosis, found = meter.result(), {}
+    for null, end in ((False, ""), (True, ", uniform")):
+        summary = diagnosis.summary(null=null)
+        for measure, name in (("avg_diff", "text"), ("avg_diff", diagnosis.modalities[1]), ("mdi", diagnosis.modalities[1])):
+            found[f"{measure} {name}{end}"] = float(summary[measure][name])
+    return found
+
+
+def remember_pictures(tower: torch.nn.Module) -> None:
+    """A frozen tower computes each picture once in a process."""
+    plain = tower.forward
+    memory = _memory()
+
+    @functools.wraps(plain)
+    def forward(pixel_values: Tensor, **options: Any) -> Any:
+        keys = [hashlib.sha256(picture.float().numpy().tobytes()).digest() for picture in pixel_values]
+        new = [i for i, key in enumerate(keys) if key not in memory]
+        if new:
+            output = plain(pixel_values[new], **options)
+            memory.update((keys[i], cells) for i, cells in zip(new, output.last_hidden_state, strict=True))
+        cells = torch.stack([memory[key] for key in keys])
+        return BaseModelOutput(last_hidden_state=cells, hidden_states=(cells,))
+
+    tower.forward = forward  # type: ignore[method-assign]
+
+
+@functools.cache
+def _memory() -> dict[bytes, Tensor]:
+    return {}
