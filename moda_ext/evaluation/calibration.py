@@ -95,6 +95,7 @@ class Trial(NamedTuple):
 
 
 def hint_of(conversation: Conversation) -> str:
+    """Its field ``hint``, "none" without one."""
     return conversation.fields.get("hint", "none")
 
 
@@ -210,8 +211,9 @@ def choose(plain: Scores, trials: Sequence[Trial], tolerance: float) -> Trial | 
     """
 
     def merit(trial: Trial) -> tuple[float, ...]:
-        counts = [p.count for hint, p in trial.scores.accuracy.items() if hint != "right"]
-        return trial.scores.objective, *reversed(counts), -trial.dose
+        accuracy = trial.scores.accuracy
+        counts = [accuracy[hint].count for hint in ("wrong", "none") if hint in accuracy]
+        return trial.scores.objective, *counts, -trial.dose
 
     def lost(trial: Trial) -> float:
         return 100 * (plain.accuracy["none"].value - trial.scores.accuracy["none"].value)

@@ -252,6 +252,8 @@ class TestDial:
             dial.set(torch.tensor([[0.0] * 4, [1.0, 2.0, 0.0, 0.0]]))
         assert prior[:, 0, 1].tolist() == [1.5, 2.5, 0.5, 0.5]
         assert prior[:, 0, 0].tolist() == [0.5] * 4
+        apply_prior(model, torch.tensor([[0.0] * 4, [0.25] * 4]))
+        assert prior[:, 0, 1].tolist() == [1.75, 2.75, 0.75, 0.75]
 
 
 def call(*arguments):
