@@ -258,22 +258,21 @@ def measure_deficit(model: Any, processor: Any, tasks: Sequence[Task]) -> dict[s
 
 def remember_pictures(tower: torch.nn.Module) -> None:
     """A frozen tower computes each picture once in a process."""
-    plain = tower.forward
-    memory = _memory()
+    plain, memory = tower.forward, _memory()
 
     @functools.wraps(plain)
     def forward(pixel_values: Tensor, **options: Any) -> Any:
         keys = [hashlib.sha256(picture.float().numpy().tobytes()).digest() for picture in pixel_values]
         new = [i for i, key in enumerate(keys) if key not in memory]
         if new:
-            output = plain(pixel_values[new], **options)
-            memory.update((keys[i], cells) for i, cells in zip(new, output.last_hidden_state, strict=True))
-        cells = torch.stack([memory[key] for key in keys])
-        return BaseModelOutput(last_hidden_state=cells, hidden_states=(cells,))
+            layers = plain(pixel_values[new], **options).hidden_states
+            memory.update((keys[i], [layer[row] for layer in layers]) for row, i in enumerate(new))
+        layers = tuple(torch.stack(cells) for cells in zip(*(memory[key] for key in keys), strict=True))
+        return BaseModelOutput(last_hidden_state=layers[-1], hidden_states=layers)
 
     tower.forward = forward
 
 
 @functools.cache
-def _memory() -> dict[bytes, Tensor]:
+def _memory() -> dict[bytes, list[Tensor]]:
     return {}

@@ -1,4 +1,4 @@
-"""A judge to ask, a local server; and a tiny model that has learned to believe what it is told more than what it sees."""
+"""A judge to ask, and a tiny model that has learned to believe what it is told more often than what it sees."""
 
 import http.server
 import json
