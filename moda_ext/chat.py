@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moda_ext.conversations import PLACEHOLDER, Conversation
-from moda_ext.training.collator import encode
+from moda_ext.conversations import PLACEHOLDER, Conversation, encode
 
 if TYPE_CHECKING:
     from PIL.Image import Image

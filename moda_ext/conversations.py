@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import BatchFeature
 
-__all__ = ["Conversation", "read_conversations", "write_conversations"]
+__all__ = ["Conversation", "encode", "read_conversations", "render", "write_conversations"]
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -182,3 +183,42 @@ def write_conversations(path: str | Path, records: Iterable[Mapping[str, Any]]) 
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def encode(
+    processor: Any, conversations: Sequence[Conversation], *, padding_side: str
+) -> tuple[BatchFeature, list[str]]:
+    """``(inputs, texts)``: what a model takes, and each conversation as the processor's chat template writes it.
+
+    A conversation that ends with the user's turn gets the words that begin an answer.
+
+    Args:
+        processor: of a checkpoint. Its padding side is as it was afterwards.
+        conversations: all with pictures, or all without.
+        padding_side: ``"left"`` to generate, ``"right"`` to train.
+
+    Raises:
+        ValueError: a processor without a chat template, or conversations of both kinds.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "the processor of this checkpoint has no chat template, so no conversation can be written for it"
+        )
+    if len({bool(c.images) for c in conversations}) > 1:
+        raise ValueError("encode: conversations with pictures and without cannot be in one batch")
+    texts = [render(processor, c) for c in conversations]
+    images = {"images": [c.pictures() for c in conversations]} if conversations[0].images else {}
+    tokenizer = processor.tokenizer
+    before = tokenizer.padding_side
+    try:
+        tokenizer.padding_side = padding_side
+        inputs = processor(text=texts, padding=True, return_tensors="pt", **images)
+    finally:
+        tokenizer.padding_side = before
+    return inputs, texts
+
+
+def render(processor: Any, conversation: Conversation) -> str:
+    """The text of a conversation, by the processor's chat template."""
+    unanswered = conversation.messages[-1][0] == "user"
+    return processor.apply_chat_template(conversation.chat(), tokenize=False, add_generation_prompt=unanswered)

@@ -48,10 +48,9 @@ def calibrate(
     import scipy  # noqa: F401
     import transformers  # noqa: F401
 
-    from moda_ext.conversations import read_conversations
+    from moda_ext.conversations import read_conversations, render
     from moda_ext.diagnostics.runner import load_model
     from moda_ext.evaluation import calibration
-    from moda_ext.training.collator import render
 
     if not out.parent.is_dir():
         raise typer.BadParameter(f"no such directory: {out.parent}", param_hint="--out")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moda_ext.conversations import Conversation
-from moda_ext.training.collator import IGNORED, Collator, encode, render
+from moda_ext.conversations import Conversation, encode, render
+from moda_ext.training.collator import IGNORED, Collator
 
 __all__ = ["forced_matches", "generate_answers", "normalize"]
 

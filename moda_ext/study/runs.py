@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from moda_ext.conversations import read_conversations
+from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import AttentionMeter, load_model
 from moda_ext.evaluation.answers import normalize
 from moda_ext.evaluation.evaluate import evaluate
@@ -26,7 +26,6 @@ from moda_ext.evaluation.tasks import Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
 from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
-from moda_ext.training.collator import encode
 
 __all__ = ["Plan", "Run", "read_runs", "run_study"]
 

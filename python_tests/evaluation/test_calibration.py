@@ -147,9 +147,9 @@ class TestChoice:
 class TestDial:
     def test_it_is_the_prior_of_text_on_images(self, loaded, dev):
         """As MODAConfig.fixed_prior computes it; back at 0 the model computes what it did."""
+        from moda_ext.conversations import encode
         from moda_ext.diagnostics import load_model
         from moda_ext.integrations.transformers import MODAConfig, apply_moda
-        from moda_ext.training.collator import encode
 
         model, processor = loaded
         inputs, _ = encode(processor, [c.prompt for c in dev[:6]], padding_side="left")
@@ -191,7 +191,7 @@ class TestDial:
     @torch.no_grad()
     def log_likelihood(model, processor, conversation):
         """log p of a one-letter answer and its end, token by token."""
-        from moda_ext.training.collator import encode
+        from moda_ext.conversations import encode
 
         inputs, _ = encode(processor, [conversation], padding_side="right")
         chances = model(**inputs.to(model.device, model.dtype)).logits[0].log_softmax(dim=-1)
@@ -398,9 +398,9 @@ def test_the_figure_shows_what_was_measured():
 @pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 3]])
 def test_a_saved_prior_is_loaded_exactly(loaded, dev, tmp_path, heads):
     """Whole layers become a setting without parameters, heads become weights; the answers are those of the dial."""
+    from moda_ext.conversations import encode
     from moda_ext.diagnostics import load_model
     from moda_ext.evaluation.answers import generate_answers
-    from moda_ext.training.collator import encode
 
     model, processor = loaded
     doses = torch.zeros(2, 4)

@@ -9,9 +9,11 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from moda_ext.conversations import read_conversations  # noqa: E402  needs nothing, but the rest does
+from moda_ext.conversations import (
+    encode,  # noqa: E402
+    read_conversations,  # noqa: E402  needs nothing, but the rest does
+)
 from moda_ext.evaluation.answers import generate_answers  # noqa: E402
-from moda_ext.training.collator import encode  # noqa: E402
 
 
 @pytest.fixture

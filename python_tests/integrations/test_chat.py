@@ -17,11 +17,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
 from moda_ext.chat import ChatSession, model_notes, read_dialogue  # noqa: E402
-from moda_ext.conversations import Conversation, read_conversations  # noqa: E402
+from moda_ext.conversations import (  # noqa: E402
+    Conversation,
+    encode,  # noqa: E402
+    read_conversations,
+)
 from moda_ext.diagnostics import AttentionMeter, load_model  # noqa: E402
 from moda_ext.evaluation.answers import generate_answers  # noqa: E402
 from moda_ext.integrations.transformers import FAMILIES, MODAConfig, apply_moda, recording  # noqa: E402
-from moda_ext.training.collator import encode  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGE_TOKENS = 64  # of a picture of the tiny model

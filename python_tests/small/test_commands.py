@@ -16,12 +16,11 @@ pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23
 
 from commands import call, words
 
-from moda_ext.conversations import read_conversations
+from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import load_model
 from moda_ext.evaluation.answers import forced_matches, generate_answers
 from moda_ext.integrations.transformers import MODAConfig, apply_moda, check_identity
 from moda_ext.study import VARIANTS, read_runs, write_tables
-from moda_ext.training.collator import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,4 +18,4 @@ def manifest() -> ModelManifest:
     """What lmms-eval is told of the model; it imports the class, and Transformers with it, when one is evaluated."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest("moda_ext", chat_class_path="moda_ext.integrations.lmms_eval.model.MODAExt")
+    return ModelManifest("moda_ext", chat_class_path="moda_ext.evaluation.lmms_eval.model.MODAExt")
