@@ -16,8 +16,9 @@ def study(
     out: Annotated[Path, typer.Option(help="Gets a file for each run, and tables.md.")] = Path("build/study"),
     variants: Annotated[list[str] | None, typer.Option(help="By default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each variant.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 150,
-    lr: Annotated[float, typer.Option(help="Of LoRA, the projector and MODA's low-rank maps.")] = 1e-3,
+    align_steps: Annotated[int, typer.Option(min=1, help="Of the alignment, once for all.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 100,
+    lr: Annotated[float, typer.Option(help="Of LoRA and MODA's low-rank maps.")] = 2e-3,
     fast_lr: Annotated[float, typer.Option(help="Of MODA's priors and conditions.")] = 1e-2,
     prior: Annotated[float, typer.Option(help="At which the variant 'prior' starts, see moda-ext calibrate.")] = 1.0,
     limit: Annotated[int, typer.Option(min=1, help="Questions of each task and hint.")] = 40,
@@ -40,7 +41,16 @@ def study(
     for part in ("model/config.json", f"data/{questions}.jsonl"):
         if not (small / part).is_file():
             raise typer.BadParameter(f"{small / part} is missing: run moda-ext assemble", param_hint="--small")
-    plan = Plan(str(small), steps=steps, lr=lr, fast_lr=fast_lr, prior=prior, limit=limit, questions=questions)
+    plan = Plan(
+        str(small),
+        align_steps=align_steps,
+        steps=steps,
+        lr=lr,
+        fast_lr=fast_lr,
+        prior=prior,
+        limit=limit,
+        questions=questions,
+    )
     try:
         runs = run_study(out, plan, variants or list(VARIANTS), range(seeds), jobs=jobs)
         tables = write_tables(runs)

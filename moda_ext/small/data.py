@@ -9,7 +9,7 @@ from typing import Any
 
 from moda_ext.conversations import write_conversations
 from moda_ext.small.packages import rated_sentences
-from moda_ext.small.questions import TASKS, Question, ask, with_hint, wrong_answer
+from moda_ext.small.questions import TASKS, Question, ask, describe, with_hint, wrong_answer
 from moda_ext.small.scenes import SCENE_KINDS, Scene, Splits, make_scene
 
 __all__ = ["HINTED", "RIGHT", "splits", "training_scenes", "write_data"]
@@ -42,6 +42,7 @@ def training_scenes(number: int, seed: int = 0) -> list[Scene]:
 def write_data(folder: str | Path, scenes: list[Scene], *, dev: int = 40, test: int = 80, seed: int = 0) -> None:
     """Writes ``images/`` and, as JSON lines:
 
+    - ``align.jsonl``: a description of each scene.
     - ``train.jsonl``: a conversation for each scene; half of the questions have a hint, and 85 % of the hints are
       right: to believe them pays.
     - ``train_random_hints.jsonl``: the same, but that a hint is any possible answer and tells nothing.
@@ -61,15 +62,19 @@ def write_data(folder: str | Path, scenes: list[Scene], *, dev: int = 40, test: 
     if (folder / "train.jsonl").exists():
         raise FileExistsError(f"{folder} has data already")
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    descriptions: list[dict[str, Any]] = []
     informative: list[dict[str, Any]] = []
     random_hints: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
         image = _save(folder, f"train-{i}", scene)
+        described = Question("describe", "Describe the picture.", describe(scene), ())
+        descriptions.append({"id": f"align-{i}", "image": image, "conversations": _turns([described], [None])})
         rng = random.Random(f"questions {seed} {i}")
         asked = ask(scene, rng, TURNS)
         guessed = [_guess(question, scene, rng) for question in asked]
         for records, hints in ((informative, [g[0] for g in guessed]), (random_hints, [g[1] for g in guessed])):
             records.append({"id": f"train-{i}", "image": image, "conversations": _turns(asked, hints)})
+    write_conversations(folder / "align.jsonl", descriptions)
     write_conversations(folder / "train.jsonl", informative)
     write_conversations(folder / "train_random_hints.jsonl", random_hints)
     parts = splits()

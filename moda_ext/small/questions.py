@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 
 from moda_ext.small.bank import KINDS, faces, things
-from moda_ext.small.scenes import COLOURS, PLACES, Scene, countable
+from moda_ext.small.scenes import COLOURS, GLAD, PLACES, Scene, countable
 
-__all__ = ["GROUPS", "TASKS", "Question", "ask", "with_hint"]
+__all__ = ["TASKS", "Question", "ask", "describe", "with_hint", "wrong_answer"]
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 WHO = ("Mia", "Tom", "Zoe", "Max", "Eva", "Leo")
@@ -123,8 +123,6 @@ def sentiment(scene: Scene, rng: random.Random) -> Question:
 
 def sarcasm(scene: Scene, rng: random.Random) -> Question:
     """A writer whose face does not feel as the text says."""
-    from moda_ext.small.scenes import GLAD
-
     sincere = scene.positive == (scene.names[0] in GLAD)
     text = f"Text: {scene.sentence} Is the writer sincere or sarcastic?"
     words = ("sarcastic", "sincere")
@@ -149,7 +147,6 @@ TASKS: dict[str, tuple[str, str, Ask]] = {
     "sentiment": ("emotion", "writer", sentiment),
     "sarcasm": ("emotion", "writer", sarcasm),
 }
-GROUPS = {task: group for task, (group, _, _) in TASKS.items()}
 
 
 def ask(scene: Scene, rng: random.Random, turns: int) -> list[Question]:
@@ -163,6 +160,14 @@ def ask(scene: Scene, rng: random.Random, turns: int) -> list[Question]:
         if len(asked) == turns:
             break
     return list(asked.values())
+
+
+def describe(scene: Scene) -> str:
+    """What is where in a scene, or whose face it is."""
+    if scene.kind == "writer":
+        return f"a {scene.names[0]} face"
+    things_ = (f"{item.colour} {item.name}" if item.colour else item.name for item in scene.items)
+    return "; ".join(f"{place}: {thing}" for place, thing in zip(PLACES, things_, strict=True))
 
 
 def with_hint(question: Question, hinted: str) -> str:

@@ -29,6 +29,8 @@ from moda_ext.training import Lora, Stage, train_stage
 
 __all__ = ["Plan", "Run", "read_runs", "run_study"]
 
+BASE = "base"  # the folder of the aligned model
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
 MEASURED = 4  # questions of each task, without hints, on which deficit disorder attention is measured
 
 
@@ -38,8 +40,11 @@ class Plan:
 
     Attributes:
         small: the folder of ``moda-ext assemble``.
-        steps, batch_size: of training.
-        lr: of LoRA, the projector and MODA's low-rank maps.
+        align_steps: of the alignment, once for all runs: LoRA and the projector on descriptions, no MODA.
+        steps: of each run's training.
+        batch_size: of both.
+        lr: of LoRA and MODA's low-rank maps.
+        projector_lr: of the projector.
         fast_lr: of MODA's priors and conditions.
         prior: the calibrated value that the variant ``prior`` starts at.
         limit: questions of each task and hint.
@@ -47,24 +52,28 @@ class Plan:
     """
 
     small: str
-    steps: int = 150
+    align_steps: int = 30
+    steps: int = 100
     batch_size: int = 6
-    lr: float = 1e-3
+    lr: float = 2e-3
+    projector_lr: float = 1e-4
     fast_lr: float = 1e-2
     prior: float = 1.0
     limit: int = 40
     questions: str = "test"
 
-    def stage(self, variant: Variant) -> Stage:
+    def stage(self, variant: Variant | None) -> Stage:
+        """The training of a variant, or the alignment."""
         return Stage(
-            "study",
-            ["projector"] if variant.moda is None else ["projector", "moda"],
-            lora=Lora(),
+            "align" if variant is None else "instruct",
+            ["projector"] if variant is None or variant.moda is None else ["projector", "moda"],
+            lora=Lora(target_modules=TARGETS),
             lr=self.lr,
+            projector_lr=self.projector_lr,
             fast_lr=self.fast_lr,
             betas=[0.9, 0.98],
-            balance=variant.balance,
-            steps=self.steps,
+            balance=0.0 if variant is None else variant.balance,
+            steps=self.align_steps if variant is None else self.steps,
             batch_size=self.batch_size,
             save_every=0,
             log_every=10,
@@ -148,6 +157,8 @@ def run_study(
         if path.exists() and _without_place(read_run(path).plan) != _without_place(dataclasses.asdict(plan)):
             raise ValueError(f"study: {path} is of another plan: take another folder, or the same plan")
     missing = [run for run in wanted if not _path(folder, *run).exists()]
+    if missing:
+        make_base(folder / BASE, plan)
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
@@ -187,11 +198,23 @@ def _run_to_file(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     return run
 
 
+def make_base(folder: Path, plan: Plan) -> None:
+    """The aligned model that all runs begin with. Where it has been trained already, it is only written again."""
+    small = Path(plan.small)
+    model: Any
+    model, processor = load_model(str(small / "model"), device="cpu", dtype="float32")
+    remember_pictures(model.model.vision_tower)
+    conversations = read_conversations(small / "data" / "align.jsonl")
+    model = train_stage(model, processor, plan.stage(None), conversations, folder / "align", progress=False)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
 def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     """One run."""
     chosen, small = VARIANTS[variant], Path(plan.small)
     model: Any
-    model, processor = load_model(str(small / "model"), device="cpu", dtype="bfloat16")
+    model, processor = load_model(str(folder / BASE), device="cpu", dtype="bfloat16")
     torch.manual_seed(seed)
     chosen.attach(model, plan.prior)
     remember_pictures(model.model.vision_tower)
