@@ -250,7 +250,14 @@ MATRIX = {
     "torch-tested": f"torch=={VERSION['TORCH_TESTED']}",
     "torch-newest": VERSION["TORCH_REQUIREMENT"],
 }
-INTEGRATION_TESTS = ["integrations", "diagnostics", "packaging/test_cli.py", "packaging/test_docs.py"]
+INTEGRATION_TESTS = [
+    "integrations",
+    "diagnostics",
+    "training",
+    "evaluation",
+    "packaging/test_cli.py",
+    "packaging/test_docs.py",
+]
 NOT_OF_AN_INSTALLATION = ["packaging/test_benchmarks.py", "packaging/test_install.py"]  # they look at the checkout
 
 
