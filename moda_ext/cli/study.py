@@ -13,7 +13,7 @@ from moda_ext.cli.app import ManyValues, app
 @app.command(cls=ManyValues)
 def study(
     small: Annotated[Path, typer.Option(help="What moda-ext assemble made.")] = Path("build/small"),
-    out: Annotated[Path, typer.Option(help="Gets a file for each run, and tables.md.")] = Path("build/study"),
+    out: Annotated[Path, typer.Option(help="Gets a file for each run, and README.md.")] = Path("build/study"),
     variants: Annotated[list[str] | None, typer.Option(help="By default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each variant.")] = 5,
     align_steps: Annotated[int, typer.Option(min=1, help="Of the alignment, once for all.")] = 30,
@@ -56,5 +56,5 @@ def study(
         tables = write_tables(runs)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    (out / "tables.md").write_text(tables, encoding="utf-8")
-    print(tables + f"\n{out / 'tables.md'}")
+    (out / "README.md").write_text(tables, encoding="utf-8")
+    print(tables + f"\n{out / 'README.md'}")

@@ -174,7 +174,7 @@ def test_study(small, tmp_path):
     code, output = call("study", *options, "--variants", *names)
     assert code == 0, output
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert (tmp_path / "tables.md").read_text() == write_tables(runs)
+    assert (tmp_path / "README.md").read_text() == write_tables(runs)
     code, output = call("study", *options, "--variants", "lora", "--lr", "0.5")
     assert code == 2 and "is of another plan" in words(output)
     code, output = call("study", *options, "--variants", "nothing")
