@@ -17,7 +17,7 @@ def assemble(
     out: Annotated[Path, typer.Option(help="Gets model/ and data/.")] = Path("build/small"),
     scenes: Annotated[int, typer.Option(min=10, help="Pictures to train on.")] = 900,
     dev: Annotated[int, typer.Option(min=1, help="Questions of each task to calibrate with.")] = 40,
-    test: Annotated[int, typer.Option(min=1, help="Questions of each task to be judged by.")] = 80,
+    test: Annotated[int, typer.Option(min=1, help="Questions of each task to be judged by.")] = 50,
     seed: Annotated[int, typer.Option(help="Of pictures, questions and the projector.")] = 0,
 ) -> None:
     """Makes a small real vision-language model, and pictures and questions for it.

@@ -33,7 +33,7 @@ def assemble(
     *,
     scenes: int = 900,
     dev: int = 40,
-    test: int = 80,
+    test: int = 50,
     seed: int = 0,
     progress: Callable[[str], Any] = lambda text: None,
 ) -> None:
