@@ -185,12 +185,7 @@ class ChatSession:
         return Conversation("chat", (*system, *turns), images)
 
     def _encode(self, conversation: Conversation) -> BatchFeature:
-        from jinja2 import TemplateError
-
-        try:
-            inputs, _ = encode(self.processor, [conversation], padding_side="left")
-        except TemplateError as error:
-            raise ValueError(f"the chat template of this checkpoint refuses the conversation: {error}") from error
+        inputs, _ = encode(self.processor, [conversation], padding_side="left")
         needed = inputs["input_ids"].shape[1] + self.max_new_tokens
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and needed > most:

@@ -161,7 +161,7 @@ def read_conversations(path: str | Path, folder: str | Path | None = None) -> li
         if text.lstrip().startswith("["):
             records = [(f"entry {i + 1}", record) for i, record in enumerate(json.loads(text))]
         else:
-            lines = enumerate(text.splitlines())
+            lines = enumerate(text.split("\n"))  # and at no other line break of Unicode: it may be in a text
             records = [(f"line {i + 1}", json.loads(line)) for i, line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
@@ -193,7 +193,7 @@ def encode(
     A conversation that ends with the user's turn gets the words that begin an answer.
 
     Args:
-        processor: of a checkpoint. Its padding side is as it was afterwards.
+        processor: of a checkpoint.
         conversations: all with pictures, or all without.
         padding_side: ``"left"`` to generate, ``"right"`` to train.
 
@@ -207,18 +207,30 @@ def encode(
     if len({bool(c.images) for c in conversations}) > 1:
         raise ValueError("encode: conversations with pictures and without cannot be in one batch")
     texts = [render(processor, c) for c in conversations]
-    images = {"images": [c.pictures() for c in conversations]} if conversations[0].images else {}
-    tokenizer = processor.tokenizer
-    before = tokenizer.padding_side
-    try:
-        tokenizer.padding_side = padding_side
-        inputs = processor(text=texts, padding=True, return_tensors="pt", **images)
-    finally:
-        tokenizer.padding_side = before
+    options: dict[str, Any] = {"images": [c.pictures() for c in conversations]} if conversations[0].images else {}
+    if begins_itself(processor, texts[0]):
+        options["add_special_tokens"] = False
+    # As an argument: some processors have a side of their own, which wins over the tokenizer's.
+    inputs = processor(text=texts, padding=True, padding_side=padding_side, return_tensors="pt", **options)
     return inputs, texts
 
 
+def begins_itself(processor: Any, text: str) -> bool:
+    """Whether a chat template has written the token that begins a text, which a tokenizer would write once more."""
+    first = processor.tokenizer.bos_token
+    return bool(first) and text.startswith(first)
+
+
 def render(processor: Any, conversation: Conversation) -> str:
-    """The text of a conversation, by the processor's chat template."""
+    """The text of a conversation, by the processor's chat template.
+
+    Raises:
+        ValueError: the template refuses it, such as one with a system turn.
+    """
+    from jinja2 import TemplateError
+
     unanswered = conversation.messages[-1][0] == "user"
-    return processor.apply_chat_template(conversation.chat(), tokenize=False, add_generation_prompt=unanswered)
+    try:
+        return processor.apply_chat_template(conversation.chat(), tokenize=False, add_generation_prompt=unanswered)
+    except TemplateError as error:
+        raise ValueError(f"conversation {conversation.id}: the chat template refuses it: {error}") from error

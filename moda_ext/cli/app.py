@@ -21,8 +21,10 @@ class ManyValues(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the context is click's, or a copy in typer
         many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         expanded, current = [], None
-        for arg in args:
+        for arg, after in zip(args, [*args[1:], "--"], strict=True):
             if arg in many:
+                if after.startswith("--"):  # such as an empty variable of the shell
+                    raise typer.BadParameter("needs a value", param_hint=arg)
                 current = arg
             elif arg.startswith("--"):
                 current = None

@@ -131,16 +131,17 @@ class Terminal:
 
     def ask(self, question: str) -> bool:
         """Whether there is an answer: printed as it is written, a wrong question's reason otherwise."""
+        pictures, self.pictures = self.pictures, []
         try:
-            with contextlib.closing(self.session.ask(question, self.pictures)) as pieces:
-                self.pictures = []
+            with contextlib.closing(self.session.ask(question, pictures)) as pieces:
                 for piece in pieces:
                     print(visible(piece) if self.out.is_terminal else piece, end="", flush=True)
         except KeyboardInterrupt:
             self.say("\nstopped")
             return True
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: out of memory
             self.say(str(error))
+            self.pictures = pictures
             return False
         self.out.print()
         if self.attention:
@@ -175,14 +176,16 @@ class Terminal:
     def save(self, path: Path) -> None:
         from moda_ext.conversations import write_conversations
 
-        record = self.session.record()  # before the file is opened, and emptied
+        if path.exists():
+            raise FileExistsError(f"is there already: {path}")
+        record = self.session.record()  # before there is a file
         write_conversations(path, [record])
         self.say(f"saved {path}")
 
     def show_attention(self) -> None:
         try:
             found = self.session.attention()
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             self.say(str(error))
             return
         self.out.print(shares_table(found))
@@ -221,10 +224,11 @@ def attention_map(picture: Picture) -> Table:
 
 def shaded(values: Tensor, grid: tuple[int, int]) -> str:
     """A character, twice, for each cell of a grid of (h * w,) weights, or for the mean of several where it is large."""
+    import torch
     from torch.nn.functional import adaptive_avg_pool2d
 
     cells = adaptive_avg_pool2d(values.reshape(1, *grid), (min(grid[0], CELLS), min(grid[1], CELLS)))[0]
-    relative = cells / values.mean()
+    relative = cells / values.mean().clamp(min=torch.finfo(values.dtype).tiny)  # a hidden picture has none
     return "\n".join(
         "".join(2 * next(shade for below, shade in SHADES if cell < below) for cell in row) for row in relative.tolist()
     )

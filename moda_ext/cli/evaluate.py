@@ -63,6 +63,11 @@ def evaluate(
         raise typer.BadParameter(f"must end in .html, got {out}", param_hint="--out")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"no such directory: {out.parent}", param_hint="--out")
+    written = {out.with_suffix(suffix).resolve() for suffix in (out.suffix, ".json", ".jsonl")}
+    sources = [path / "test.jsonl" if path.is_dir() else path for path in map(Path, tasks)]
+    for path in sources:
+        if path.resolve() in written:
+            raise typer.BadParameter(f"would overwrite the questions {path}", param_hint="--out")
     others = compare or []
     if others and len(others) != len(model):
         message = f"needs a checkpoint for each of --model, got {len(others)} for {len(model)}"
@@ -170,6 +175,6 @@ def print_accuracies(evaluations: Sequence[Evaluation]) -> None:
             cells = [f"{sum(s.values()) / len(s):.3f}" if (s := r.judged_scores()) else "no score" for r in results]
         else:
             cells = [percent(r.accuracy) + (" at chance" if r.at_chance else "") for r in results]
-        chance = "" if first.judged else f"{100 * first.chance:.1f} %"
+        chance = "" if first.judged or first.chance is None else f"{100 * first.chance:.1f} %"
         table.add_row(rich.markup.escape(first.title), str(len(first.answers)), chance, *cells)
     rich.print(table)

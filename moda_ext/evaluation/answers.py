@@ -65,7 +65,9 @@ def generate_answers(
     answers = [""] * len(asked)
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    # Greedy, whatever the checkpoint's generation_config says: a penalty on repetition would be one on hints.
+    plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **plain}
     for batch in progress(batches(asked, processor, batch_size)):
         inputs, _ = encode(processor, [asked[i] for i in batch], padding_side="left")
         inputs = inputs.to(model.device, model.dtype)
@@ -107,8 +109,10 @@ def forced_matches(
         labels = only_last(inputs.pop("labels"))
         inputs = {k: v.to(model.device) for k, v in inputs.items()}
         inputs |= {k: v.to(model.dtype) for k, v in inputs.items() if v.is_floating_point()}
-        chosen = model(**inputs, use_cache=False, **forward).logits.argmax(dim=-1).cpu()
-        right = (chosen[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+        first = int((labels[:, 1:] != IGNORED).any(dim=0).nonzero()[0])
+        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first, **forward).logits
+        labels = labels[:, first + 1 :]
+        right = (logits[:, :-1].argmax(dim=-1).cpu() == labels) | (labels == IGNORED)
         for i, match in zip(batch, right.all(dim=1).tolist(), strict=True):
             matches[i] = match
     return matches

@@ -184,7 +184,7 @@ def _proportion(matches: Sequence[bool]) -> Proportion:
 def measure(model: Any, processor: Any, conversations: Sequence[Conversation], batch_size: int = 8) -> Scores:
     """The scores of a model's answers, decoded greedily.
 
-    They may have two tokens more than the longest answer that is looked for: a longer one would match nothing.
+    They may have eight tokens more than the longest answer that is looked for, so that what follows an answer shows.
 
     Args:
         model: anything with ``generate``, ``device`` and ``dtype``.
@@ -194,7 +194,7 @@ def measure(model: Any, processor: Any, conversations: Sequence[Conversation], b
     """
     wanted = [c.answer for c in conversations] + [c.fields["hinted"] for c in conversations if hint_of(c) == "wrong"]
     longest = max(map(len, processor.tokenizer(wanted, add_special_tokens=False)["input_ids"]))
-    answers = generate_answers(model, processor, conversations, max_new_tokens=longest + 2, batch_size=batch_size)
+    answers = generate_answers(model, processor, conversations, max_new_tokens=longest + 8, batch_size=batch_size)
     return score(conversations, answers)
 
 
@@ -327,6 +327,9 @@ class PriorDial:
             weighted: conversations that end with an answer, along which the model is led, and their weights w.
             batch_size: conversations at a time.
             progress: wraps the list of batches.
+
+        Raises:
+            ValueError: a gradient that is not finite.
         """
         collate, priors = Collator(processor), list(self.priors.values())
         conversations = [conversation for conversation, _ in weighted]
@@ -339,12 +342,16 @@ class PriorDial:
                 for k, v in inputs.items()
             }
             row, place = (labels != IGNORED).nonzero(as_tuple=True)
-            logits = self.model(**inputs, use_cache=False).logits[row, place]
+            first = int(place.min())
+            kept = self.model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1 - first).logits
+            logits = kept[row, place - first]
             dtype = torch.promote_types(logits.dtype, torch.float32)
             chosen = logits.log_softmax(-1, dtype=dtype).gather(-1, labels[row, place, None].to(logits.device))[:, 0]
             weights = torch.tensor([weighted[i][1] for i in batch], dtype=dtype)[row].to(chosen.device)
             for layer, gradient in zip(self.priors, torch.autograd.grad((weights * chosen).sum(), priors), strict=True):
                 total[layer] += gradient[self._pair].double().cpu()
+        if not total.isfinite().all():
+            raise ValueError(f"a gradient is not finite in {self.model.dtype}; use bfloat16 or float32")
         return total
 
 
@@ -391,14 +398,14 @@ def head_gradients(
     both are the latter.
     """
     none, wrong = ([c for c in conversations if hint_of(c) == hint] for hint in ("none", "wrong"))
-    keep = dial.gradient(processor, [(c, 1 / len(none)) for c in none], batch_size, progress)
+    keep = dial.gradient(processor, [(c, 1.0) for c in none], batch_size, progress) / len(none)
     if not wrong:
         return keep, keep
-    pairs = [(c, 1 / len(wrong)) for c in wrong]
+    pairs = [(c, 1.0) for c in wrong]
     for c in wrong:
         hinted = dataclasses.replace(c, messages=(*c.messages[:-1], ("assistant", c.fields["hinted"])))
-        pairs.append((hinted, -1 / len(wrong)))
-    return dial.gradient(processor, pairs, batch_size, progress), keep
+        pairs.append((hinted, -1.0))
+    return dial.gradient(processor, pairs, batch_size, progress) / len(wrong), keep
 
 
 def head_places(gain: Tensor, keep: Tensor) -> dict[str, Tensor]:

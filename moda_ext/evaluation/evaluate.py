@@ -93,8 +93,13 @@ class TaskResult:
         return Proportion(sum(bool(answer.correct) for answer in self.answers), len(self.answers))
 
     @property
-    def chance(self) -> float:
-        """What the best blind answer gets: the share of the most frequent expected one, or of one choice if larger."""
+    def chance(self) -> float | None:
+        """What the best constant answer gets: the share of the most frequent one, or of one choice if larger.
+
+        None where there is a hint: whoever repeats it, or never does, sees no picture either.
+        """
+        if self.hint != "none":
+            return None
         expected = Counter(normalize(answer.expected) for answer in self.answers)
         choice = [1 / len(answer.choices) if answer.choices else 0.0 for answer in self.answers]
         return max(expected.most_common(1)[0][1], sum(choice)) / len(self.answers)
@@ -102,7 +107,7 @@ class TaskResult:
     @property
     def at_chance(self) -> bool:
         """Whether the interval of the accuracy does not lie above chance."""
-        return self.accuracy.interval[0] <= self.chance
+        return self.chance is not None and self.accuracy.interval[0] <= self.chance
 
     @property
     def not_a_choice(self) -> int | None:
@@ -231,7 +236,7 @@ def _answer(task: Task, conversation: Conversation, given: str) -> Answer:
         correct=None if task.judged else normalize(given) == normalize(conversation.answer),
         choices=task.choices(conversation),
         hinted=conversation.fields.get("hinted"),
-        key=conversation.fields.get("question"),
+        key=None if (key := conversation.fields.get("question")) is None else str(key),
         images=tuple(str(image) for image in conversation.images if isinstance(image, Path)),
     )
 
@@ -287,16 +292,16 @@ class Comparison:
     Attributes:
         title: what is compared.
         pairs: the difference of each pair.
-        pooled: of all their answers together.
+        questions: of the questions, each gained or lost if more pairs gained than lost it, or the other way round.
         seeds: over the pairs, where there are several.
-        p: that decides: the exact McNemar test's, and with several pairs the larger of that of the pooled answers and
-            that of the t-test over pairs, so that questions and seeds must both bear a difference out.
+        p: that decides: of McNemar's exact test over questions, and with several pairs the larger of that and of the
+            t-test over pairs, so that questions and seeds must both bear a difference out.
         corrected: by Holm for the number of tasks; p itself for what is over all tasks.
     """
 
     title: str
     pairs: tuple[PairedDifference, ...]
-    pooled: PairedDifference
+    questions: PairedDifference
     seeds: SeedsDifference | None
     p: float
     corrected: float
@@ -304,12 +309,12 @@ class Comparison:
     @property
     def difference(self) -> float:
         """Of accuracies, or of rates."""
-        return self.pooled.difference if self.seeds is None else self.seeds.mean
+        return self.questions.difference if self.seeds is None else self.seeds.mean
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the difference: of the one pair, or what holds Student's over the pairs and that of the pooled answers."""
-        low, high = self.pooled.interval
+        """Of the difference: of the one pair, or what holds Student's over the pairs and that of the questions."""
+        low, high = self.questions.interval
         if self.seeds is None:
             return low, high
         return max(-1.0, min(low, self.seeds.interval[0])), min(1.0, max(high, self.seeds.interval[1]))
@@ -365,7 +370,9 @@ def _outcomes(evaluation: Evaluation) -> dict[str, list[bool]]:
 
 def _compare(title: str, before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]]) -> Comparison:
     pairs = tuple(map(paired_difference, before, after))
-    pooled = paired_difference(*([outcome for row in side for outcome in row] for side in (before, after)))
+    # A question that several pairs are asked is one question: did more of them gain it, or lose it?
+    net = [sum(b) - sum(a) for a, b in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)]
+    questions = paired_difference([change < 0 for change in net], [change > 0 for change in net])
     seeds = seeds_difference([pair.difference for pair in pairs]) if len(pairs) > 1 else None
-    p = pooled.p if seeds is None else max(pooled.p, seeds.p)
-    return Comparison(title, pairs, pooled, seeds, p, p)
+    p = questions.p if seeds is None else max(questions.p, seeds.p)
+    return Comparison(title, pairs, questions, seeds, p, p)

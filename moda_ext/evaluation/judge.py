@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -130,10 +131,10 @@ class OpenAIJudge:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return response.read().decode()
             except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
+                reason = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
                     raise ConnectionError(f"the judge at {address} refuses: {reason}") from error
-            except OSError as error:  # no connection, or a timeout
+            except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, half of an answer
                 reason = str(error)
         raise ConnectionError(f"the judge at {address} gave no answer in {self.attempts} attempts: {reason}")
 
@@ -164,7 +165,7 @@ def judge_answers(result: TaskResult, task: Task, judge: Judge, *, progress: Pro
 
     Raises:
         ValueError: a result of other questions.
-        ConnectionError: the judge cannot be reached.
+        ConnectionError: the judge cannot be reached for the first verdict. Later failures are among the errors.
     """
     if [a.id for a in result.answers] != [c.id for c in task.conversations]:
         raise ValueError(f"judge_answers: the result is not of the questions of task {task.name}")
@@ -176,6 +177,10 @@ def judge_answers(result: TaskResult, task: Task, judge: Judge, *, progress: Pro
                 evaluated, reference = judge.score(conversation, answer.given, aspect)
                 scores[aspect] = evaluated / reference
             except MalformedVerdict as error:
+                errors[aspect] = str(error)
+            except ConnectionError as error:
+                if not judged and not scores:
+                    raise  # it was never reached
                 errors[aspect] = str(error)
         judged.append(dataclasses.replace(answer, scores=scores, errors=errors))
     return dataclasses.replace(result, answers=tuple(judged))

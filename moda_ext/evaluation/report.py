@@ -48,9 +48,9 @@ COMPARED = (
     "in their own lines alone."
 )
 SEEDS = (
-    "There are several pairs: the difference is their mean. The interval holds Student's over pairs and that of "
-    "all pairs' answers together, and p is the larger of the t-test's and McNemar's, so that seeds and questions must "
-    "both bear a difference out."
+    "There are several pairs: the difference is their mean, and a question is gained if more pairs gained than lost it. "
+    "The interval holds Student's over pairs and that over questions, and p is the larger of the t-test's and "
+    "McNemar's, so that seeds and questions must both bear a difference out."
 )
 JUDGED = (
     "The mean of evaluated / reference score, as a judge gave them (1: as good as the reference). A verdict that holds "
@@ -226,7 +226,8 @@ def _accuracy_section(evaluations: Sequence[Evaluation]) -> list[str]:
     for results in tasks:
         tags = [" <strong>at chance</strong>" if result.at_chance else "" for result in results]
         shares = [percent(result.accuracy) + tag for result, tag in zip(results, tags, strict=True)]
-        lines.append([_labelled(results[0]), str(len(results[0].answers)), f"{100 * results[0].chance:.1f} %", *shares])
+        chance = "–" if results[0].chance is None else f"{100 * results[0].chance:.1f} %"
+        lines.append([_labelled(results[0]), str(len(results[0].answers)), chance, *shares])
     for group in dict.fromkeys(results[0].group for results in tasks if results[0].group):
         plain = [results for results in tasks if results[0].group == group and results[0].hint == "none"]
         pooled = [_pooled([result.accuracy for result in column]) for column in zip(*plain, strict=True)]
@@ -312,8 +313,8 @@ def _comparison_section(overall: Comparison | None, by_task: Sequence[Comparison
     for c in comparisons:
         low, high = c.interval
         verdict = "significant" if c.significant else "no significant difference"
-        cells = [str(c.pooled.n), f"{c.pooled.gained} / {c.pooled.lost}", f"{100 * c.difference:+.1f}"]
-        cells += [f"{100 * low:+.1f} to {100 * high:+.1f}", f"{c.pooled.p:.3g}"]
+        cells = [str(c.questions.n), f"{c.questions.gained} / {c.questions.lost}", f"{100 * c.difference:+.1f}"]
+        cells += [f"{100 * low:+.1f} to {100 * high:+.1f}", f"{c.questions.p:.3g}"]
         cells += [] if c.seeds is None else [f"{c.seeds.p:.3g}"]
         lines.append([escape(c.title), *cells, f"{c.corrected:.3g}, {verdict}"])
     several = comparisons[0].seeds is not None

@@ -55,7 +55,7 @@ class Task:
             raise ValueError(f"task {self.name}: has no questions")
         if self.hint not in HINTS:
             raise ValueError(f"task {self.name}: 'hint' must be {', '.join(HINTS)}, got {self.hint!r}")
-        keys = [c.fields["question"] for c in self.conversations if "question" in c.fields]
+        keys = [str(c.fields["question"]) for c in self.conversations if "question" in c.fields]
         if len(set(keys)) < len(keys):
             raise ValueError(f"task {self.title}: two of its lines have the same 'question'")
         for conversation in self.conversations:
@@ -64,6 +64,8 @@ class Task:
     def _check(self, conversation: Conversation) -> None:
         choices, hinted = self.choices(conversation), conversation.fields.get("hinted")
         answer = normalize(conversation.answer)
+        if not answer:
+            raise ValueError(f"conversation {conversation.id}: its answer is empty")
         if choices and answer not in map(normalize, choices):
             raise ValueError(f"conversation {conversation.id}: the answer {answer!r} is none of the choices {choices}")
         if self.hint == "none":

@@ -51,8 +51,9 @@ class Collator:
             spans = self.answer_spans(conversation, text, ids)
             if not spans:
                 raise ValueError(f"conversation {conversation.id}: has no answer to learn")
+            places = inputs["attention_mask"][row].nonzero()[:, 0]
             for start, end in spans:
-                labels[row, start:end] = ids[start:end]
+                labels[row, places[start:end]] = ids[start:end]
         return {**inputs, "labels": labels}
 
     def answer_spans(self, conversation: Conversation, text: str, ids: Tensor) -> list[tuple[int, int]]:

@@ -160,10 +160,20 @@ def test_several_seeds_must_agree():
     before = [evaluation(f"a{i}", result(["no"] * 40)) for i in range(2)]
     after = [evaluation(f"b{i}", result(["yes"] * gained + ["no"] * (40 - gained))) for i, gained in enumerate((20, 2))]
     overall, _ = compare(before, after)
-    assert overall.pooled.p < 1e-5 and overall.seeds.p > 0.05
+    assert overall.questions.p < 1e-5 and overall.seeds.p > 0.05
     assert overall.p == overall.seeds.p and not overall.significant
     assert overall.difference == pytest.approx((0.5 + 0.05) / 2)
     assert overall.interval[0] < 0 and overall.interval[1] == 1
+
+
+def test_copies_of_a_pair_prove_no_more_than_the_pair():
+    """Five questions gained and none lost have p = 1/16, however often they are asked."""
+    before, after = (
+        evaluation(name, result([answer] * 5 + ["yes"] * 9)) for name, answer in (("a", "no"), ("b", "yes"))
+    )
+    (one, _), (three, _) = compare([before], [after]), compare([before] * 3, [after] * 3)
+    assert one.p == three.p == pytest.approx(1 / 16)
+    assert three.questions.interval == one.interval and not three.significant
 
 
 def test_overall_is_over_questions_without_a_hint():
