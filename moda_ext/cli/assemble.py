@@ -26,6 +26,7 @@ def assemble(
     by a projector that is trained here: two minutes on two cores.
     """
     from moda_ext.small import assemble as make
+    from moda_ext.small.packages import PackageError
 
     console = rich.console.Console(stderr=True)
     try:
@@ -33,7 +34,7 @@ def assemble(
             make(out, scenes=scenes, dev=dev, test=test, seed=seed, progress=functools.partial(_show, console, status))
     except FileExistsError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
-    except RuntimeError as error:  # of the packages
+    except PackageError as error:
         raise typer.BadParameter(str(error)) from error
     print(f"{out / 'model'}\n{out / 'data'}")
 

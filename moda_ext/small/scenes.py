@@ -31,11 +31,11 @@ SCENE_KINDS = ("things", "count", "writer")
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """What a part of the data is made of; the parts share neither a sentence nor, but for names, the new pictures.
+    """What a part of the data is made of. No two parts share a sentence.
 
     Attributes:
         sentences: (sentence, whether it is positive).
-        new: whether every thing is shown by a picture that training never shows.
+        new: whether its things are shown by the pictures that training never shows.
         usual: how often a coloured thing has its usual colour.
     """
 

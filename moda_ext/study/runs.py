@@ -20,12 +20,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import AttentionMeter, load_model
-from moda_ext.evaluation.answers import normalize
 from moda_ext.evaluation.evaluate import evaluate
 from moda_ext.evaluation.tasks import Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
 from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
+from moda_ext.training.trainer import write_json
 
 __all__ = ["Plan", "Run", "read_runs", "run_study"]
 
@@ -76,7 +76,7 @@ class Plan:
             steps=self.align_steps if variant is None else self.steps,
             batch_size=self.batch_size,
             save_every=0,
-            log_every=10,
+            log_every=1,
         )
 
 
@@ -144,18 +144,18 @@ def run_study(
         report: gets a line when a run is done.
 
     Raises:
-        ValueError: an unknown variant, or a file of a run with another plan.
+        ValueError: an unknown variant, none that is the baseline, or a folder of another plan or other data.
     """
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"study: unknown variants {', '.join(sorted(unknown))}; known are {', '.join(VARIANTS)}")
+    lonely = {VARIANTS[variant].against for variant in variants} - {None, *variants}
+    if lonely:
+        raise ValueError(f"study: variants must have {', '.join(map(str, lonely))} too, which others are compared with")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, plan)
     wanted = [(variant, seed) for seed in seeds for variant in variants]
-    for variant, seed in wanted:
-        path = _path(folder, variant, seed)
-        if path.exists() and _without_place(read_run(path).plan) != _without_place(dataclasses.asdict(plan)):
-            raise ValueError(f"study: {path} is of another plan: take another folder, or the same plan")
     missing = [run for run in wanted if not _path(folder, *run).exists()]
     if missing:
         make_base(folder / BASE, plan)
@@ -164,13 +164,34 @@ def run_study(
     with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
         futures = {pool.submit(_run_to_file, folder, plan, *run): run for run in missing}
         for future in concurrent.futures.as_completed(futures):
-            found = future.result()
+            try:
+                found = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # not after all the others
+                raise
             accuracy, following = 100 * found.accuracy("none"), 100 * found.following()
             report(
                 f"{found.variant}, seed {found.seed}: {accuracy:.1f} % right without hints, follows {following:.1f} % "
                 f"of wrong hints, {found.seconds:.0f} s of training"
             )
     return [read_run(_path(folder, *run)) for run in wanted]
+
+
+def claim(folder: Path, plan: Plan) -> None:
+    """Notes the plan and the data in the folder, or compares them with what is noted there."""
+    values = dataclasses.asdict(plan)
+    small = Path(values.pop("small"))
+    values["data"] = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((small / "data").glob("*.jsonl"))
+    }
+    path = folder / "plan.json"
+    if not path.exists():
+        write_json(path, values)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    keys = [key for key in {**before, **values} if before.get(key) != values.get(key)]
+    if keys:
+        raise ValueError(f"study: {folder} was begun with another {', '.join(keys)}: take another folder, or the same")
 
 
 def read_runs(folder: str | Path) -> list[Run]:
@@ -186,15 +207,9 @@ def _path(folder: Path, variant: str, seed: int) -> Path:
     return folder / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}.json"
 
 
-def _without_place(plan: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in plan.items() if key != "small"}
-
-
 def _run_to_file(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
-    run, path = do_run(folder, plan, variant, seed), _path(folder, variant, seed)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(dataclasses.asdict(run), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    run = do_run(folder, plan, variant, seed)
+    write_json(_path(folder, variant, seed), dataclasses.asdict(run))
     return run
 
 
@@ -214,28 +229,28 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     """One run."""
     chosen, small = VARIANTS[variant], Path(plan.small)
     model: Any
-    model, processor = load_model(str(folder / BASE), device="cpu", dtype="bfloat16")
+    model, processor = load_model(str(folder / BASE), device="cpu", dtype="float32")
     torch.manual_seed(seed)
     chosen.attach(model, plan.prior)
     remember_pictures(model.model.vision_tower)
     conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen)
     place = folder / "training" / f"{_path(folder, variant, seed).stem}"
-    begin = time.process_time()
+    begin, cost = time.process_time(), place / "seconds.json"
     model = train_stage(model, processor, stage, conversations, place, seed=seed, progress=False)
-    seconds = time.process_time() - begin
+    if not cost.exists():  # else it had been trained before
+        write_json(cost, time.process_time() - begin)
     log = json.loads((place / "log.json").read_text(encoding="utf-8"))
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+    losses = [entry["loss"] for entry in log if "loss" in entry][-max(1, plan.steps // 10) :]
     tasks = [task.first(plan.limit) for task in read_questions(small / "data" / f"{plan.questions}.jsonl")]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         results = [evaluate(model, processor, task, batch_size=20, max_new_tokens=6) for task in tasks]
         deficit = {} if chosen.blind else measure_deficit(model, processor, tasks)
-    outcomes = {}
-    for task, result in zip(tasks, results, strict=True):
-        suggested = [str(c.fields["hinted"]) for c in task.conversations]
-        outcomes[f"{task.name}/{task.hint}"] = "".join(
-            "1" if answer.correct else "h" if normalize(answer.given) == normalize(hinted) else "0"
-            for answer, hinted in zip(result.answers, suggested, strict=True)
+    outcomes = {
+        f"{result.name}/{result.hint}": "".join(
+            "1" if answer.correct else "h" if answer.follows(str(answer.hinted)) else "0" for answer in result.answers
         )
+        for result in results
+    }
     priors = [p[:, 0, 1].mean() for name, p in moda_parameters(model).items() if name.endswith(".prior")]
     return Run(
         variant,
@@ -243,12 +258,12 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
         dataclasses.asdict(plan),
         outcomes,
         {task.name: task.group for task in tasks},
-        {result.name: result.chance for result in results},
-        sum(losses[-(len(losses) // 10 or 1) :]) / (len(losses) // 10 or 1),
+        {result.name: result.chance for result in results if result.chance is not None},
+        sum(losses) / len(losses),
         deficit,
         float(torch.stack(priors).mean()) if priors else None,
         sum(t.numel() for t in trained_tensors(place)),
-        seconds,
+        json.loads(cost.read_text(encoding="utf-8")),
     )
 
 
@@ -284,7 +299,7 @@ def remember_pictures(tower: torch.nn.Module) -> None:
 
     @functools.wraps(plain)
     def forward(pixel_values: Tensor, **options: Any) -> Any:
-        keys = [hashlib.sha256(picture.float().numpy().tobytes()).digest() for picture in pixel_values]
+        keys = [hashlib.sha256(picture.float().cpu().numpy().tobytes()).digest() for picture in pixel_values]
         new = [i for i, key in enumerate(keys) if key not in memory]
         if new:
             layers = plain(pixel_values[new], **options).hidden_states

@@ -6,9 +6,9 @@ import math
 import statistics as plain
 from collections.abc import Callable, Sequence
 
-from moda_ext.evaluation.statistics import ALPHA, Proportion, SeedsDifference, holm, paired_difference, seeds_difference
+from moda_ext.evaluation.statistics import ALPHA, Proportion, SeedsDifference, holm, seeds_difference
 from moda_ext.study.runs import Run
-from moda_ext.study.variants import BASELINE, VARIANTS
+from moda_ext.study.variants import VARIANTS
 
 __all__ = ["by_variant", "differences", "write_tables"]
 
@@ -22,21 +22,30 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def differences(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, SeedsDifference]:
-    """How each variant differs from the baseline: mean over the seeds that both have, with the t interval of it.
+    """How each variant differs from the one that it changes: mean over the seeds that both have, with its t interval.
 
     Args:
-        runs: of the study, those of the baseline among them.
+        runs: of the study, those that others are compared with among them.
         measure: a figure of a run.
 
     Raises:
-        ValueError: a variant that shares fewer than two seeds with the baseline.
+        ValueError: a variant that shares fewer than two seeds with the one that it is compared with.
     """
+    found = {}
+    for name, pairs in _pairs(runs).items():
+        found[name] = seeds_difference([measure(after) - measure(before) for before, after in pairs])
+    return found
+
+
+def _pairs(runs: Sequence[Run]) -> dict[str, list[tuple[Run, Run]]]:
+    """Of each variant but the baseline: (the run that it is compared with, its own) of each seed that both have."""
     groups = by_variant(runs)
-    base = {run.seed: measure(run) for run in groups.get(BASELINE, [])}
     found = {}
     for name, group in groups.items():
-        if name != BASELINE:
-            found[name] = seeds_difference([measure(run) - base[run.seed] for run in group if run.seed in base])
+        against = VARIANTS[name].against
+        if against is not None:
+            base = {run.seed: run for run in groups.get(against, [])}
+            found[name] = [(base[run.seed], run) for run in group if run.seed in base]
     return found
 
 
@@ -67,52 +76,44 @@ def _accuracies(runs: Sequence[Run]) -> str:
 
 
 def _compared(runs: Sequence[Run]) -> str:
-    """Differences to the baseline in points; p by Student's t over seeds, after Holm's correction over variants."""
-    if min(len({run.seed for run in group}) for group in by_variant(runs).values()) < 2:
-        return "One seed: no comparison."
+    """Differences in points; p by Student's t over seeds, after Holm's correction over variants."""
+    pairs = _pairs(runs)
+    if not pairs or min(map(len, pairs.values())) < 2:
+        return "Fewer than two seeds of each: no comparison."
     measures: dict[str, Callable[[Run], float]] = {
         "right, no hint": lambda run: 100 * run.accuracy("none"),
         "follows a wrong hint": lambda run: 100 * run.following(),
     }
     columns = {title: differences(runs, measure) for title, measure in measures.items()}
     lines = []
-    for name in next(iter(columns.values())):
-        cells: list[object] = [name]
+    for name in pairs:
+        cells: list[object] = [f"{name} against {VARIANTS[name].against}"]
         for found in columns.values():
             p = dict(zip(found, holm([difference.p for difference in found.values()]), strict=True))[name]
             low, high = found[name].interval
             verdict = f"p = {p:.3f}" if p < ALPHA else "no significant difference"
             cells += [f"{found[name].mean:+.1f} ({low:+.1f} to {high:+.1f})", verdict]
-        cells.append(_pooled(runs, name))
         lines.append(cells)
-    head = [f"against {BASELINE}, points (95 %)"]
+    head = ["points (95 %)"]
     for title in columns:
         head += [title, "after Holm"]
-    return _table([*head, "gained / lost answers without hint, McNemar"], lines)
-
-
-def _pooled(runs: Sequence[Run], name: str) -> str:
-    """All answers of all seeds, as if they were independent, which they are not: the t interval is the judge."""
-    groups = by_variant(runs)
-    base = {run.seed: run.correct("none") for run in groups[BASELINE]}
-    pairs = [(base[run.seed], run.correct("none")) for run in groups[name] if run.seed in base]
-    found = paired_difference([c for before, _ in pairs for c in before], [c for _, after in pairs for c in after])
-    return f"{found.gained} / {found.lost} of {found.n}, p = {found.p:.3f}"
+    return _table(head, lines)
 
 
 def _tasks(runs: Sequence[Run]) -> str:
-    """Accuracy without hints of each task, all seeds together, beside chance."""
+    """Accuracy without hints of each task, mean over seeds; the interval is of one seed's number of questions."""
     groups = by_variant(runs)
     lines = []
     for task, group in runs[0].groups.items():
         chance = runs[0].chance[task]
         cells: list[object] = [f"{task} ({group})", f"{100 * chance:.0f}"]
         for found in groups.values():
-            outcomes = "".join(run.outcomes[f"{task}/none"] for run in found)
-            share = Proportion(outcomes.count("1"), len(outcomes))
+            outcomes = [run.outcomes[f"{task}/none"] for run in found]
+            right = sum(o.count("1") for o in outcomes) / len(outcomes)
+            share = Proportion(round(right), len(outcomes[0]))  # seeds are asked the same questions
             low, high = share.interval
             mark = "" if low > chance else ", at chance"
-            cells.append(f"{100 * share.value:.0f} ({100 * low:.0f} to {100 * high:.0f}{mark})")
+            cells.append(f"{100 * right / share.n:.0f} ({100 * low:.0f} to {100 * high:.0f}{mark})")
         lines.append(cells)
     return _table(["right, no hint, % (95 %)", "chance", *groups], lines)
 

@@ -14,6 +14,7 @@ from moda_ext.integrations.transformers import MODAConfig, apply_moda, attention
 __all__ = ["BASELINE", "VARIANTS", "BilinearGate", "Variant"]
 
 BASELINE = "lora"
+RANDOM = "lora, hints at random"
 TRAINING = "train.jsonl"
 
 
@@ -31,6 +32,7 @@ class Variant:
         gate: the aligner of each layer is a :class:`BilinearGate`.
         balance: the weight of :class:`moda_ext.diagnostics.AttentionBalanceLoss`.
         calibrated: the prior starts at the plan's, for text rows and image keys.
+        against: the variant that differs in this one thing alone; None of the baseline.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     gate: bool = False
     balance: float = 0.0
     calibrated: bool = False
+    against: str | None = "lora"
 
     def attach(self, model: Any, prior: float, rank: int = 16) -> None:
         """Puts MODA into a loaded model, as the variant has it."""
@@ -63,6 +66,8 @@ def by_parity(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     ``generate`` gives no mask without padding, but positions.
     """
     mask, number = kwargs.get("attention_mask"), kwargs["input_ids"].shape[1]
+    if mask is None and kwargs.get("position_ids") is None:
+        raise ValueError("by_parity: needs attention_mask or position_ids, to know the places of tokens")
     if mask is not None:
         modality = (mask.long().cumsum(dim=1) % 2).masked_fill(mask == 0, -1)
     else:
@@ -101,17 +106,19 @@ NOTHING = {"aligner": None, "mask": {"variant": "fix"}}  # MODA with a prior of 
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(BASELINE, "LoRA and the projector, no MODA"),
+        Variant(BASELINE, "LoRA and the projector, no MODA", against=None),
         Variant("moda", "and MODA: aligner and conditional mask in every layer", {}),
         Variant("blind", "the same, with the parity of a token's place for its modality: the control", {}, blind=True),
-        Variant("balance", "moda, and the attention balance loss", {}, balance=0.1),
-        Variant(
-            "prior", "moda, its prior of text rows for image keys starting at the calibrated value", {}, calibrated=True
-        ),
+        Variant("balance", "moda, and the attention balance loss", {}, balance=0.1, against="moda"),
+        Variant("prior", "moda, its prior for the image starting above 0", {}, calibrated=True, against="moda"),
         Variant("gate", "a bilinear gate on image keys, after RAVE", NOTHING, gate=True),
-        Variant("lora, hints at random", "lora, trained on hints that tell nothing", data="train_random_hints.jsonl"),
+        Variant(RANDOM, "lora, trained on hints that tell nothing", data="train_random_hints.jsonl"),
         Variant(
-            "moda, hints at random", "moda, trained on hints that tell nothing", {}, data="train_random_hints.jsonl"
+            "moda, hints at random",
+            "moda, trained on hints that tell nothing",
+            {},
+            data="train_random_hints.jsonl",
+            against=RANDOM,
         ),
     )
 }

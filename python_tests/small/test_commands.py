@@ -170,12 +170,15 @@ def test_study(small, tmp_path):
     assert all(run.outcomes.keys() == runs[0].outcomes.keys() and len(run.outcomes) == 30 for run in runs)
     gate, lora = (next(run for run in runs if run.variant == name) for name in ("gate", "lora"))
     assert gate.trained == lora.trained + 30 * 2 * 64 * 16
+    assert all(run.loss > 0 for run in runs)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     code, output = call("study", *options, "--variants", *names)
     assert code == 0, output
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert (tmp_path / "README.md").read_text() == write_tables(runs)
     code, output = call("study", *options, "--variants", "lora", "--lr", "0.5")
-    assert code == 2 and "is of another plan" in words(output)
+    assert code == 2 and "was begun with another lr" in words(output)
+    code, output = call("study", *options, "--variants", "balance")
+    assert code == 2 and "variants must have moda too" in words(output)
     code, output = call("study", *options, "--variants", "nothing")
     assert code == 2 and "unknown variants nothing; known are " + ", ".join(VARIANTS) in words(output)

@@ -183,8 +183,8 @@ def test_a_package_with_other_contents_is_refused(tmp_path, monkeypatch):
     file = tmp_path / packages.TOWER.member
     file.parent.mkdir(parents=True)
     file.write_bytes(b"something else")
-    with pytest.raises(RuntimeError, match=r"has the SHA-256 .*, expected 5793"):
+    with pytest.raises(packages.PackageError, match=r"has the SHA-256 .*, expected 5793"):
         packages.fetch(packages.TOWER)
     missing = packages.Package("moda-ext-has-no-such-package==1", "x", "")
-    with pytest.raises(RuntimeError, match="cannot download the package moda-ext-has-no-such-package==1"):
+    with pytest.raises(packages.PackageError, match="cannot download the package moda-ext-has-no-such-package==1"):
         packages.fetch(missing)
