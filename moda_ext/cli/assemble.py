@@ -16,7 +16,7 @@ from moda_ext.cli.app import app
 def assemble(
     out: Annotated[Path, typer.Option(help="Gets model/ and data/.")] = Path("build/small"),
     scenes: Annotated[int, typer.Option(min=10, help="Pictures to train on.")] = 900,
-    dev: Annotated[int, typer.Option(min=1, help="Questions of each task to calibrate with.")] = 40,
+    dev: Annotated[int, typer.Option(min=1, help="Questions of each task to calibrate with.")] = 20,
     test: Annotated[int, typer.Option(min=1, help="Questions of each task to be judged by.")] = 50,
     seed: Annotated[int, typer.Option(help="Of pictures, questions and the projector.")] = 0,
 ) -> None:

@@ -33,7 +33,7 @@ def assemble(
     folder: str | Path,
     *,
     scenes: int = 900,
-    dev: int = 40,
+    dev: int = 20,
     test: int = 50,
     seed: int = 0,
     progress: Callable[[str], Any] = lambda text: None,

@@ -39,7 +39,7 @@ def training_scenes(number: int, seed: int = 0) -> list[Scene]:
     return [make_scene(kinds[i % len(kinds)], rng, split) for i in range(number)]
 
 
-def write_data(folder: str | Path, scenes: list[Scene], *, dev: int = 40, test: int = 50, seed: int = 0) -> None:
+def write_data(folder: str | Path, scenes: list[Scene], *, dev: int = 20, test: int = 50, seed: int = 0) -> None:
     """Writes ``images/`` and, as JSON lines:
 
     - ``align.jsonl``: a description of each scene.

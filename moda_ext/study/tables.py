@@ -91,7 +91,8 @@ def _compared(runs: Sequence[Run]) -> str:
         for found in columns.values():
             p = dict(zip(found, holm([difference.p for difference in found.values()]), strict=True))[name]
             low, high = found[name].interval
-            verdict = f"p = {p:.3f}" if p < ALPHA else "no significant difference"
+            small = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+            verdict = small if p < ALPHA else "no significant difference"
             cells += [f"{found[name].mean:+.1f} ({low:+.1f} to {high:+.1f})", verdict]
         lines.append(cells)
     head = ["points (95 %)"]
