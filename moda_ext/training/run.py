@@ -121,7 +121,7 @@ def train_stage(
         progress: show a bar.
 
     Returns:
-        The model in evaluation mode, with adapters merged. Weights that were trained, or have an adapter merged into
+        The model on the CPU in evaluation mode, with adapters merged. Weights that were trained, or have an adapter merged into
         them, are float32: in bfloat16 most of a small update would be rounded off.
 
     Raises:
@@ -140,6 +140,7 @@ def train_stage(
     else:
         collator = Collator(processor, stage.max_length) if collator is None else collator
         fit(model, stage, conversations, folder, seed=seed, collator=collator, progress=progress)
+    model = model.cpu()  # float32 weights may have no room beside what training has left on a GPU
     if stage.lora is not None:
         for module in model.modules():
             if hasattr(module, "lora_A"):
