@@ -121,8 +121,8 @@ def train_stage(
         progress: show a bar.
 
     Returns:
-        The model on the CPU in evaluation mode, with adapters merged. Weights that were trained, or have an adapter merged into
-        them, are float32: in bfloat16 most of a small update would be rounded off.
+        The model on the CPU in evaluation mode, with adapters merged. Weights that were trained, or have an adapter
+        merged into them, are float32: in bfloat16 most of a small update would be rounded off.
 
     Raises:
         ValueError: a stage that the model cannot have, no conversations, some without images that would train nothing,
