@@ -14,10 +14,10 @@ from moda_ext.cli.app import app, loading
 
 @contextlib.contextmanager
 def naming_the_recipe() -> Iterator[None]:
-    """Says in one sentence what is wrong with it."""
+    """Says in one sentence what is wrong with it, or with its data."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="RECIPE") from error
 
 
@@ -38,12 +38,14 @@ def train(
 
     from moda_ext.diagnostics.runner import load_processor
     from moda_ext.training import read_recipe
-    from moda_ext.training.run import claim, train
+    from moda_ext.training.run import begin, is_first_process, run_stages
 
     with naming_the_recipe():
         read = read_recipe(recipe, overrides or [])
     with loading(read.model):
         load_processor(read.model)
     with naming_the_recipe():
-        claim(Path(read.output), read)
-    print(train(read, progress=not quiet))
+        data = begin(read)
+    output = run_stages(read, data, progress=not quiet)
+    if is_first_process():
+        print(output)

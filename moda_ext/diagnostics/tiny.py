@@ -57,7 +57,8 @@ def tiny_llava(layers: int = 4, seed: int = 0) -> tuple[LlavaForConditionalGener
         image_token="<image>",
         chat_template=(
             "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
-            "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+            "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+            "{% if message.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}"
         ),
     )

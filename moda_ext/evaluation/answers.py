@@ -90,7 +90,8 @@ def forced_matches(
 ) -> list[bool]:
     """Whether the model, led along the last answer of each conversation, would write every token of it.
 
-    That is whether greedy decoding writes that answer and ends there, in one forward pass.
+    That is whether greedy decoding writes that answer and ends there, in one forward pass. Where the chat template has
+    no token that ends an answer, it is whether it begins with that answer.
 
     Args:
         model, processor, batch_size, progress: as in :func:`generate_answers`.
@@ -100,7 +101,7 @@ def forced_matches(
     Raises:
         ValueError: a conversation without an answer.
     """
-    collate = Collator(processor)
+    collate = Collator(processor, needs_end=False)
     matches = [False] * len(conversations)
     for conversation in conversations:
         conversation.answer  # noqa: B018  raises before anything runs

@@ -331,7 +331,7 @@ class PriorDial:
         Raises:
             ValueError: a gradient that is not finite.
         """
-        collate, priors = Collator(processor), list(self.priors.values())
+        collate, priors = Collator(processor, needs_end=False), list(self.priors.values())
         conversations = [conversation for conversation, _ in weighted]
         total = torch.zeros(self.shape, dtype=torch.float64)
         for batch in progress(batches(conversations, processor, batch_size)):

@@ -13,6 +13,7 @@ from moda_ext.conversations import PLACEHOLDER, Conversation, encode, render
 __all__ = ["Collator"]
 
 IGNORED = -100  # a label that no loss counts
+TURN_ENDS = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<end_of_utterance>"]  # beside eos_token
 
 
 class Collator:
@@ -25,18 +26,20 @@ class Collator:
         processor: of the checkpoint.
         max_length: in tokens, pictures included: longer conversations are an error, as cutting one would cut a picture
             or an answer. None for no limit.
+        needs_end: whether a chat template that ends no answer with an end token, such as that of LLaVA-1.5, is an
+            error, as a model would not learn to stop. Otherwise an answer ends there before the template's white space.
 
     Raises:
-        ValueError: in a call, a conversation that is too long or without an answer, or a chat template that writes the
-            beginning of a conversation in another way once it goes on, by the id of the conversation.
+        ValueError: in a call, a conversation that is too long or without an answer, or a chat template that ends no
+            answer or writes the beginning of a conversation in another way once it goes on, by the id of the
+            conversation.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None):
-        self.processor = processor
-        self.max_length = max_length
+    def __init__(self, processor: Any, max_length: int | None = None, *, needs_end: bool = True):
+        self.processor, self.max_length, self.needs_end = processor, max_length, needs_end
         tokenizer = processor.tokenizer
-        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *self._turn_ends()}
-        self._ends = ends - {None, tokenizer.unk_token_id}
+        known = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(TURN_ENDS)}
+        self._ends = known - {None, tokenizer.unk_token_id}
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         inputs, texts = encode(self.processor, conversations, padding_side="right")
@@ -49,7 +52,7 @@ class Collator:
                     "it, or raise max_length"
                 )
             spans = self.answer_spans(conversation, text, ids)
-            if not spans:
+            if not spans or any(start == end for start, end in spans):
                 raise ValueError(f"conversation {conversation.id}: has no answer to learn")
             places = inputs["attention_mask"][row].nonzero()[:, 0]
             for start, end in spans:
@@ -64,18 +67,27 @@ class Collator:
             text: as its chat template writes it.
             ids: (N,), its tokens, without padding.
         """
-        spans = []
+        spans, whole = [], self._tokens(text)
         for turn, (role, _) in enumerate(conversation.messages):
             if role != "assistant":
                 continue
-            asked = self._beginning(conversation, turn, text, ids)
-            answered = self._beginning(conversation, turn + 1, text, ids)
-            stops = [i for i in range(asked, answered) if int(ids[i]) in self._ends]
-            spans.append((asked, stops[-1] + 1 if stops else answered))
+            start = self._beginning(conversation, turn, text, whole, ids)
+            end = self._beginning(conversation, turn + 1, text, whole, ids)
+            stops = [i for i in range(start, end) if int(ids[i]) in self._ends]
+            if not stops and self.needs_end:
+                raise ValueError(
+                    f"conversation {conversation.id}: the chat template does not end an answer with an end token, so a "
+                    f"model would not learn to stop: let it write {self.processor.tokenizer.eos_token} there"
+                )
+            if stops:
+                end = stops[-1] + 1
+            while not stops and end > start and not self.processor.tokenizer.decode(ids[end - 1 : end]).strip():
+                end -= 1
+            spans.append((start, end))
         return spans
 
-    def _beginning(self, conversation: Conversation, turns: int, text: str, ids: Tensor) -> int:
-        """How many tokens the first turns of a conversation have."""
+    def _beginning(self, conversation: Conversation, turns: int, text: str, whole: list[int], ids: Tensor) -> int:
+        """How many tokens the first turns of a conversation have; ``whole`` are those of its text."""
         first = Conversation(
             conversation.id,
             conversation.messages[:turns],
@@ -88,7 +100,7 @@ class Collator:
                 "it goes on, so its answers cannot be told apart"
             )
         if len(first.images) == len(conversation.images):  # what follows is text: no picture is cut into tokens again
-            whole, cut = (self._tokens(part) for part in (text, start))
+            cut = self._tokens(start)
             count = len(ids) - (len(whole) - len(cut))
             same = whole[: len(cut)] == cut and whole[len(cut) :] == ids[count:].tolist()
         else:
@@ -101,10 +113,3 @@ class Collator:
 
     def _tokens(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _turn_ends(self) -> set[int]:
-        """Tokens after which generation stops, as far as the tokenizer says."""
-        ids = self.processor.tokenizer.convert_tokens_to_ids(
-            ["<|eot_id|>", "<end_of_turn>", "<|end|>", "<end_of_utterance>"]
-        )
-        return {i for i in ids if i is not None}

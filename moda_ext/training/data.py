@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -15,7 +16,7 @@ from moda_ext.training.recipe import Source
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["draw_order", "load_conversations"]
+__all__ = ["draw_order", "fingerprints", "load_conversations"]
 
 
 class Dataset(Sequence[Conversation]):
@@ -99,7 +100,7 @@ def have_images(conversations: Sequence[Conversation]) -> list[bool]:
     return [bool(conversation.images) for conversation in conversations]
 
 
-def load_conversations(sources: Sequence[Source], seed: int = 0) -> Sequence[Conversation]:
+def load_conversations(sources: Sequence[Source], seed: int = 0) -> Selection:
     """The conversations of all sources, each as often and as much of it as it says.
 
     Args:
@@ -119,6 +120,22 @@ def load_conversations(sources: Sequence[Source], seed: int = 0) -> Sequence[Con
             chosen = sorted(drawn[: max(1, round(source.fraction * len(part)))].tolist())
         places += [(number, index) for index in chosen] * source.repeat
     return Selection(parts, places)
+
+
+def fingerprints(sources: Sequence[Source], selection: Selection) -> dict[str, str]:
+    """By which a change of the data is seen: a file's SHA-256, or how many rows a Hugging Face dataset has.
+
+    Args:
+        sources: some.
+        selection: what :func:`load_conversations` made of them.
+    """
+    found = {}
+    for source, part in zip(sources, selection.parts, strict=True):
+        if source.path is not None:
+            found[source.path] = hashlib.sha256(Path(source.path).read_bytes()).hexdigest()
+        else:
+            found[f"{source.dataset}, {source.split}"] = f"{len(part)} rows"
+    return found
 
 
 def _load(source: Source) -> Sequence[Conversation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ __all__ = ["Lora", "Recipe", "Source", "Stage", "read_recipe"]
 PARTS = ("text", "vision", "projector", "moda")
 DTYPES = ("float32", "bfloat16")
 AUTOCAST = ("bf16", "none")
+UNFINISHED = "unfinished"  # a folder for what is being written: a killed process leaves nothing elsewhere
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -80,7 +82,8 @@ class Stage:
     Attributes:
         name: of its folder below the output.
         train: which parts: ``"text"``, ``"vision"``, ``"projector"`` and ``"moda"``.
-        lora: low-rank updates of the language model, instead of ``"text"``.
+        lora: low-rank updates of the language model, instead of ``"text"``. At the stage's end they are merged into
+            its weights, which are float32 from then on.
         lr: learning rate of the language model or its updates.
         vision_lr: of the vision tower.
         projector_lr: by default ``lr``.
@@ -141,8 +144,9 @@ class Stage:
 
     def check(self, key: str) -> None:
         """Raises what :func:`read_recipe` raises; ``key`` is the stage's place in the recipe."""
-        right = bool(self.name) and Path(self.name).name == self.name
-        _require(right, f"{key}.name", "must be the name of a folder", self.name)
+        right = bool(re.fullmatch(r"[\w-]+", self.name)) and self.name != UNFINISHED
+        must = f"must be a folder's name, of letters, digits, _ and -, and not {UNFINISHED}"
+        _require(right, f"{key}.name", must, self.name)
         wrong = [part for part in self.train if part not in PARTS]
         _require(not wrong, f"{key}.train", f"must be a list of {', '.join(PARTS)}", self.train)
         _require(bool(self.train or self.lora), f"{key}.train", "must name a part, as there is no lora", self.train)
@@ -181,7 +185,8 @@ class Recipe:
         data: of the stages that have none of their own.
         moda: settings of MODA (:class:`moda_ext.integrations.transformers.MODAConfig`), which the model gets first;
             None to leave the model as it is.
-        dtype: of frozen weights. Those that are trained are float32.
+        dtype: of frozen weights, and the one that the new checkpoint is loaded with. Those that are trained are
+            float32, and are stored so.
         seed: of the order of the data, of new weights and of dropout.
     """
 

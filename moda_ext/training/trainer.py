@@ -30,19 +30,18 @@ from moda_ext.conversations import Conversation
 from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter
 from moda_ext.training.collator import IGNORED
 from moda_ext.training.parts import optimizer_groups, part_of
-from moda_ext.training.recipe import Stage
+from moda_ext.training.recipe import UNFINISHED, Stage
 
 __all__ = ["ConversationTrainer", "load_trained", "save_trained"]
 
 TRAINED = "trained.safetensors"
 LOG = "log.json"
-UNFINISHED = "unfinished"  # the folder that the Trainer writes its checkpoints into
 
 
 class ConversationTrainer(Trainer):
     """Trains the parameters of a model that require gradients, as a stage says.
 
-    A checkpoint holds those parameters and the buffers, not the weights that stay as they are. The Trainer writes it
+    A checkpoint holds those parameters, not what stays as it is. The Trainer writes it
     into a folder of unfinished ones, from where it moves once all of it is there: what a killed process leaves behind
     is never resumed from.
 
@@ -113,6 +112,8 @@ class ConversationTrainer(Trainer):
         self.still = still_modules(model)
         self.balance_loss = AttentionBalanceLoss() if stage.balance else None
         self._penalties: list[Tensor] = []
+        self._loss = torch.zeros(())
+        self._balances: list[Tensor] = []  # penalties since the last entry of the log
         self.remove_callback(ProgressCallback if progress else PrinterCallback)
         if progress:
             self.add_callback(Bar)
@@ -129,11 +130,15 @@ class ConversationTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The backward pass is in the block too: gradient checkpointing computes the layers once more in it."""
+        """The loss on the answers alone, which is logged.
+
+        The backward pass is in the block too: gradient checkpointing computes the layers once more in it.
+        """
         with contextlib.ExitStack() as stack:
             if self.balance_loss is not None:
                 self._penalties = stack.enter_context(self.balance_loss.collect(self.network))
-            return super().training_step(model, inputs, num_items_in_batch)
+            super().training_step(model, inputs, num_items_in_batch)
+        return self._loss
 
     def compute_loss(
         self,
@@ -148,6 +153,7 @@ class ConversationTrainer(Trainer):
         """
         for module in self.still:
             module.eval()  # training_step has put the whole model into training mode
+        assert num_items_in_batch is not None, "the labels of a step, see model_accepts_loss_kwargs"
         labels = inputs["labels"][:, 1:]
         there = labels != IGNORED
         with self.autocast():
@@ -156,16 +162,20 @@ class ConversationTrainer(Trainer):
                 logits_to_keep=F.pad(there, (0, 1)),
                 use_cache=False,
             )
-        count = there.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(outputs.logits.float(), labels[there], reduction="sum") / count
+        loss = F.cross_entropy(outputs.logits.float(), labels[there], reduction="sum") / num_items_in_batch
         loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        self._loss = loss.detach()
         if self.balance_loss is not None:
             penalty = torch.stack(self._penalties).mean()
+            self._balances.append(penalty.detach())
             loss = loss + self.stage.balance * penalty / self.stage.gradient_accumulation
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the deficits, where they are due."""
+        """With the balance penalty, before its weight, and the deficits, where they are due."""
+        if "loss" in logs and self._balances:
+            logs["balance"] = self.accelerator.reduce(torch.stack(self._balances).mean(), "mean").item()
+            self._balances.clear()
         if "loss" in logs and self.measures_now():
             logs |= self.measure_deficit()
         super().log(logs, start_time)
@@ -276,8 +286,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the parameters that require gradients, and the buffers that a state dict has, or nothing at all."""
-    tensors = {name: t.detach().contiguous() for name, t in _state(model).items()}
+    """Writes the parameters that require gradients, or nothing at all. No buffer changes in training."""
+    tensors = {name: p.detach().contiguous() for name, p in _trained(model).items()}
     part = path.with_suffix(".part")
     save_file(tensors, part)
     os.replace(part, path)
@@ -289,19 +299,16 @@ def load_trained(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: other parameters are trained in this model.
     """
-    saved, own = load_file(path), _state(model)
+    saved, own = load_file(path), _trained(model)
     if saved.keys() != own.keys():
         raise ValueError(f"{path} has other weights than the model trains: {sorted(saved.keys() ^ own.keys())[:4]}")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    saved = model.state_dict().keys()
-    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state.update((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    return state
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def write_json(path: Path, value: Any) -> None:

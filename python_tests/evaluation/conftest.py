@@ -96,8 +96,8 @@ def believer(tmp_path_factory):
     for name, colour in COLOURS.items():
         image.new("RGB", (112, 112), colour).save(folder / f"{name}.png")
     model, processor = tiny_llava(layers=2)
-    ended = "{{ '</s>' if message.role == 'assistant' else '\n' }}"  # or no answer would ever end
-    processor.chat_template = processor.chat_template.replace("{{ '\n' }}", ended)
+    ended = "{% else %}{{ '\n' }}{% endif %}"  # an answer is its letter and its end
+    processor.chat_template = processor.chat_template.replace("{% endif %}{{ '\n' }}", ended)
     train(model, processor, folder)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from commands import Page, call, words  # noqa: E402
-from questions import TEMPLATE, write_mmrole, write_questions  # noqa: E402
+from questions import write_mmrole, write_questions  # noqa: E402
 
 from moda_ext.evaluation import Answer, Evaluation, TaskResult, evaluate, read_tasks, write_report  # noqa: E402
 
@@ -32,7 +32,6 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         model, processor = tiny_llava(layers=2, seed=seed)
-        processor.chat_template = TEMPLATE
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     return folder

@@ -37,6 +37,11 @@ def python(code: str, *arguments: str, **variables: str) -> str:
     return run.stdout
 
 
+def hide_accelerators(setattr: Callable) -> None:
+    """Has what asks torch for an accelerator run on the CPU; ``setattr`` is the built-in one, or monkeypatch's."""
+    setattr(torch.accelerator, "is_available", lambda: False)
+
+
 def run_ranks(function: Callable, world: int, rendezvous: Path, *arguments: object) -> None:
     """``function(*arguments)`` in ``world`` processes that make up a group of gloo."""
     torch.multiprocessing.spawn(_run_rank, (world, str(rendezvous), function, arguments), nprocs=world)

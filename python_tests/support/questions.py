@@ -5,12 +5,6 @@ import json
 import torch
 
 COLOURS = ("red", "green", "blue", "grey")
-TEMPLATE = (  # of tiny_llava, with a token that ends an answer
-    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
-    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "{% if message.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 def record(name, asked, answer, **fields):
@@ -66,7 +60,6 @@ def trained_llava(conversations):
     from moda_ext.training.collator import Collator
 
     model, processor = tiny_llava(layers=2)
-    processor.chat_template = TEMPLATE
     batches = [[c for c in conversations if bool(c.images) is pictured] for pictured in (True, False)]
     inputs = [Collator(processor)(batch) for batch in batches if batch]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)

@@ -52,3 +52,20 @@ def test_a_model_that_cannot_be_loaded_leaves_no_output(tmp_path):
     assert code == 2 and "cannot load the checkpoint" in output and not (tmp_path / "out").exists()
     code, output = call(tmp_path / "nowhere.yaml")
     assert code == 2 and "nowhere.yaml" in output
+    code, output = call(tmp_path)
+    assert code == 2 and "Is a directory" in output
+
+
+def test_data_that_cannot_be_read_leave_no_output(tmp_path):
+    data = write_data(tmp_path / "data", 2)
+    data.write_text(data.read_text() + "{}\n")
+    path = write_recipe(tmp_path, save_tiny_llava(tmp_path / "model", 1), data)
+    code, output = call(path)
+    assert code == 2 and "line 3: conversation without id" in output and not (tmp_path / "out").exists()
+
+
+def test_the_first_process_alone_prints(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, save_tiny_llava(tmp_path / "model", 1), write_data(tmp_path / "data", 4), steps=1)
+    assert call(path, "--quiet")[0] == 0  # what is finished is not done again
+    monkeypatch.setenv("RANK", "1")
+    assert call(path, "--quiet") == (0, "")

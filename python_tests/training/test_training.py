@@ -14,16 +14,17 @@ pytest.importorskip("peft", reason="peft is missing: moda_ext[train]")
 pytest.importorskip("yaml", reason="pyyaml is missing: moda_ext[train]")
 import transformers
 from conversations import save_tiny_llava, write_data, write_recipe
-from processes import run_ranks
+from processes import hide_accelerators, run_ranks
 from safetensors.torch import load_file
 from tolerance import assert_close
 
-from moda_ext.diagnostics import load_model
-from moda_ext.integrations.transformers import apply_moda, moda_state_dict
+from moda_ext.diagnostics import AttentionBalanceLoss, load_model
+from moda_ext.integrations.transformers import apply_moda
 from moda_ext.training import Collator, Lora, Stage, read_recipe, train, train_stage
-from moda_ext.training.data import load_conversations
+from moda_ext.training.data import draw_order, have_images, load_conversations
 from moda_ext.training.parts import prepare
 from moda_ext.training.recipe import Source
+from moda_ext.training.run import begin, steps_of
 from moda_ext.training.trainer import load_trained
 
 transformers.logging.set_verbosity_error()
@@ -83,7 +84,7 @@ def test_the_checkpoint_loads_and_holds_what_was_trained(finished, model):
     loaded, processor = load_model(str(finished), dtype="float32")
     assert processor.chat_template
     trained = weights(finished)
-    moda = {name: tensor for name, tensor in moda_state_dict(loaded).items() if "aligner" in name or "mask" in name}
+    moda = {name: p for name, p in loaded.named_parameters() if ".moda." in name}
     for name, tensor in moda.items():
         layer, _, rest = name.partition(".moda.")
         (match,) = [key for key in trained if f".{layer}." in key and key.endswith(f".default.{rest}")]
@@ -100,6 +101,23 @@ def test_the_checkpoint_loads_and_holds_what_was_trained(finished, model):
         "log.json",
         "tensorboard",
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_base_and_update_in_float32(model, data, dtype, tmp_path):
+    loaded, processor = load_model(str(model), dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    stage = Stage("s", ["projector"], lora=Lora(r=2, alpha=4), lr=1e-4, steps=2, batch_size=2, warmup=0.0)
+    conversations = load_conversations([Source(path=str(data))])
+    merged = train_stage(loaded, processor, stage, conversations, tmp_path, progress=False).state_dict()
+    trained = load_file(tmp_path / "trained.safetensors")
+    maps = [name for name in trained if "lora_A" in name]
+    assert len(maps) == 2 * 4
+    for name in maps:
+        update = 2 * (trained[name.replace("lora_A", "lora_B")] @ trained[name])
+        weight = name.removeprefix("base_model.model.").replace("lora_A.default.", "")
+        assert update.any() and merged[weight].dtype == torch.float32
+        assert torch.equal(merged[weight], before[weight].float() + update), weight
 
 
 def test_the_merged_model_computes_what_the_adapters_did(model, data, tmp_path):
@@ -129,6 +147,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(finished, model, da
     output = train(recipe, progress=False)
     assert same(weights(output), weights(finished))
     assert same(weights(output, "model.safetensors"), weights(finished, "model.safetensors"))
+    assert all("lora_" in name or "projector" in name or ".moda." in name for name in weights(output))
     logs = [json.loads((folder / "instruct/log.json").read_text())[:-1] for folder in (output, finished)]
     assert logs[0] == logs[1]
 
@@ -174,9 +193,11 @@ def test_what_is_finished_is_not_done_again(model, pictured, tmp_path, monkeypat
     output = train(recipe, progress=False)
     assert (output / "align/trained.safetensors").stat().st_mtime_ns == stamp
     merged = weights(output, "model.safetensors")
-    for name, tensor in aligned.items():
-        if "projector" in name:
-            assert torch.equal(merged[name.removeprefix("model.")] if name not in merged else merged[name], tensor)
+    projected = {name: tensor for name, tensor in merged.items() if "projector" in name}
+    assert len(projected) == len(aligned) == 4
+    for name, tensor in projected.items():
+        (match,) = [key for key in aligned if key.endswith(name.partition("multi_modal_")[2])]
+        assert torch.equal(tensor, aligned[match])
     killed_in_batch(1, monkeypatch)
     assert train(recipe, progress=False) == output
 
@@ -190,6 +211,48 @@ def test_another_recipe_is_refused_in_the_same_folder(finished, model, data, tmp
     (tmp_path / "out/file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         train(read_recipe(path))
+
+
+def test_before_a_stage_has_begun_another_recipe_may_take_the_folder(model, data, tmp_path):
+    path = write_recipe(tmp_path, model, data)
+    begin(read_recipe(path))
+    begin(read_recipe(path, ["seed=1"]))
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["seed"] == 1
+    (tmp_path / "out/instruct").mkdir()
+    with pytest.raises(ValueError, match="begun with another seed"):
+        begin(read_recipe(path))
+
+
+def test_other_data_are_refused(model, tmp_path):
+    data = write_data(tmp_path / "data")
+    recipe = read_recipe(write_recipe(tmp_path, model, data))
+    begin(recipe)
+    (tmp_path / "out/instruct").mkdir()
+    begin(recipe)
+    data.write_text(data.read_text().replace("What?", "Why?"))
+    with pytest.raises(ValueError, match=rf"begun with another contents\.{data}: take another output"):
+        begin(recipe)
+
+
+def test_each_list_of_sources_is_loaded_once(model, data, tmp_path):
+    two = "[{name: a, train: [projector]}, {name: b, train: [projector]}, "
+    own = f"{{name: c, train: [text], data: [{{path: {data}, fraction: 0.5}}]}}]"
+    overrides = ["dtype=bfloat16", f"stages={two}{own}"]
+    one, other, third = begin(read_recipe(write_recipe(tmp_path, model, data), overrides))
+    assert one is other and (len(one), len(third)) == (12, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_checkpoint_is_loaded_with_the_dtype_of_the_recipe(model, data, dtype, tmp_path):
+    """Whatever was trained: the tower has the first parameter, and is float32 where it is trained."""
+    path = write_recipe(tmp_path, model, data, steps=1, train=["vision", "projector"], autocast="bf16")
+    output = train(read_recipe(path, [f"dtype={dtype}"]), progress=False)
+    assert json.loads((output / "config.json").read_text())["dtype"] == dtype
+    loaded, _ = load_model(str(output))
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+    stored = {name: tensor.dtype for name, tensor in weights(output, "model.safetensors").items()}
+    assert {kind for name, kind in stored.items() if "vision" in name} == {torch.float32}
+    assert {kind for name, kind in stored.items() if "embed_tokens" in name} == {getattr(torch, dtype)}
 
 
 def test_measuring_changes_nothing_and_is_logged(finished, model, data, tmp_path):
@@ -245,19 +308,31 @@ def test_the_loss_is_the_models_own(model, data, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_balance_loss_is_trained_against(model, data, checkpointing, tmp_path):
-    """Its weights are the same with checkpointing, and others without the penalty."""
-    results = []
+    """Its weights are the same with checkpointing, and others without the penalty, which is logged by itself."""
+    results, logs = [], []
     for balance, again in ((0.0, False), (5.0, False), (5.0, checkpointing)):
         loaded, processor = load_model(str(model), dtype="float32")
         stage = Stage(
             "s", ["projector"], lora=Lora(r=2), lr=0.01, steps=3, batch_size=2, autocast="none", balance=balance,
-            gradient_checkpointing=again,
+            gradient_accumulation=2, gradient_checkpointing=again, log_every=1,
         )  # fmt: skip
         folder = tmp_path / f"{balance} {again} {len(results)}"
         conversations = load_conversations([Source(path=str(data))])
         train_stage(loaded, processor, stage, conversations, folder, progress=False)
         results.append(load_file(folder / "trained.safetensors"))
+        logs.append([entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry])
     assert same(results[1], results[2]) and not same(results[0], results[1])
+    assert logs[0][0]["loss"] == logs[1][0]["loss"]  # the answers' alone, before the first step
+    assert "balance" not in logs[0][0]
+    loaded, processor = load_model(str(model), dtype="float32")
+    measure, penalties = AttentionBalanceLoss(), []
+    order = draw_order(have_images(conversations), 2, 2, seed=0)
+    for start in (0, 2):
+        batch = Collator(processor)([conversations[i] for i in order[start : start + 2]])
+        with torch.no_grad(), measure.collect(loaded) as found:
+            loaded(**batch)
+        penalties.append(torch.stack(found).mean())
+    assert_close(torch.tensor(logs[1][0]["balance"]), torch.stack(penalties).mean())
 
 
 def test_frozen_parts_stay_as_they_are_in_bfloat16(model, pictured, tmp_path):
@@ -275,6 +350,7 @@ def test_frozen_parts_stay_as_they_are_in_bfloat16(model, pictured, tmp_path):
 
 
 def on_two_ranks(path):
+    hide_accelerators(setattr)
     rank = torch.distributed.get_rank()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # the group is there: nobody connects
@@ -313,3 +389,10 @@ def test_errors(model, data, tmp_path):
     plain = [c for c in conversations if not c.images]
     with pytest.raises(ValueError, match="deficit_every must be 0"):
         train_stage(loaded, processor, stage, plain, tmp_path)
+
+
+def test_steps_of_epochs():
+    steps = [steps_of(Stage("s", ["text"], epochs=epochs), 100, 1) for epochs in (0.07, 0.071, 1.0)]
+    assert steps == [7, 8, 100]  # 0.07 * 100 is a little more than 7
+    assert steps_of(Stage("s", ["text"], epochs=2, batch_size=3), 100, 4) == 17
+    assert steps_of(Stage("s", ["text"], epochs=2, steps=5), 100, 4) == 5
