@@ -115,16 +115,19 @@ def read_questions(path: str | Path) -> list[Task]:
     for conversation in read_conversations(path):
         fields = conversation.fields
         name, group, choices = fields.get("task", path.stem), fields.get("group", ""), fields.get("choices", [])
+        hint, key, place = fields.get("hint", "none"), fields.get("question", ""), f"conversation {conversation.id}"
         for field, value in (("task", name), ("group", group)):
             if not isinstance(value, str):
-                raise ValueError(f"{path}, conversation {conversation.id}: {field!r} must be text, got {value!r}")
+                raise ValueError(f"{path}, {place}: {field!r} must be text, got {value!r}")
+        if hint not in HINTS:
+            raise ValueError(f"{path}, {place}: 'hint' must be {', '.join(HINTS)}, got {hint!r}")
+        if not isinstance(key, (str, int, float)):
+            raise ValueError(f"{path}, {place}: 'question' must be text or a number, got {key!r}")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(
-                f"{path}, conversation {conversation.id}: 'choices' must be a list of texts, got {choices!r}"
-            )
+            raise ValueError(f"{path}, {place}: 'choices' must be a list of texts, got {choices!r}")
         if groups.setdefault(name, group) != group:
             raise ValueError(f"{path}: the task {name!r} is in two groups, {groups[name]!r} and {group!r}")
-        found.setdefault((name, fields.get("hint", "none")), []).append(conversation)
+        found.setdefault((name, hint), []).append(conversation)
     try:
         return [Task(name, tuple(asked), groups[name], hint) for (name, hint), asked in found.items()]
     except ValueError as error:

@@ -8,6 +8,7 @@ pytest.importorskip("PIL", reason="pillow is not installed")
 
 from questions import picture, record, write_mmrole, write_questions  # noqa: E402
 
+from moda_ext.conversations import write_conversations  # noqa: E402
 from moda_ext.evaluation import hfm, mvsa, read_questions, read_tasks  # noqa: E402
 from moda_ext.evaluation.tasks import draw_test  # noqa: E402
 
@@ -53,6 +54,9 @@ class TestQuestionFiles:
             ([{"task": 3}], "'task' must be text, got 3"),
             ([{"group": "a"}, {"group": "b"}], "is in two groups, 'a' and 'b'"),
             ([{"question": "q"}, {"question": "q"}], "two of its lines have the same 'question'"),
+            ([{"question": 3}, {"question": "3"}], "two of its lines have the same 'question'"),
+            ([{"question": ["q"]}], r"conversation 0: 'question' must be text or a number, got \['q'\]"),
+            ([{"hint": ["wrong"]}], r"conversation 0: 'hint' must be none, right, wrong, got \['wrong'\]"),
         ],
     )
     def test_what_does_not_go_together_is_an_error(self, tmp_path, lines, message):
@@ -67,6 +71,18 @@ class TestQuestionFiles:
         write(tmp_path / "q.jsonl", json.dumps(line))
         with pytest.raises(ValueError, match="q.jsonl: conversation 7: has no answer"):
             read_questions(tmp_path / "q.jsonl")
+
+    @pytest.mark.parametrize("answer", ["", " ", "."])
+    def test_an_empty_answer(self, tmp_path, answer):
+        write(tmp_path / "q.jsonl", json.dumps(record("7", "Is it?", answer)))
+        with pytest.raises(ValueError, match="q.jsonl: conversation 7: its answer is empty"):
+            read_questions(tmp_path / "q.jsonl")
+
+    @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0c"])
+    def test_a_text_keeps_the_line_breaks_of_unicode(self, tmp_path, end):
+        write_conversations(tmp_path / "q.jsonl", [record(str(i), f"Is{end}it?", "yes") for i in range(2)])
+        (task,) = read_questions(tmp_path / "q.jsonl")
+        assert [c.messages[0][1] for c in task.conversations] == [f"Is{end}it?"] * 2
 
     def test_names_that_are_none(self, tmp_path):
         with pytest.raises(ValueError, match="'mvsa' is no file of questions and none of small, mvsa-single"):
