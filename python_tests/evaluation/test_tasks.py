@@ -100,7 +100,7 @@ class TestQuestionFiles:
     def test_a_missing_picture(self, tmp_path):
         path = write_questions(tmp_path)
         (tmp_path / "blue.png").unlink()
-        with pytest.raises(FileNotFoundError, match="task colour, c2: no such image: .*blue.png"):
+        with pytest.raises(FileNotFoundError, match="conversation c2: no such image: .*blue.png"):
             read_tasks([str(path)])
         read_tasks([str(path)], limit=2)  # it is not asked about
 
@@ -180,6 +180,31 @@ class TestMVSA:
         assert [c.answer for c in task.conversations] == ["positive", "neutral", "negative"]
         assert task.conversations[0].images == (folder / "dataset_image" / "0.jpg",)
         assert task.notes == ("MVSA-Multiple: test set and labels of CLMLF's split 10-flod-1.",)
+
+    @pytest.mark.parametrize("label", [-1, 3, None, "1"])
+    def test_a_label_that_the_split_does_not_have(self, tmp_path, label):
+        path = tmp_path / "MVSA-single" / "10-flod-1" / "test.json"
+        write(path, json.dumps([{"id": "1", "text": "naïve", "emotion_label": label}]))
+        with pytest.raises(ValueError, match=f"post 1: emotion_label must be 0 to 2, got {label!r}"):
+            read_tasks(["mvsa-single"], tmp_path)
+
+    def test_the_other_set_is_no_test_set_of_this_one(self, tmp_path):
+        """Its own folder is named, which has a split of the same layout: told by its labels, or by its name."""
+        single = tmp_path / "MVSA-single"
+        write(single / "10-flod-1" / "test.json", json.dumps([{"id": "1", "text": "t", "emotion_label": 1}]))
+        picture(single / "dataset_image" / "1.jpg")
+        with pytest.raises(ValueError, match="nothing says that it is MVSA-Multiple"):
+            read_tasks(["mvsa-multiple"], single)
+        assert read_tasks(["mvsa-single"], single) == read_tasks(["mvsa-single"], tmp_path)
+        with pytest.raises(FileNotFoundError, match="no 10-flod-1/test.json or labelResultAll.txt in"):
+            read_tasks(["mvsa-multiple"], tmp_path)
+        other = single.rename(tmp_path / "mine")
+        with pytest.raises(ValueError, match="nothing says that it is MVSA-Single"):
+            read_tasks(["mvsa-single"], other)
+        write(other / "labelResultAll.txt", "ID\ttext,image\n1\tneutral,neutral\n")
+        assert read_tasks(["mvsa-single"], other)[0].conversations[0].answer == "neutral"
+        with pytest.raises(ValueError, match="must be an id and 3 'text,image' labels"):
+            read_tasks(["mvsa-multiple"], other)
 
 
 class TestTumEmo:
