@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: python3 tools/dev.py lmms")
 
-from questions import ASKED, PRIOR  # noqa: E402  lmms-eval may be missing
+from asked import ASKED, PRIOR  # noqa: E402  lmms-eval may be missing
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "lmms-eval.md"
 TASK = "moda_ext_local"
