@@ -10,18 +10,22 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import rich
 import torch
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from moda_ext.conversations import read_conversations
 from moda_ext.diagnostics import load_model
 from moda_ext.evaluation.calibration import (
+    DOSES,
     PriorDial,
     Scores,
+    Trial,
     apply_prior,
     check_examples,
     choose,
@@ -40,19 +44,19 @@ VCD_ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 class Timed:
-    """A model, or a decoder around one, and what its ``generate`` took."""
+    """A model, or a decoder around one, and how long its ``generate`` took for how many steps of a batch."""
 
     def __init__(self, model):
         self.model, self.device, self.dtype = model, model.device, model.dtype
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.steps = 0.0, 0
 
-    def generate(self, input_ids, *, pad_token_id, **options):
+    def generate(self, input_ids, **options):
         begin = time.perf_counter()
-        found = self.model.generate(input_ids=input_ids, pad_token_id=pad_token_id, **options)
+        found = self.model.generate(input_ids=input_ids, **options)
         if found.is_cuda:
             torch.cuda.synchronize(found.device)
         self.seconds += time.perf_counter() - begin
-        self.tokens += int((found[:, input_ids.shape[1] :] != pad_token_id).sum())
+        self.steps += found.shape[1] - input_ids.shape[1]
         return found
 
 
@@ -67,7 +71,7 @@ class Bench:
         self.model, self.processor = self.load()
         Decoder(self.model)  # refuses a model that the peers do not know
         self.plain = self.measure(self.model, self.dev)
-        self.judge("plain", "", self.model, tried=0)
+        self.add(self.judged({"name": "plain", "setting": "", "tried": 0}, self.model))
 
     def load(self):
         return load_model(self.args.model, device=self.args.device, dtype=self.args.dtype)
@@ -75,14 +79,21 @@ class Bench:
     def measure(self, model, examples) -> Scores:
         return measure(model, self.processor, examples, self.args.batch_size)
 
-    def judge(self, name: str, setting: str, model, tried: int) -> None:
+    def judged(self, row: dict, model) -> dict:
+        """The row with what a model gets on TEST, and its time."""
         timed = Timed(model)
         scores = self.measure(timed, self.test)
-        rate = timed.tokens / timed.seconds
-        self.rows.append({"name": name, "setting": setting, "tried": tried, "tokens_per_second": rate, "test": scores})
+        return {**row, "seconds_per_step": timed.seconds / timed.steps, "test": scores}
 
-    def tune(self, name: str, places, doses, decoder, final=None) -> None:
-        """Adds the row of the best setting: ``decoder`` makes a model of place and dose, ``final`` the one judged."""
+    def add(self, row: dict) -> None:
+        """Adds a row, and writes all there are: what comes later may fail, hours later."""
+        self.rows.append(row)
+        if self.args.json:
+            rows = [{**row, "test": row["test"] and row["test"].to_dict()} for row in self.rows]
+            self.args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    def tune(self, name: str, places, doses, decoder) -> tuple[dict, Trial | None]:
+        """``(row, best)``, not judged yet: of the models that ``decoder`` makes of place and dose, None if none is."""
         trials = search(
             list(places),
             lambda place, dose: self.measure(decoder(place, dose), self.dev),
@@ -92,11 +103,8 @@ class Bench:
             lambda pairs: track(pairs, description=name),
         )
         best = choose(self.plain, trials, self.args.tolerance)
-        if best is None:
-            self.rows.append({"name": name, "setting": "none within tolerance", "tried": len(trials), "test": None})
-            return
-        model = (final or decoder)(best.place, best.dose)
-        self.judge(name, f"{best.place}, {best.dose:g}", model, len(trials))
+        setting = "none within tolerance" if best is None else f"{best.place}, {best.dose:g}"
+        return {"name": name, "setting": setting, "tried": len(trials), "test": None}, best
 
     def peers(self) -> None:
         """PAI and VCD, around the model without MODA; their dose is alpha."""
@@ -112,31 +120,38 @@ class Bench:
         def vcd(place: str, alpha: float) -> VCD:
             return VCD(self.model, alpha, *of_vcd[place])
 
-        self.tune("PAI", of_pai, PAI_ALPHAS, pai)
-        self.tune("VCD", of_vcd, VCD_ALPHAS, vcd)
+        for name, settings, alphas, decoder in (("PAI", of_pai, PAI_ALPHAS, pai), ("VCD", of_vcd, VCD_ALPHAS, vcd)):
+            row, best = self.tune(name, settings, alphas, decoder)
+            self.add(row if best is None else self.judged(row, decoder(best.place, best.dose)))
 
-    def priors(self) -> None:
-        """Ours, in ranges of layers and in heads. The best is judged as its checkpoint has it."""
+    def prior(self, name: str, places_of: Callable[[PriorDial], dict[str, Tensor]]) -> None:
+        """Ours, in places of a model. The best is judged as its checkpoint has it."""
+        row, doses = self.tuned_prior(name, places_of)  # whose model is gone, or there would be three at once
+        if doses is not None:
+            model, _ = self.load()
+            apply_prior(model, doses)
+            row = self.judged(row, model)
+        self.add(row)
+
+    def tuned_prior(self, name: str, places_of: Callable[[PriorDial], dict[str, Tensor]]) -> tuple[dict, Tensor | None]:
+        """``(row, doses)`` of the best."""
         dial = PriorDial(self.load()[0])
-        heads = head_places(*head_gradients(dial, self.processor, self.dev, self.args.batch_size))
-        places = {**layer_places(dial), **heads}
+        places = places_of(dial)
 
         def turned(place: str, dose: float):
             dial.set(dose * places[place])
             return dial.model
 
-        def saved(place: str, dose: float):
-            model, _ = self.load()
-            apply_prior(model, dose * places[place])
-            return model
+        row, best = self.tune(name, places, self.args.doses, turned)
+        return row, None if best is None else best.dose * places[best.place]
 
-        self.tune("prior, layers", [place for place in places if place not in heads], self.args.doses, turned, saved)
-        self.tune("prior, heads", list(heads), self.args.doses, turned, saved)
+    def best_heads(self, dial: PriorDial) -> dict[str, Tensor]:
+        return head_places(*head_gradients(dial, self.processor, self.dev, self.args.batch_size))
 
 
 def table_of(rows: list[dict]) -> Table:
-    """A line for each method, and its cost: the time of a token as a multiple of plain decoding's."""
-    table = Table(title="on TEST: % of examples (95 % interval); time a token against plain decoding")
+    """A line for each method, and its cost: the time of a step of a batch as a multiple of plain decoding's."""
+    table = Table(title="on TEST: % of examples (95 % interval); time of a step against plain decoding")
     names = list(rows[0]["test"].proportions())
     for column in ("method", "setting", "tried", *names, "time"):
         table.add_column(column, justify="left" if column in ("method", "setting") else "right")
@@ -145,7 +160,7 @@ def table_of(rows: list[dict]) -> Table:
         if row["test"] is not None:
             bounds = [(share.value, *share.interval) for share in row["test"].proportions().values()]
             cells = [f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})" for value, low, high in bounds]
-            cells.append(f"{rows[0]['tokens_per_second'] / row['tokens_per_second']:.2f}")
+            cells.append(f"{row['seconds_per_step'] / rows[0]['seconds_per_step']:.2f}")
         table.add_row(row["name"], row["setting"], str(row["tried"]), *cells)
     return table
 
@@ -156,19 +171,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dev", type=Path, help="examples to choose on, see docs/calibration.md")
     parser.add_argument("test", type=Path, help="examples to judge on")
     parser.add_argument("--tolerance", type=float, default=1.0, help="points of accuracy without hints (1)")
-    parser.add_argument("--doses", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0], help="of the prior")
+    parser.add_argument("--doses", type=float, nargs="+", default=DOSES, help="of the prior")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, help="where to write the table's numbers")
     args = parser.parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: no such directory: {args.json.parent}")
     bench = Bench(args)
-    bench.priors()
+    bench.prior("prior, layers", layer_places)
+    bench.prior("prior, heads", bench.best_heads)
     bench.peers()
     rich.print(table_of(bench.rows))
-    if args.json:
-        rows = [{**row, "test": row["test"] and row["test"].to_dict()} for row in bench.rows]
-        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print("PAI computes N x N scores in all layers, as it changes them: its time is that of plain attention too.")
     return 0
 
 

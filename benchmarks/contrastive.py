@@ -79,8 +79,8 @@ def plausible(changed: Tensor, scores: Tensor, beta: float) -> Tensor:
 class VCD(Decoder):
     r"""Visual contrastive decoding (arXiv 2311.16922): softmax of (1 + alpha) logit(v, x) - alpha logit(v', x).
 
-    v' is the picture v after T steps of diffusion, :math:`\sqrt{\bar a_T} v + \sqrt{1 - \bar a_T} \epsilon`, with the
-    1,000 steps of the authors' published code, whose variances are a sigmoid from 1e-5 to 5e-3.
+    v' is the picture v after step T of diffusion, :math:`\sqrt{\bar a_T} v + \sqrt{1 - \bar a_T} \epsilon`, with the
+    1,000 steps of the authors' published code, counted from 0, whose variances are a sigmoid from 1e-5 to 5e-3.
 
     Args:
         model: a Llava.
@@ -92,10 +92,10 @@ class VCD(Decoder):
 
     def __init__(self, model, alpha: float, steps: int = 500, beta: float = 0.1, seed: int = 0):
         super().__init__(model)
-        if alpha < 0 or not 1 <= steps <= 1000 or not 0 < beta <= 1:
-            raise ValueError(f"VCD: alpha at least 0, steps in 1 to 1000, beta in 0 to 1, got {alpha}, {steps}, {beta}")
+        if alpha < 0 or not 0 <= steps < 1000 or not 0 < beta <= 1:
+            raise ValueError(f"VCD: alpha at least 0, steps in 0 to 999, beta in 0 to 1, got {alpha}, {steps}, {beta}")
         variances = torch.linspace(-6, 6, 1000).sigmoid() * (5e-3 - 1e-5) + 1e-5
-        self.kept = (1 - variances)[:steps].prod()
+        self.kept = (1 - variances)[: steps + 1].prod()
         self.alpha, self.beta = alpha, beta
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -41,11 +41,17 @@ VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 
 
 STEPS: list[tuple[float, str]] = []  # when each began
+SKIPPED: list[str] = []  # what could not be done here, said again at the end
 
 
 def step(text: str) -> None:
     STEPS.append((time.monotonic(), text))
     print(f"\n== {text}", flush=True)
+
+
+def skip(reason: str) -> None:
+    SKIPPED.append(reason)
+    print(f"\n!!!! SKIPPED: {reason}", flush=True)
 
 
 def run(*command: object, **options) -> None:
@@ -331,7 +337,7 @@ def serving(python: Path, arguments: list[str]) -> None:
     try:
         served = serving_environment()
     except subprocess.CalledProcessError as error:
-        print(f"\n!!!! SKIPPED: vLLM cannot be installed here, so the plugin for it was NOT tested.\n!!!! {error}\n")
+        skip(f"vLLM cannot be installed here, so the plugin for it was NOT tested: {error}")
         return
     made = make_wheel(python)
     pip_install(served, "--quiet", "--force-reinstall", "--no-deps", str(made))
@@ -374,9 +380,7 @@ def lmms(python: Path, arguments: list[str]) -> None:
     try:
         evaluating = lmms_environment(python)
     except subprocess.CalledProcessError as error:
-        print(
-            f"\n!!!! SKIPPED: lmms-eval cannot be installed here, so the model for it was NOT tested.\n!!!! {error}\n"
-        )
+        skip(f"lmms-eval cannot be installed here, so the model for it was NOT tested: {error}")
         return
     step("lmms: tests")
     tests = ROOT / "python_tests"
@@ -434,7 +438,9 @@ def main() -> None:
     start = time.monotonic()
     commands[parsed.command](environment(), arguments)
     print_times()
-    print(f"\n== {parsed.command}: done in {time.monotonic() - start:.0f} s")
+    print(f"\n== {parsed.command}: {'SKIPPED' if SKIPPED else 'done'} in {time.monotonic() - start:.0f} s")
+    for reason in SKIPPED:
+        print(f"!!!! SKIPPED: {reason}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from moda_ext.cli.app import app, loading, versions
 
 if TYPE_CHECKING:
     from moda_ext.evaluation.calibration import Calibration
-    from moda_ext.evaluation.statistics import Proportion
 
 
 @app.command()
@@ -74,6 +73,12 @@ def calibrate(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from error
     out.mkdir(exist_ok=True)
+
+    def keep(found: Calibration, complete: bool = False) -> None:
+        about = {"model": model, "data": str(data), "seed": seed, "complete": complete}
+        record = {**about, **found.to_dict(), "versions": versions()}
+        (out / "calibration.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+
     with Progress() as bar:
         found = calibration.calibrate(
             dial,
@@ -85,10 +90,10 @@ def calibrate(
             seed=seed,
             batch_size=batch_size,
             progress=functools.partial(bar.track, description="calibrating"),
+            keep=keep,  # of hours of measuring nothing is lost if it fails later
         )
+    keep(found, complete=True)
     calibration.dose_response(found).savefig(out / "calibration.png", dpi=150)
-    record = {"model": model, "data": str(data), "seed": seed, **found.to_dict(), "versions": versions()}
-    (out / "calibration.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
     print_result(found)
     if found.doses is None:
         rich.print(
@@ -122,13 +127,10 @@ def parse_doses(text: str) -> list[float]:
     return sorted(set(doses))
 
 
-def percent(share: Proportion) -> str:
-    low, high = share.interval
-    return f"{100 * share.value:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
 def print_result(found: Calibration) -> None:
     """The half held out, before and after, with 95 % intervals; and notes where it does not hold what it promised."""
+    from moda_ext.evaluation.report import percent
+
     name = "no better prior" if found.chosen is None else f"{found.chosen.place}, dose {found.chosen.dose:g}"
     table = Table(title="on the half held out; in parentheses: 95 % intervals")
     for column in ("", "n", "as it was", name):
@@ -139,11 +141,16 @@ def print_result(found: Calibration) -> None:
         table.add_row(label, str(old.n), percent(old), percent(new[label]) if new else "-")
     rich.print(table)
     if after is not None:
-        lost = 100 * (before.accuracy["none"].value - after.accuracy["none"].value)
-        if lost > found.tolerance:
+        lost = {hint: 100 * (before.accuracy[hint].value - share.value) for hint, share in after.accuracy.items()}
+        if lost["none"] > found.tolerance:
             rich.print(
-                f"[yellow]note[/]: on the half held out, accuracy without hints falls by {lost:.1f} points, more than "
-                f"the tolerance of {found.tolerance:g}, which held where the prior was chosen"
+                f"[yellow]note[/]: on the half held out, accuracy without hints falls by {lost['none']:.1f} points, "
+                f"more than the tolerance of {found.tolerance:g}, which held where the prior was chosen"
+            )
+        if lost.get("wrong", 0) > 0:
+            rich.print(
+                f"[yellow]note[/]: on the half held out, accuracy with wrong hints falls by {lost['wrong']:.1f} "
+                "points: what is answered instead of the hint is not right more often"
             )
         if after.objective <= before.objective:
             rich.print("[yellow]note[/]: on the half held out this prior is no better; more examples would tell more")

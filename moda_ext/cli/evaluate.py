@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,8 +64,8 @@ def evaluate(
     if not out.parent.is_dir():
         raise typer.BadParameter(f"no such directory: {out.parent}", param_hint="--out")
     written = {out.with_suffix(suffix).resolve() for suffix in (out.suffix, ".json", ".jsonl")}
-    sources = [path / "test.jsonl" if path.is_dir() else path for path in map(Path, tasks)]
-    for path in sources:
+    for path in (*map(Path, tasks), *([] if data is None else [data])):
+        path = path / "test.jsonl" if path.is_dir() else path
         if path.resolve() in written:
             raise typer.BadParameter(f"would overwrite the questions {path}", param_hint="--out")
     others = compare or []
@@ -90,7 +90,10 @@ def evaluate(
     if judge_url is not None and judge_model is not None:
         judge = OpenAIJudge(judge_url, judge_model)
         try:
-            evaluations = [judged(evaluation, asked, judge) for evaluation in evaluations]
+            for i, evaluation in enumerate(evaluations):
+                for scored in judged(evaluation, asked, judge):
+                    evaluations[i] = scored
+                    write_answers(out.with_suffix(".jsonl"), evaluations)
         except ConnectionError as error:
             message = f"{error}; the answers are in {out.with_suffix('.jsonl')}"
             raise typer.BadParameter(message, param_hint="--judge-url") from error
@@ -150,16 +153,17 @@ def ask(
     return Evaluation(short, tuple(results))
 
 
-def judged(evaluation: Evaluation, tasks: Sequence[Task], judge: Judge) -> Evaluation:
-    """An evaluation with the judge's scores."""
+def judged(evaluation: Evaluation, tasks: Sequence[Task], judge: Judge) -> Iterator[Evaluation]:
+    """An evaluation with the judge's scores, after each task that it has scored."""
     from moda_ext.evaluation import Evaluation, judge_answers
 
-    results = []
+    results = list(evaluation.results)
     with Progress() as bar:
-        for result, task in zip(evaluation.results, tasks, strict=True):
-            track = functools.partial(bar.track, description=rich.markup.escape(f"judge: {task.title}"))
-            results.append(judge_answers(result, task, judge, progress=track) if task.judged else result)
-    return Evaluation(evaluation.model, tuple(results))
+        for i, task in enumerate(tasks):
+            if task.judged:
+                track = functools.partial(bar.track, description=rich.markup.escape(f"judge: {task.title}"))
+                results[i] = judge_answers(results[i], task, judge, progress=track)
+                yield Evaluation(evaluation.model, tuple(results))
 
 
 def print_accuracies(evaluations: Sequence[Evaluation]) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from moda_ext.conversations import Conversation
 from moda_ext.evaluation.answers import Progress, batches, generate_answers, normalize, only_last
 from moda_ext.evaluation.statistics import Proportion
+from moda_ext.evaluation.tasks import HINTS, check_pictures
+from moda_ext.reports import COLOURS, new_figure
 from moda_ext.training.collator import IGNORED, Collator
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ __all__ = [
     "search",
 ]
 
-HINTS = ("none", "right", "wrong")
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0)
 LEARNABLE = {"variant": "fix", "learn_prior": True}  # a mask that is a prior for each head, and nothing else
 
@@ -118,9 +118,7 @@ def check_examples(conversations: Sequence[Conversation]) -> None:
                 raise ValueError(f"conversation {conversation.id}: its hint is wrong, and 'hinted' is its answer")
         if not normalize(conversation.answer):
             raise ValueError(f"conversation {conversation.id}: its answer is empty")
-        for image in conversation.images:
-            if isinstance(image, Path) and not image.is_file():
-                raise FileNotFoundError(f"conversation {conversation.id}: no such image: {image}")
+    check_pictures(conversations)
     if all(hint_of(c) != "none" for c in conversations):
         raise ValueError("no example is without a hint: what a prior costs could not be seen")
 
@@ -135,9 +133,9 @@ def halve(conversations: Sequence[Conversation], seed: int) -> tuple[list[Conver
         ValueError: one half would have no example without a hint, or none with a wrong one though there are some.
     """
     questions: dict[tuple[str, str], list[Conversation]] = {}
-    for conversation in conversations:
+    for i, conversation in enumerate(conversations):
         question = conversation.fields.get("question")
-        key = ("id", conversation.id) if question is None else ("question", str(question))
+        key = ("alone", str(i)) if question is None else ("question", str(question))
         questions.setdefault(key, []).append(conversation)
     kinds: dict[tuple, list[list[Conversation]]] = {}
     for forms in questions.values():
@@ -489,6 +487,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress = iter,
+    keep: Callable[[Calibration], object] = lambda _: None,
 ) -> Calibration:
     """Finds the prior that follows wrong hints least (or is right most, where no hint is wrong), and judges it.
 
@@ -504,6 +503,7 @@ def calibrate(
         seed: of the halves.
         batch_size: conversations at a time.
         progress: wraps lists of what is to be done.
+        keep: called after each trial with what was measured so far, of which nothing is chosen yet.
 
     Raises:
         ValueError, FileNotFoundError: see :func:`check_examples`, :func:`halve` and :func:`search`.
@@ -519,9 +519,14 @@ def calibrate(
         places = head_places(*gradients)
     plain, before = (measure(dial.model, processor, half, batch_size) for half in (selection, held_out))
 
+    tried: list[Trial] = []
+
     def measured(place: str, dose: float) -> Scores:
         dial.set(dose * places[place])
-        return measure(dial.model, processor, selection, batch_size)
+        found = measure(dial.model, processor, selection, batch_size)
+        tried.append(Trial(place, dose, found))
+        keep(Calibration(plain, tuple(tried), None, None, before, None, tolerance, gradients))
+        return found
 
     trials = search(list(places), measured, plain, tolerance, doses, progress)
     chosen = choose(plain, trials, tolerance)
@@ -558,13 +563,8 @@ def dose_response(calibration: Calibration) -> Figure:
     Raises:
         ImportError: matplotlib or scipy is not installed.
     """
-    from matplotlib.figure import Figure
-
-    from moda_ext.diagnostics.figures import COLOURS
-
     panels = list(calibration.plain.proportions())
-    figure = Figure(figsize=(3.8 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, axes = new_figure(len(panels), width=3.8 * len(panels), height=4.2)
     for axis, title in zip(axes, panels, strict=True):
         for k, place in enumerate(dict.fromkeys(t.place for t in calibration.trials)):
             points = {t.dose: t.scores.proportions()[title] for t in calibration.trials if t.place == place}
@@ -585,7 +585,6 @@ def dose_response(calibration: Calibration) -> Figure:
             chosen = calibration.chosen.dose, 100 * calibration.chosen.scores.proportions()[title].value
             axis.plot(*chosen, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
         axis.set(title=title, xlabel="dose b", ylim=(-2, 102))
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("% of examples")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from moda_ext.conversations import PLACEHOLDER, Conversation
 from moda_ext.evaluation.answers import Progress
-from moda_ext.evaluation.evaluate import TaskResult
+from moda_ext.evaluation.evaluate import Answer, TaskResult
 from moda_ext.evaluation.tasks import Task
 
 __all__ = ["ASPECTS", "Judge", "MalformedVerdict", "OpenAIJudge", "judge_answers", "parse_scores"]
@@ -169,7 +169,7 @@ def judge_answers(result: TaskResult, task: Task, judge: Judge, *, progress: Pro
     """
     if [a.id for a in result.answers] != [c.id for c in task.conversations]:
         raise ValueError(f"judge_answers: the result is not of the questions of task {task.name}")
-    judged = []
+    judged: list[Answer] = []
     for answer, conversation in progress(list(zip(result.answers, task.conversations, strict=True))):
         scores, errors = {}, {}
         for aspect in ASPECTS:

@@ -10,7 +10,7 @@ from pathlib import Path
 from moda_ext.evaluation.tasks import Task, draw_test, locate, picture_folder, question
 
 LABELS = ("positive", "neutral", "negative")  # in the order of the numbers in the split of CLMLF
-FOLDERS = {
+FOLDERS = {  # by the number of annotators
     1: ("MVSA_Single", "MVSA-single", "MVSA-Single"),
     3: ("MVSA", "MVSA_Multiple", "MVSA-multiple", "MVSA-Multiple"),
 }
@@ -34,6 +34,7 @@ def read(data: Path, *, annotators: int) -> list[Task]:
     """
     name = "MVSA-Single" if annotators == 1 else "MVSA-Multiple"
     folder = locate(data, (str(SPLIT), "labelResultAll.txt"), FOLDERS[annotators])
+    check_set(folder, annotators, name)
     if (folder / SPLIT).exists():
         samples, notes = read_split(folder / SPLIT), [f"{name}: test set and labels of CLMLF's split 10-flod-1."]
     else:
@@ -41,6 +42,22 @@ def read(data: Path, *, annotators: int) -> list[Task]:
     pictures = picture_folder(folder, ("dataset_image", "data"))
     asked = [question(i, pictures / f"{i}.jpg", PROMPT.format(text=text), label, LABELS) for i, text, label in samples]
     return [Task(name.lower(), tuple(asked), "emotion", labels=LABELS, notes=tuple(notes))]
+
+
+def check_set(folder: Path, annotators: int, name: str) -> None:
+    """Refuses the folder of the other set, whose split has the same layout: told by the labels, or else by its name.
+
+    Raises:
+        ValueError: it is the other's, or nothing says whose it is.
+    """
+    labels = folder / "labelResultAll.txt"
+    if labels.exists():
+        read_labels(labels, annotators)
+    elif folder.resolve().name not in FOLDERS[annotators]:
+        names = " or ".join(FOLDERS[annotators])
+        raise ValueError(
+            f"{folder}: nothing says that it is {name}: it must have labelResultAll.txt, or the name {names}"
+        )
 
 
 def draw_samples(folder: Path, annotators: int, name: str) -> tuple[list[tuple[str, str, str]], list[str]]:
@@ -57,8 +74,16 @@ def draw_samples(folder: Path, annotators: int, name: str) -> tuple[list[tuple[s
 
 
 def read_split(path: Path) -> list[tuple[str, str, str]]:
-    """``(id, text, label)`` of each post in a file of CLMLF."""
-    return [(str(post["id"]), post["text"], LABELS[post["emotion_label"]]) for post in json.loads(path.read_text())]
+    """``(id, text, label)`` of each post in a file of CLMLF.
+
+    Raises:
+        ValueError: a label that is not 0, 1 or 2.
+    """
+    posts = json.loads(path.read_text(encoding="utf-8"))
+    for post in posts:
+        if post["emotion_label"] not in range(len(LABELS)):
+            raise ValueError(f"{path}, post {post['id']}: emotion_label must be 0 to 2, got {post['emotion_label']!r}")
+    return [(str(post["id"]), post["text"], LABELS[post["emotion_label"]]) for post in posts]
 
 
 def read_labels(path: Path, annotators: int) -> tuple[dict[str, str], int]:

@@ -32,14 +32,14 @@ THUMBNAIL = 96  # pixels
 HINTED = {"none": "without a hint", "right": "with a right hint", "wrong": "with a wrong hint"}
 ACCURACY = (
     "The share of answers that are the expected one, without regard to case, surrounding space and a full stop at the "
-    "end. In parentheses: Wilson's 95 % interval. Chance is what the best blind answer would get: the share of the "
-    "most frequent expected answer of the task, or of one choice if that is larger. A task is at chance where the "
-    "interval does not lie above it."
+    "end. In parentheses: Wilson's 95 % interval. Chance is what the best constant answer would get: the share of "
+    "the most frequent expected answer of the task, or of one choice if that is larger. A task is at chance where the "
+    "interval does not lie above it; one with hints has no chance."
 )
 BIAS = (
     "A question is also asked with a hint, a remark in it that suggests the right or a wrong answer. The "
     "prior-following rate is how often the answer is what a wrong hint suggests; its null is how often the same "
-    "questions get that answer without any hint."
+    "questions get that answer without any hint, of those that are asked so too."
 )
 COMPARED = (
     "Differences are in percentage points, of the same questions. p is of McNemar's exact test, the interval is Bonett "
@@ -48,13 +48,13 @@ COMPARED = (
     "in their own lines alone."
 )
 SEEDS = (
-    "There are several pairs: the difference is their mean, and a question is gained if more pairs gained than lost it. "
-    "The interval holds Student's over pairs and that over questions, and p is the larger of the t-test's and "
+    "There are several pairs: the difference is their mean, and a question is gained if more pairs gained than lost "
+    "it. The interval holds Student's over pairs and that over questions, and p is the larger of the t-test's and "
     "McNemar's, so that seeds and questions must both bear a difference out."
 )
 JUDGED = (
-    "The mean of evaluated / reference score, as a judge gave them (1: as good as the reference). A verdict that holds "
-    "no scores is counted as an error and is in no mean."
+    "The mean of evaluated / reference score, as a judge gave them (1: as good as the reference), and of how many "
+    "answers it is. A verdict that holds no scores is counted as an error and is in no mean."
 )
 
 
@@ -64,11 +64,20 @@ def percent(value: Proportion) -> str:
     return f"{100 * value.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def summarize(before: Sequence[Evaluation], after: Sequence[Evaluation] = ()) -> list[str]:
-    """The findings in words: of each model, and of the comparison where there is one."""
+def summarize(
+    before: Sequence[Evaluation],
+    after: Sequence[Evaluation] = (),
+    compared: tuple[Comparison | None, list[Comparison]] | None = None,
+) -> list[str]:
+    """The findings in words: of each model, and of the comparison where there is one.
+
+    Args:
+        before, after: models, as in :func:`~moda_ext.evaluation.compare`; ``after`` may be empty.
+        compared: what that function gave for them, where it is known already.
+    """
     sentences = [sentence for evaluation in (*before, *after) for sentence in _findings(evaluation)]
     if after:
-        overall, by_task = compare(before, after)
+        overall, by_task = compared or compare(before, after)
         names = [", ".join(e.model for e in side) for side in (after, before)]
         if overall is not None:
             sentences.append(f"{names[0]} less {names[1]}, {overall.title}: {_difference(overall)}.")
@@ -122,7 +131,7 @@ def write_report(
     names = " and ".join(e.model for e in evaluations)
     parts = [
         f"<h1>Answers of {escape(names)}</h1>",
-        *(f"<p>{escape(sentence)}</p>" for sentence in summarize(before, after)),
+        *(f"<p>{escape(sentence)}</p>" for sentence in summarize(before, after, (overall, by_task))),
         *(f'<p class="note">{escape(sentence)}</p>' for sentence in notes),
         *_accuracy_section(evaluations),
         *_judged_section(evaluations),
@@ -166,13 +175,13 @@ def _findings(evaluation: Evaluation) -> list[str]:
     if poor:
         sentences.append(f"At chance: {'; '.join(poor)}.")
     biases = language_bias(evaluation.results)
-    if biases:
-        follows = _pooled([bias.follows for bias in biases])
-        null = [bias.null for bias in biases if bias.null is not None]
-        told = f"A wrong hint is followed in {percent(follows)} of {follows.n} questions"
-        sentences.append(
-            f"{told}; without a hint, that answer is given in {percent(_pooled(null))}." if null else f"{told}."
-        )
+    # Beside the null stand the tasks that have one; where none has, there is nothing to stand beside.
+    both = [(bias.follows, bias.null) for bias in biases if bias.null is not None]
+    follows = [follow for follow, _ in both] or [bias.follows for bias in biases]
+    if follows:
+        told = f"A wrong hint is followed in {_of(_pooled(follows))} questions"
+        null = f"; without a hint, that answer is given in {_of(_pooled([null for _, null in both]))}" if both else ""
+        sentences.append(f"{told}{null}.")
     for result in evaluation.results:
         if result.judged and not result.judged_scores():
             sentences.append(f"{result.title}: there is no score, as no judge gave one.")
@@ -181,6 +190,10 @@ def _findings(evaluation: Evaluation) -> list[str]:
 
 def _pooled(shares: Sequence[Proportion]) -> Proportion:
     return Proportion(sum(s.count for s in shares), sum(s.n for s in shares))
+
+
+def _of(share: Proportion) -> str:
+    return f"{percent(share)} of {share.n}"
 
 
 def _points(difference: float) -> str:
@@ -259,10 +272,14 @@ def _judged_section(evaluations: Sequence[Evaluation]) -> list[str]:
     for results in tasks:
         scores = [result.judged_scores() for result in results]
         for aspect in dict.fromkeys(aspect for found in scores for aspect in found):
-            cells = [f"{found[aspect]:.3f}" if aspect in found else "no score" for found in scores]
-            lines.append([f"{_labelled(results[0])}: {escape(aspect)}", str(len(results[0].answers)), *cells])
-        lines.append([f"{_labelled(results[0])}: errors of the judge", "", *(str(r.judge_errors) for r in results)])
-    return [f"<h2>Scores of the judge</h2><p>{JUDGED}</p>", _table(["aspect", "n", *models], lines)]
+            numbers = [sum(aspect in answer.scores for answer in result.answers) for result in results]
+            cells = [
+                f"{found[aspect]:.3f} of {number}" if number else "no score"
+                for found, number in zip(scores, numbers, strict=True)
+            ]
+            lines.append([f"{_labelled(results[0])}: {escape(aspect)}", *cells])
+        lines.append([f"{_labelled(results[0])}: errors of the judge", *(str(r.judge_errors) for r in results)])
+    return [f"<h2>Scores of the judge</h2><p>{JUDGED}</p>", _table(["aspect", *models], lines)]
 
 
 def _bias_section(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -274,7 +291,7 @@ def _bias_section(evaluations: Sequence[Evaluation]) -> list[str]:
     lines = []
     for model, bias in rows:
         shares = [percent(bias.accuracy[hint]) if hint in bias.accuracy else "not asked" for hint in HINTED]
-        null = "not asked" if bias.null is None else percent(bias.null)
+        null = "not asked" if bias.null is None else _of(bias.null)
         lines.append([escape(f"{bias.name}: {model}"), str(bias.follows.n), *shares, percent(bias.follows), null])
     head = ["task", "n", *(f"right {hint}" for hint in HINTED.values()), "follows a wrong hint", "null: without a hint"]
     caption = "Right answers by hint, and how often a wrong hint is followed beside its null, with 95 % intervals."

@@ -55,7 +55,7 @@ class Task:
             raise ValueError(f"task {self.name}: has no questions")
         if self.hint not in HINTS:
             raise ValueError(f"task {self.name}: 'hint' must be {', '.join(HINTS)}, got {self.hint!r}")
-        keys = [str(c.fields["question"]) for c in self.conversations if "question" in c.fields]
+        keys = [str(key) for c in self.conversations if (key := c.fields.get("question")) is not None]
         if len(set(keys)) < len(keys):
             raise ValueError(f"task {self.title}: two of its lines have the same 'question'")
         for conversation in self.conversations:
@@ -115,16 +115,19 @@ def read_questions(path: str | Path) -> list[Task]:
     for conversation in read_conversations(path):
         fields = conversation.fields
         name, group, choices = fields.get("task", path.stem), fields.get("group", ""), fields.get("choices", [])
+        hint, key, place = fields.get("hint", "none"), fields.get("question"), f"conversation {conversation.id}"
         for field, value in (("task", name), ("group", group)):
             if not isinstance(value, str):
-                raise ValueError(f"{path}, conversation {conversation.id}: {field!r} must be text, got {value!r}")
+                raise ValueError(f"{path}, {place}: {field!r} must be text, got {value!r}")
+        if hint not in HINTS:
+            raise ValueError(f"{path}, {place}: 'hint' must be {', '.join(HINTS)}, got {hint!r}")
+        if key is not None and not isinstance(key, (str, int, float)):
+            raise ValueError(f"{path}, {place}: 'question' must be text or a number, got {key!r}")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(
-                f"{path}, conversation {conversation.id}: 'choices' must be a list of texts, got {choices!r}"
-            )
+            raise ValueError(f"{path}, {place}: 'choices' must be a list of texts, got {choices!r}")
         if groups.setdefault(name, group) != group:
             raise ValueError(f"{path}: the task {name!r} is in two groups, {groups[name]!r} and {group!r}")
-        found.setdefault((name, fields.get("hint", "none")), []).append(conversation)
+        found.setdefault((name, hint), []).append(conversation)
     try:
         return [Task(name, tuple(asked), groups[name], hint) for (name, hint), asked in found.items()]
     except ValueError as error:
@@ -176,11 +179,20 @@ def read_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
             raise ValueError(f"there are two tasks {title!r}")
     found = [task.first(limit) for task in found]
     for task in found:
-        for conversation in task.conversations:
-            for image in conversation.images:
-                if isinstance(image, Path) and not image.is_file():
-                    raise FileNotFoundError(f"task {task.name}, {conversation.id}: no such image: {image}")
+        check_pictures(task.conversations)
     return found
+
+
+def check_pictures(conversations: Sequence[Conversation]) -> None:
+    """Refuses conversations without their pictures.
+
+    Raises:
+        FileNotFoundError: a picture is missing.
+    """
+    for conversation in conversations:
+        for image in conversation.images:
+            if isinstance(image, Path) and not image.is_file():
+                raise FileNotFoundError(f"conversation {conversation.id}: no such image: {image}")
 
 
 def locate(data: Path, markers: Sequence[str], names: Sequence[str]) -> Path:

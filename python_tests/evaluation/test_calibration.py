@@ -88,8 +88,9 @@ class TestExamples:
         assert halve(examples, seed=4) != halves
 
     def test_examples_without_a_question_are_questions_of_their_own(self):
-        examples = [Conversation(str(i), asked(0).messages) for i in range(4)]
-        assert [len(half) for half in halve(examples, seed=0)] == [2, 2]
+        for names in ("0123", ["without id"] * 4):
+            examples = [Conversation(name, asked(0).messages) for name in names]
+            assert [len(half) for half in halve(examples, seed=0)] == [2, 2]
 
     def test_one_question_cannot_be_halved(self):
         with pytest.raises(ValueError, match="examples of hint 'none' belong to one question"):
@@ -322,9 +323,48 @@ class TestCommand:
         data = json.loads((out / "calibration.json").read_text())
         share = data["held_out"]["after"]["following"]
         low, high = share["interval"]
-        shown = f"{100 * share['count'] / share['n']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+        shown = f"{100 * share['count'] / share['n']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        assert data["complete"] is True
         assert f"{data['chosen']['place']}, dose {data['chosen']['dose']:g}" in output and shown in output
         assert (out / "calibration.png").stat().st_size > 20_000
+
+    def test_an_error_loses_no_trial(self, believer, tmp_path, monkeypatch):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        import moda_ext.evaluation.calibration as calibration
+
+        measured = []
+
+        def failing(*arguments):
+            if len(measured) == 4:  # two halves without a prior, two trials
+                raise RuntimeError("out of memory")
+            measured.append(measure(*arguments))
+            return measured[-1]
+
+        monkeypatch.setattr(calibration, "measure", failing)
+        options = ["--model", believer / "model", "--data", believer / "dev.jsonl", "--out", tmp_path / "out"]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            call(*options, "--doses", "1,3,5", "--device", "cpu", "--batch-size", "54")
+        data = json.loads((tmp_path / "out" / "calibration.json").read_text())
+        assert data["complete"] is False and data["chosen"] is None
+        assert data["selection"]["before"] == measured[0].to_dict()
+        assert data["held_out"] == {"before": measured[1].to_dict(), "after": None}
+        assert [(t["place"], t["dose"]) for t in data["selection"]["trials"]] == [("layers 0-1", 1), ("layers 0-1", 3)]
+        assert data["selection"]["trials"][1]["following"] == measured[3].to_dict()["following"]
+
+    def test_what_the_half_held_out_does_not_keep_is_told(self, capsys):
+        """Of 10 each: without hints from 9 to 7, with wrong ones from 5 to 3, and as many hints repeated."""
+        pytest.importorskip("typer", reason="typer is not installed")
+        from moda_ext.cli.calibrate import print_result
+
+        before, after = scores(9, 4), scores(7, 4, wrong=3)
+        found = Calibration(before, (), Trial("a", 1.0, after), torch.ones(1, 1), before, after, 1.0)
+        print_result(found)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "accuracy without hints falls by 20.0 points, more than the tolerance of 1," in printed
+        assert "accuracy with wrong hints falls by 20.0 points: what is answered instead" in printed
+        assert "this prior is no better" in printed
+        print_result(dataclasses.replace(found, after=scores(9, 2)))
+        assert "note" not in capsys.readouterr().out
 
     def test_where_none_is_better_nothing_is_saved(self, believer, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -86,7 +86,7 @@ def test_vcd_is_its_equation_at_every_step(contrastive, loaded, asked):
 def test_vcd_noise_is_that_of_so_many_steps(contrastive, loaded):
     """Step by step: v_t = sqrt(1 - a_t) v_(t-1) + sqrt(a_t) noise has this mean and variance."""
     kept, variance = 1.0, 0.0
-    for step in range(300):
+    for step in range(301):  # the first is step 0
         a = 1e-5 + (5e-3 - 1e-5) / (1 + math.exp(6 - 12 * step / 999))
         kept, variance = kept * math.sqrt(1 - a), variance * (1 - a) + a
     decoder = contrastive.VCD(loaded[0], 1.0, steps=300)
@@ -127,6 +127,7 @@ def test_pai_refines_by_the_text_alone(contrastive, loaded, asked):
     kept = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_index)
     text = [ids[mask] for ids, mask in zip(inputs["input_ids"], kept, strict=True)]
     raised = steps_of(contrastive.PAI(model, 0.6, [1]), inputs)
+    refined = 0
     for gamma in (1.0, 1.3):
         decoder = contrastive.PAI(model, 0.6, [1], gamma)
         for step, (tokens, scores) in enumerate(steps_of(decoder, inputs)):
@@ -135,19 +136,21 @@ def test_pai_refines_by_the_text_alone(contrastive, loaded, asked):
                 continue
             if step and not torch.equal(tokens, raised[step][0]):
                 break  # the passes have come to other tokens
+            refined += 1
             own = raised[step][1].log_softmax(-1)
             ids = [torch.cat([t, new])[None] for t, new in zip(text, tokens, strict=True)]
             other = torch.stack([model(input_ids=i, use_cache=False).logits[0, -1] for i in ids]).log_softmax(-1)
             likely = scores.isfinite()
             assert torch.equal(likely, own >= own.max(dim=-1, keepdim=True).values + math.log(0.1))
             torch.testing.assert_close(scores[likely], (1.3 * own - 0.3 * other)[likely], rtol=1e-4, atol=1e-4)
+    assert refined > 1  # with the cache too
 
 
 def test_wrong_options_are_refused(contrastive, loaded):
     from moda_ext.integrations.transformers import apply_moda
 
     model, _ = loaded
-    for options in ({"alpha": -1.0}, {"alpha": 1.0, "steps": 0}, {"alpha": 1.0, "beta": 0.0}):
+    for options in ({"alpha": -1.0}, {"alpha": 1.0, "steps": 1000}, {"alpha": 1.0, "beta": 0.0}):
         with pytest.raises(ValueError, match="VCD: alpha at least 0"):
             contrastive.VCD(model, **options)
     for options in ({"alpha": -1.0}, {"alpha": 1.0, "gamma": 0.9}):
@@ -164,12 +167,41 @@ def test_the_table_has_every_method(contrastive, believer, tmp_path, capsys, mon
     monkeypatch.setattr(bench, "VCD_ALPHAS", (1.0,))
     out = tmp_path / "rows.json"
     options = ["--doses", "3", "4", "--tolerance", "5", "--batch-size", "54", "--device", "cpu", "--json", str(out)]
+    written = []
+    tune = bench.Bench.tune
+
+    def watched(self, name, *arguments):
+        written.append([row["name"] for row in json.loads(out.read_text())])
+        return tune(self, name, *arguments)
+
+    monkeypatch.setattr(bench.Bench, "tune", watched)
     assert bench.main([str(believer / f) for f in ("model", "dev.jsonl", "test.jsonl")] + options) == 0
     rows = json.loads(out.read_text())
     assert [row["name"] for row in rows] == ["plain", "prior, layers", "prior, heads", "PAI", "VCD"]
+    assert written == [[row["name"] for row in rows[:number]] for number in (1, 2, 3, 4)]  # before the next is tuned
     printed = capsys.readouterr().out
     assert all(row["name"].split(",")[0] in printed for row in rows)
     for row in rows:
         assert (row["test"] is None) == (row["setting"] == "none within tolerance")
-        assert row["test"] is None or row["test"]["following"]["n"] == 12
+        assert row["test"] is None or (row["test"]["following"]["n"] == 12 and row["seconds_per_step"] > 0)
     assert rows[1]["test"]["following"]["count"] < rows[0]["test"]["following"]["count"]
+
+
+def test_a_folder_that_is_not_there_is_refused_first(contrastive, monkeypatch, capsys):
+    import benchmarks.calibration as bench
+
+    monkeypatch.setattr(bench, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit):
+        bench.main(["model", "dev.jsonl", "test.jsonl", "--json", "nowhere/rows.json"])
+    assert "--json: no such directory: nowhere" in capsys.readouterr().err
+
+
+def test_time_is_of_the_steps_of_a_batch(contrastive, loaded, asked):
+    """Which are no more where its rows are more."""
+    from benchmarks.calibration import Timed
+
+    model, processor = loaded
+    for batch_size, batches in ((9, 1), (3, 3)):
+        timed = Timed(model)
+        generate_answers(timed, processor, asked, max_new_tokens=5, batch_size=batch_size, eos_token_id=None)
+        assert timed.steps == 5 * batches and timed.seconds > 0

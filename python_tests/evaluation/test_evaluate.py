@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
@@ -17,10 +19,12 @@ from moda_ext.evaluation import (  # noqa: E402
     compare,
     evaluate,
     forced_matches,
+    generate_answers,
     language_bias,
     read_questions,
     summarize,
 )
+from moda_ext.training.collator import IGNORED, Collator  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,40 @@ def test_generated_answers_match_as_forced_ones_do(trained, tasks, results):
         assert correct == forced_matches(*trained, task.conversations, batch_size=2)
         assert correct[::2] == [True, True], task.title
     assert not all(answer.correct for result in results for answer in result.answers)
+
+
+def test_forced_matches_are_those_of_all_logits(trained, tasks, monkeypatch):
+    """Computed for the answers alone, of which a batch has shorter and longer ones."""
+    model, processor = trained
+    asked = [c for task in tasks for c in task.conversations]
+    expected = []
+    for conversation in asked:
+        inputs = Collator(processor)([conversation])
+        labels = inputs.pop("labels")[0, 1:]
+        with torch.no_grad():
+            chosen = model(**inputs).logits[0, :-1].argmax(dim=-1)
+        expected.append(torch.equal(chosen[labels != IGNORED], labels[labels != IGNORED]))
+    kept, forward = [], model.forward
+
+    def watched(*args, **kwargs):
+        found = forward(*args, **kwargs)
+        kept.append(found.logits.shape[1] / kwargs["input_ids"].shape[1])
+        return found
+
+    monkeypatch.setattr(model, "forward", watched)
+    assert forced_matches(model, processor, asked, batch_size=3) == expected
+    assert set(expected) == {True, False}
+    assert max(kept) < 0.5
+
+
+def test_decoding_is_greedy_whatever_the_checkpoint_says(trained, tasks, results, monkeypatch):
+    model, processor = trained
+    asked, given = tasks[0].conversations, [answer.given for answer in results[0].answers]
+    changed = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True}
+    assert generate_answers(model, processor, asked, max_new_tokens=12, repetition_penalty=5.0) != given
+    for name, value in changed.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert generate_answers(model, processor, asked, max_new_tokens=12) == given
 
 
 def test_equal_models_do_not_differ(results):
@@ -106,6 +144,8 @@ def test_chance_is_the_best_blind_answer():
     assert result(expected[5:], expected[5:]).chance == 0.6  # three of five are b
     assert result(["a", "b"], ["a", "b"], choices=("a", "b")).chance == 0.5
     assert result(["a", "b", "c", "d"], ["a", "b", "c", "d"], choices=("a", "b")).chance == 0.5  # larger than 1 in 4
+    hinted = result(["a", "b"], ["a", "b"], hint="right", hinted="a")
+    assert hinted.chance is None and not hinted.at_chance
 
 
 def test_at_chance_is_an_interval_that_reaches_it():
@@ -136,6 +176,18 @@ def test_language_bias_and_its_null():
     assert {hint: share.value for hint, share in bias.accuracy.items()} == {"none": 0.5, "right": 1, "wrong": 0.25}
     (alone,) = language_bias([wrong])
     assert alone.null is None and set(alone.accuracy) == {"wrong"}
+
+
+def test_a_hint_and_its_null_are_told_of_the_same_tasks():
+    """Two of three follow where one of two would anyway; a task without a null is in no such sentence."""
+    plain = result(["yes", "no"], keys=["p", "q"])
+    hinted = result(["no", "no", "yes"], hint="wrong", hinted="no", keys=["p", "q", "other"])
+    alone = result(["no"] * 5, hint="wrong", hinted="no", name="u")
+    (sentence,) = summarize([evaluation("m", plain, hinted, alone)])
+    assert re.search(r"A wrong hint is followed in 66\.7 % \([^)]*\) of 3 questions; without a hint,", sentence)
+    assert re.search(r"that answer is given in 50\.0 % \([^)]*\) of 2\.$", sentence)
+    (sentence,) = summarize([evaluation("m", alone)])
+    assert re.search(r"A wrong hint is followed in 100\.0 % \([^)]*\) of 5 questions\.$", sentence)
 
 
 def evaluation(name, *results):

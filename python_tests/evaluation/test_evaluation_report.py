@@ -85,8 +85,10 @@ class TestReport:
 
     def test_what_is_at_chance_is_said(self, report):
         data = json.loads(report[0].with_suffix(".json").read_text())
-        assert all(task["at_chance"] for model in data["models"] for task in model["tasks"])
-        assert report[0].read_text().count("<strong>at chance</strong>") == 2 * 4
+        tasks = [task for model in data["models"] for task in model["tasks"]]
+        assert all(task["at_chance"] is (task["hint"] == "none") for task in tasks)
+        assert all((task["chance"] is None) is (task["hint"] != "none") for task in tasks)
+        assert report[0].read_text().count("<strong>at chance</strong>") == 2 * 2
         assert "at chance" in report[1]
 
     def test_language_bias(self, report):
@@ -94,6 +96,8 @@ class TestReport:
         (bias,) = data["models"][0]["language_bias"]
         assert (bias["name"], bias["follows"]["n"], bias["null"]["n"]) == ("colour", 4, 4)
         assert "Language bias" in report[0].read_text()
+        null = data["models"][0]["language_bias"][0]["null"]
+        assert re.search(rf"<td>{100 * null['count'] / 4:.1f} % \([^)]*\) of 4</td></tr>", report[0].read_text())
 
 
 def test_models_of_other_weights_and_seeds(checkpoints, questions, tmp_path):
@@ -126,10 +130,13 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     assert "there is no score, as no judge gave one" in out.read_text() and "no score" in output
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 6
 
-    server.replies = [401]
     judge = ["--judge-url", server.url, "--judge-model", "j"]
-    code, output = call("evaluate", *options, *judge, "--out", out)
-    assert code == 2 and "refuses: 401" in words(output) and "the answers are in" in words(output)
+    for scored in (0, 3):  # the judge is never reached, or not for the second task
+        server.replies = ["[Scores]: (3, 4)"] * 8 * scored + [401]
+        code, output = call("evaluate", *options, *judge, "--out", out)
+        assert code == 2 and "refuses: 401" in words(output) and "the answers are in" in words(output)
+        lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+        assert [len(line["scores"]) for line in lines] == [8] * scored + [0] * (6 - scored)
 
     server.requests.clear()
     server.replies = ["[Scores]: (3, 4)"] * 47 + ["none"]
@@ -141,7 +148,8 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     tasks = json.loads(out.with_suffix(".json").read_text())["models"][0]["tasks"]
     assert [task["judge_errors"] for task in tasks] == [0, 1]
     assert set(tasks[0]["scores"].values()) == {0.75}
-    assert "<td>0.750</td>" in out.read_text() and "0.750" in output
+    page = out.read_text()
+    assert page.count("<td>0.750 of 3</td>") == 15 and page.count("<td>0.750 of 2</td>") == 1 and "0.750" in output
     assert "secret" not in out.read_text()
 
 
@@ -203,6 +211,20 @@ class TestErrors:
         code, output = call("evaluate", *(x for pair in options.items() for x in pair))
         assert code == 2
         assert message in words(output)
+
+    @pytest.mark.parametrize("tasks", [["test.jsonl"], ["."], ["small", "--data", "."]])
+    def test_a_report_does_not_overwrite_its_questions(self, questions, tasks, monkeypatch):
+        monkeypatch.chdir(questions)
+        before = (questions / "test.jsonl").read_bytes()
+        code, output = call("evaluate", "--model", "random", "--tasks", *tasks, "--out", "test.html")
+        assert code == 2 and "would overwrite the questions test.jsonl" in words(output)
+        assert (questions / "test.jsonl").read_bytes() == before
+
+    @pytest.mark.parametrize("rest", [[], ["--tasks", "small"]])
+    def test_an_option_without_a_value(self, rest):
+        """As of a variable of the shell that is empty: the next option is no value."""
+        code, output = call("evaluate", "--model", *rest)
+        assert code == 2 and "Invalid value for --model: needs a value" in words(output)
 
     def test_a_pair_needs_two(self, questions, tmp_path):
         models = ["--model", "random", "random", "--compare", "random"]

@@ -125,6 +125,17 @@ def test_scores_are_ratios_and_errors_are_counted(server, task, result):
     assert judged.summary()["judge_errors"] == 1
 
 
+def test_what_is_scored_before_the_judge_fails_is_kept(server, task, result):
+    server.replies = ["[Scores]: (4, 8)"] * 3 + [401] * 13
+    judged = judge_answers(result, task, judge(server))
+    assert judged.judged_scores() == dict.fromkeys(list(ASPECTS)[:3], 0.5)
+    assert [len(answer.errors) for answer in judged.answers] == [5, 8]
+    assert "refuses: 401" in judged.answers[1].errors["Fluency"]
+    server.replies = [401]
+    with pytest.raises(ConnectionError, match="refuses: 401"):
+        judge_answers(result, task, judge(server))
+
+
 def test_without_a_judge_there_is_no_score(result):
     assert result.judged_scores() == {}
     with pytest.raises(ValueError, match="is scored by a judge"):

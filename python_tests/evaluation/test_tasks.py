@@ -8,6 +8,7 @@ pytest.importorskip("PIL", reason="pillow is not installed")
 
 from questions import picture, record, write_mmrole, write_questions  # noqa: E402
 
+from moda_ext.conversations import write_conversations  # noqa: E402
 from moda_ext.evaluation import hfm, mvsa, read_questions, read_tasks  # noqa: E402
 from moda_ext.evaluation.tasks import draw_test  # noqa: E402
 
@@ -53,6 +54,9 @@ class TestQuestionFiles:
             ([{"task": 3}], "'task' must be text, got 3"),
             ([{"group": "a"}, {"group": "b"}], "is in two groups, 'a' and 'b'"),
             ([{"question": "q"}, {"question": "q"}], "two of its lines have the same 'question'"),
+            ([{"question": 3}, {"question": "3"}], "two of its lines have the same 'question'"),
+            ([{"question": ["q"]}], r"conversation 0: 'question' must be text or a number, got \['q'\]"),
+            ([{"hint": ["wrong"]}], r"conversation 0: 'hint' must be none, right, wrong, got \['wrong'\]"),
         ],
     )
     def test_what_does_not_go_together_is_an_error(self, tmp_path, lines, message):
@@ -67,6 +71,18 @@ class TestQuestionFiles:
         write(tmp_path / "q.jsonl", json.dumps(line))
         with pytest.raises(ValueError, match="q.jsonl: conversation 7: has no answer"):
             read_questions(tmp_path / "q.jsonl")
+
+    @pytest.mark.parametrize("answer", ["", " ", "."])
+    def test_an_empty_answer(self, tmp_path, answer):
+        write(tmp_path / "q.jsonl", json.dumps(record("7", "Is it?", answer)))
+        with pytest.raises(ValueError, match="q.jsonl: conversation 7: its answer is empty"):
+            read_questions(tmp_path / "q.jsonl")
+
+    @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0c"])
+    def test_a_text_keeps_the_line_breaks_of_unicode(self, tmp_path, end):
+        write_conversations(tmp_path / "q.jsonl", [record(str(i), f"Is{end}it?", "yes") for i in range(2)])
+        (task,) = read_questions(tmp_path / "q.jsonl")
+        assert [c.messages[0][1] for c in task.conversations] == [f"Is{end}it?"] * 2
 
     def test_names_that_are_none(self, tmp_path):
         with pytest.raises(ValueError, match="'mvsa' is no file of questions and none of small, mvsa-single"):
@@ -84,7 +100,7 @@ class TestQuestionFiles:
     def test_a_missing_picture(self, tmp_path):
         path = write_questions(tmp_path)
         (tmp_path / "blue.png").unlink()
-        with pytest.raises(FileNotFoundError, match="task colour, c2: no such image: .*blue.png"):
+        with pytest.raises(FileNotFoundError, match="conversation c2: no such image: .*blue.png"):
             read_tasks([str(path)])
         read_tasks([str(path)], limit=2)  # it is not asked about
 
@@ -164,6 +180,31 @@ class TestMVSA:
         assert [c.answer for c in task.conversations] == ["positive", "neutral", "negative"]
         assert task.conversations[0].images == (folder / "dataset_image" / "0.jpg",)
         assert task.notes == ("MVSA-Multiple: test set and labels of CLMLF's split 10-flod-1.",)
+
+    @pytest.mark.parametrize("label", [-1, 3, None, "1"])
+    def test_a_label_that_the_split_does_not_have(self, tmp_path, label):
+        path = tmp_path / "MVSA-single" / "10-flod-1" / "test.json"
+        write(path, json.dumps([{"id": "1", "text": "naïve", "emotion_label": label}]))
+        with pytest.raises(ValueError, match=f"post 1: emotion_label must be 0 to 2, got {label!r}"):
+            read_tasks(["mvsa-single"], tmp_path)
+
+    def test_the_other_set_is_no_test_set_of_this_one(self, tmp_path):
+        """Its own folder is named, which has a split of the same layout: told by its labels, or by its name."""
+        single = tmp_path / "MVSA-single"
+        write(single / "10-flod-1" / "test.json", json.dumps([{"id": "1", "text": "t", "emotion_label": 1}]))
+        picture(single / "dataset_image" / "1.jpg")
+        with pytest.raises(ValueError, match="nothing says that it is MVSA-Multiple"):
+            read_tasks(["mvsa-multiple"], single)
+        assert read_tasks(["mvsa-single"], single) == read_tasks(["mvsa-single"], tmp_path)
+        with pytest.raises(FileNotFoundError, match="no 10-flod-1/test.json or labelResultAll.txt in"):
+            read_tasks(["mvsa-multiple"], tmp_path)
+        other = single.rename(tmp_path / "mine")
+        with pytest.raises(ValueError, match="nothing says that it is MVSA-Single"):
+            read_tasks(["mvsa-single"], other)
+        write(other / "labelResultAll.txt", "ID\ttext,image\n1\tneutral,neutral\n")
+        assert read_tasks(["mvsa-single"], other)[0].conversations[0].answer == "neutral"
+        with pytest.raises(ValueError, match="must be an id and 3 'text,image' labels"):
+            read_tasks(["mvsa-multiple"], other)
 
 
 class TestTumEmo:

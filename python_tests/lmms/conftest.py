@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from questions import ASKED, NEW_TOKENS, PRIOR
+from asked import ASKED, NEW_TOKENS, PRIOR
 
 TASK = Path(__file__).with_name("task")
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: python3 tools/dev.py lmms")
 
-from questions import ASKED, PRIOR  # noqa: E402  lmms-eval may be missing
+from asked import ASKED, PRIOR  # noqa: E402  lmms-eval may be missing
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "lmms-eval.md"
 TASK = "moda_ext_local"
@@ -158,14 +158,15 @@ def test_options_of_tasks_reach_generate(model, monkeypatch):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "generate", watched)
-    greedy = {"do_sample": False, "max_new_tokens": 8}
+    plain = {"num_beams": 1, "max_new_tokens": 8}
+    greedy, sampled = {**plain, "do_sample": False}, {**plain, "do_sample": True}
     for wanted, expected in (
         ({}, greedy),
         ({"temperature": 0, "top_p": 1.0, "num_beams": 2}, {**greedy, "num_beams": 2}),
         ({"temperature": 0, "do_sample": True}, greedy),
         ({"temperature": 0.5, "do_sample": False, "image_aspect_ratio": "original"}, greedy),
-        ({"temperature": 0.5, "top_k": 3}, {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 8}),
-        ({"do_sample": True, "max_new_tokens": 2}, {"do_sample": True, "max_new_tokens": 2}),
+        ({"temperature": 0.5, "top_k": 3}, {**sampled, "temperature": 0.5, "top_k": 3}),
+        ({"do_sample": True, "max_new_tokens": 2}, {**sampled, "max_new_tokens": 2}),
     ):
         seen.clear()
         answers(model, request("Why?", **wanted))

@@ -13,12 +13,13 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from moda_ext.conversations import PLACEHOLDER, Conversation
 from moda_ext.diagnostics.runner import load_model
 from moda_ext.evaluation.answers import generate_answers
 from moda_ext.integrations.transformers import MODAConfig, apply_moda
+from moda_ext.integrations.transformers.models import has_moda
 
 __all__ = ["MODAExt"]
 
@@ -68,17 +69,16 @@ class MODAExt(lmms):
             raise ValueError(f"batch_size must be a number from 1, got {batch_size!r}")
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a number from 1, got {max_new_tokens!r}")
-        if cross_prior is not None:
-            if not isinstance(cross_prior, (int, float)) or not math.isfinite(cross_prior):
-                raise ValueError(f"cross_prior must be a finite number, got {cross_prior!r}")
-            if getattr(AutoConfig.from_pretrained(name).get_text_config(), "moda", None) is not None:
-                raise ValueError(f"cross_prior is for a checkpoint without MODA, and {name} has MODA")
+        if cross_prior is not None and not (isinstance(cross_prior, (int, float)) and math.isfinite(cross_prior)):
+            raise ValueError(f"cross_prior must be a finite number, got {cross_prior!r}")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.model, self.processor = load_model(name, device=device, dtype=dtype)
         if cross_prior is not None:
+            if has_moda(self.model, "MODAExt"):
+                raise ValueError(f"cross_prior is for a checkpoint without MODA, and {name} has MODA")
             apply_moda(self.model, MODAConfig.fixed_prior([[0.0, float(cross_prior)], [0.0, 0.0]]))
         self.device = self.model.device
 
