@@ -47,9 +47,9 @@ def trained(small, tmp_path_factory):
     changes = {
         "model": small / "model",
         "output": folder,
-        "data": f"[{{path: {small / 'data' / 'train.jsonl'}}}]",
-        "stages.instruct.steps": 2,
-        "stages.instruct.batch_size": 2,
+        "stages.align.data": f"[{{path: {small / 'data' / 'align.jsonl'}}}]",
+        "stages.instruct.data": f"[{{path: {small / 'data' / 'train.jsonl'}}}]",
+        **{f"stages.{stage}.{key}": 2 for stage in ("align", "instruct") for key in ("steps", "batch_size")},
     }
     overrides = [f"{key}={value}" for key, value in changes.items()]
     code, output = call("train", ROOT / "recipes" / "small_cpu.yaml", *overrides, "--quiet")
@@ -154,28 +154,36 @@ def test_calibrate_says_when_there_is_nothing_to_gain(small, tmp_path):
     lines = (small / "data" / "dev.jsonl").read_text().splitlines()[:6]
     data.write_text("\n".join(lines).replace("images/", f"{small / 'data' / 'images'}/"))
     out = tmp_path / "calibrated"
-    code, output = call("calibrate", "--model", small / "model", "--data", data, "--out", out, "--layers", "16-29")
+    code, output = call("calibrate", "--model", small / "model", "--data", data, "--out", out, "--doses", "1")
     assert code == 1, output
     assert not (out / "config.json").exists()
 
 
 def test_study(small, tmp_path):
-    """All variants train, each another way; what is done is not done again."""
-    options = ["--small", small, "--out", tmp_path, "--steps", 1, "--limit", 1, "--seeds", 1]
-    names = ["lora", "blind", "gate"]
+    """Each variant trains another way; what is done is not done again."""
+    asked = tmp_path / "small"
+    (asked / "data").mkdir(parents=True)
+    for name in ("model", "data/images", "data/align.jsonl", "data/train.jsonl"):
+        (asked / name).symlink_to(small / name)
+    lines = (small / "data" / "test.jsonl").read_text().splitlines(keepends=True)
+    (asked / "data" / "test.jsonl").write_text("".join(lines[:6]))  # one task, two questions in three forms
+    out = tmp_path / "study"
+    steps = ["--align-steps", 1, "--steps", 1, "--seeds", 1, "--limit", 1]
+    options, names = ["--small", asked, "--out", out, *steps], ["lora", "gate"]
     code, output = call("study", *options, "--variants", *names)
     assert code == 0, output
-    runs = read_runs(tmp_path)
+    runs = read_runs(out)
     assert sorted(run.variant for run in runs) == sorted(names)
-    assert all(run.outcomes.keys() == runs[0].outcomes.keys() and len(run.outcomes) == 30 for run in runs)
+    assert all(list(run.outcomes) == ["object/none", "object/right", "object/wrong"] for run in runs)
+    assert all(len(outcome) == 1 for run in runs for outcome in run.outcomes.values())
     gate, lora = (next(run for run in runs if run.variant == name) for name in ("gate", "lora"))
     assert gate.trained == lora.trained + 30 * 2 * 64 * 16
     assert all(run.loss > 0 for run in runs)
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     code, output = call("study", *options, "--variants", *names)
     assert code == 0, output
-    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert (tmp_path / "README.md").read_text() == write_tables(runs)
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    assert (out / "README.md").read_text() == write_tables(runs)
     code, output = call("study", *options, "--variants", "lora", "--lr", "0.5")
     assert code == 2 and "was begun with another lr" in words(output)
     code, output = call("study", *options, "--variants", "balance")
