@@ -106,17 +106,36 @@ def forced_matches(
     for conversation in conversations:
         conversation.answer  # noqa: B018  raises before anything runs
     for batch in progress(batches(conversations, processor, batch_size)):
-        inputs = collate([conversations[i] for i in batch])
-        labels = only_last(inputs.pop("labels"))
-        inputs = {k: v.to(model.device) for k, v in inputs.items()}
-        inputs |= {k: v.to(model.dtype) for k, v in inputs.items() if v.is_floating_point()}
-        first = int((labels[:, 1:] != IGNORED).any(dim=0).nonzero()[0])
-        logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first, **forward).logits
-        labels = labels[:, first + 1 :]
-        right = (logits[:, :-1].argmax(dim=-1).cpu() == labels) | (labels == IGNORED)
+        logits, labels = forced_logits(model, collate, [conversations[i] for i in batch], **forward)
+        right = (logits.argmax(dim=-1).cpu() == labels) | (labels == IGNORED)
         for i, match in zip(batch, right.all(dim=1).tolist(), strict=True):
             matches[i] = match
     return matches
+
+
+def forced_logits(
+    model: Any, collate: Collator, conversations: Sequence[Conversation], **forward: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(logits, labels)`` of a model that is led along the last answers: each logit beside the token that comes next.
+
+    Args:
+        model: in evaluation mode.
+        collate: of its processor.
+        conversations: a batch, with answers.
+        **forward: more arguments of the model.
+
+    Returns:
+        (B, n, V) on the model's device and (B, n) on the CPU, from the first token of an answer in the batch on. A
+        label that is no token of a last answer is ``IGNORED``.
+    """
+    inputs = collate(conversations)
+    labels = only_last(inputs.pop("labels"))[:, 1:]
+    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    inputs |= {k: v.to(model.dtype) for k, v in inputs.items() if v.is_floating_point()}
+    first = int((labels != IGNORED).any(dim=0).nonzero()[0])
+    kept = labels.shape[1] - first + 1  # and the last one, after which nothing comes
+    logits = model(**inputs, use_cache=False, logits_to_keep=kept, **forward).logits
+    return logits[:, :-1], labels[:, first:]
 
 
 def only_last(labels: torch.Tensor) -> torch.Tensor:

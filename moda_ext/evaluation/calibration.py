@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_ext.conversations import Conversation
-from moda_ext.evaluation.answers import Progress, batches, generate_answers, normalize, only_last
+from moda_ext.evaluation.answers import Progress, batches, forced_logits, generate_answers, normalize
 from moda_ext.evaluation.statistics import Proportion
 from moda_ext.evaluation.tasks import HINTS, check_pictures
 from moda_ext.reports import COLOURS, new_figure
@@ -333,16 +333,9 @@ class PriorDial:
         conversations = [conversation for conversation, _ in weighted]
         total = torch.zeros(self.shape, dtype=torch.float64)
         for batch in progress(batches(conversations, processor, batch_size)):
-            inputs = collate([conversations[i] for i in batch])
-            labels = only_last(inputs.pop("labels"))[:, 1:]
-            inputs = {
-                k: v.to(self.model.device, self.model.dtype if v.is_floating_point() else None)
-                for k, v in inputs.items()
-            }
+            logits, labels = forced_logits(self.model, collate, [conversations[i] for i in batch])
             row, place = (labels != IGNORED).nonzero(as_tuple=True)
-            first = int(place.min())
-            kept = self.model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1 - first).logits
-            logits = kept[row, place - first]
+            logits = logits[row, place]
             dtype = torch.promote_types(logits.dtype, torch.float32)
             chosen = logits.log_softmax(-1, dtype=dtype).gather(-1, labels[row, place, None].to(logits.device))[:, 0]
             weights = torch.tensor([weighted[i][1] for i in batch], dtype=dtype)[row].to(chosen.device)

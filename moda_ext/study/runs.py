@@ -10,11 +10,12 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -25,7 +26,7 @@ from moda_ext.evaluation.tasks import Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
 from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
-from moda_ext.training.trainer import write_json
+from moda_ext.training.trainer import TRAINED, deficits, write_json
 
 __all__ = ["Plan", "Run", "read_runs", "run_study"]
 
@@ -262,15 +263,9 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
         sum(losses) / len(losses),
         deficit,
         float(torch.stack(priors).mean()) if priors else None,
-        sum(t.numel() for t in trained_tensors(place)),
+        sum(tensor.numel() for tensor in load_file(place / TRAINED).values()),
         json.loads(cost.read_text(encoding="utf-8")),
     )
-
-
-def trained_tensors(place: Path) -> Iterable[Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(place / "trained.safetensors").values()
 
 
 @torch.no_grad()
@@ -281,16 +276,7 @@ def measure_deficit(model: Any, processor: Any, tasks: Sequence[Task]) -> dict[s
         for conversation in asked:
             inputs, _ = encode(processor, [conversation], padding_side="right")
             model(**inputs.to(model.device, model.dtype), use_cache=False, logits_to_keep=1)
-    diagnosis, found = meter.result(), {}
-    for null, end in ((False, ""), (True, ", uniform")):
-        summary = diagnosis.summary(null=null)
-        for measure, name in (
-            ("avg_diff", "text"),
-            ("avg_diff", diagnosis.modalities[1]),
-            ("mdi", diagnosis.modalities[1]),
-        ):
-            found[f"{measure} {name}{end}"] = float(summary[measure][name])
-    return found
+    return deficits(meter.result())
 
 
 def remember_pictures(tower: torch.nn.Module) -> None:

@@ -122,12 +122,12 @@ def _tasks(runs: Sequence[Run]) -> str:
 def _deficits(runs: Sequence[Run]) -> str:
     """AvgDiff and MDI, beside uniform attention, and what the prior of text rows for image keys became."""
     groups = by_variant(runs)
-    names = [name for name in next((run.deficit for run in runs if run.deficit), {}) if not name.endswith("uniform")]
+    names = [name for name in next((run.deficit for run in runs if run.deficit), {}) if not name.endswith("_uniform")]
     lines = []
     for name, group in groups.items():
         cells: list[object] = [name]
         for figure in names:
-            values, null = ([run.deficit.get(f"{figure}{end}", math.nan) for run in group] for end in ("", ", uniform"))
+            values, null = ([run.deficit.get(f"{figure}{end}", math.nan) for run in group] for end in ("", "_uniform"))
             cells.append("not defined" if math.isnan(sum(values)) else f"{_spread(values, 3)} ({plain.mean(null):.3f})")
         priors = [run.prior for run in group if run.prior is not None]
         lines.append([*cells, _spread(priors, 3) if priors else "none"])

@@ -27,12 +27,12 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from moda_ext.conversations import Conversation
-from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter
+from moda_ext.diagnostics import AttentionBalanceLoss, AttentionMeter, Diagnosis
 from moda_ext.training.collator import IGNORED
 from moda_ext.training.parts import optimizer_groups, part_of
 from moda_ext.training.recipe import UNFINISHED, Stage
 
-__all__ = ["ConversationTrainer", "load_trained", "save_trained"]
+__all__ = ["ConversationTrainer", "deficits", "load_trained", "save_trained"]
 
 TRAINED = "trained.safetensors"
 LOG = "log.json"
@@ -200,13 +200,7 @@ class ConversationTrainer(Trainer):
             self.network(**batch, logits_to_keep=1, use_cache=False)
         for module, mode in modes:
             module.training = mode
-        diagnosis, found = meter.result(), {}
-        for null in (False, True):
-            summary = diagnosis.summary(null=null)
-            for measure in ("avg_diff", "mdi"):
-                for name in diagnosis.modalities[measure == "mdi" :]:
-                    found[f"{measure}/{name}{'_uniform' * null}"] = summary[measure][name]
-        return {key: value for key, value in found.items() if not math.isnan(value)}
+        return deficits(meter.result())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -283,6 +277,17 @@ def still_modules(model: nn.Module) -> list[nn.Module]:
 def checkpoints(folder: Path) -> list[Path]:
     """The whole ones, the oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def deficits(diagnosis: Diagnosis) -> dict[str, float]:
+    """AvgDiff of each modality and MDI, with what uniform attention would give; without what is not defined."""
+    found = {}
+    for null in (False, True):
+        summary = diagnosis.summary(null=null)
+        for measure in ("avg_diff", "mdi"):
+            for name in diagnosis.modalities[measure == "mdi" :]:
+                found[f"{measure}/{name}{'_uniform' * null}"] = float(summary[measure][name])
+    return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
 def save_trained(model: nn.Module, path: Path) -> None:

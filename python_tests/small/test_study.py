@@ -22,7 +22,7 @@ def run(variant, seed, right, follows, **changes):
         "object/right": "1" * 10,
         "object/wrong": "h" * follows + "0" * (10 - follows),
     }
-    deficit = {"mdi vision": 4.0, "mdi vision, uniform": 1.0}
+    deficit = {"mdi/vision": 4.0, "mdi/vision_uniform": 1.0}
     values = {"loss": 0.5, "deficit": deficit, "prior": None, "trained": 7, "seconds": 9.0, **changes}
     groups, chance = {"object": "perception"}, {"object": 0.2}
     return Run(variant, seed, {"small": f"{variant}", "steps": 3}, outcomes, groups, chance, **values)
