@@ -9,6 +9,8 @@ import typer
 
 from moda_ext.cli.app import ManyValues, app
 
+HINTS = ["none", "right", "wrong"]
+
 
 @app.command(cls=ManyValues)
 def study(
@@ -23,7 +25,9 @@ def study(
     lr: Annotated[float, typer.Option(help="Of LoRA and MODA's low-rank maps.")] = 2e-3,
     fast_lr: Annotated[float, typer.Option(help="Of MODA's priors and conditions.")] = 1e-2,
     prior: Annotated[float, typer.Option(help="At which the variant 'prior' starts, see moda-ext calibrate.")] = 1.0,
+    prior_layers: Annotated[str | None, typer.Option(help="Which have it, such as 20-29; by default all.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions of each task and hint.")] = 40,
+    hints: Annotated[list[str], typer.Option(help="Which are asked; none and wrong must be.")] = HINTS,
     questions: Annotated[str, typer.Option(help="test, or dev to choose learning rates by.")] = "test",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
 ) -> None:
@@ -43,6 +47,8 @@ def study(
     for part in ("model/config.json", f"data/{questions}.jsonl"):
         if not (small / part).is_file():
             raise typer.BadParameter(f"{small / part} is missing: run moda-ext assemble", param_hint="--small")
+    if not {"none", "wrong"} <= set(hints) <= set(HINTS):
+        raise typer.BadParameter(f"must be none, wrong and maybe right, got {' '.join(hints)}", param_hint="--hints")
     plan = Plan(
         str(small),
         align_steps=align_steps,
@@ -50,7 +56,9 @@ def study(
         lr=lr,
         fast_lr=fast_lr,
         prior=prior,
+        prior_layers=_layers(prior_layers),
         limit=limit,
+        hints=sorted(set(hints)),
         questions=questions,
     )
     try:
@@ -60,3 +68,13 @@ def study(
         raise typer.BadParameter(str(error)) from error
     (out / "README.md").write_text(tables, encoding="utf-8")
     print(tables + f"\n{out / 'README.md'}")
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """ "20-29" as [20, 29]."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise typer.BadParameter(f"must be two layers, such as 20-29, got {text}", param_hint="--prior-layers")
+    return [int(first), int(last)]

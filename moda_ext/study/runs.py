@@ -42,25 +42,31 @@ class Plan:
     Attributes:
         small: the folder of ``moda-ext assemble``.
         align_steps: of the alignment, once for all runs: LoRA and the projector on descriptions, no MODA.
+        align_lr: of LoRA in the alignment.
         steps: of each run's training.
         batch_size: of both.
-        lr: of LoRA and MODA's low-rank maps.
+        lr: of LoRA and MODA's low-rank maps in it.
         projector_lr: of the projector.
         fast_lr: of MODA's priors and conditions.
         prior: the calibrated value that the variant ``prior`` starts at.
+        prior_layers: the first and the last that have it; None for all.
         limit: questions of each task and hint.
+        hints: which are asked; following needs ``"wrong"``.
         questions: ``"test"``, or ``"dev"`` to choose a learning rate by.
     """
 
     small: str
     align_steps: int = 30
+    align_lr: float = 2e-3
     steps: int = 100
     batch_size: int = 6
     lr: float = 2e-3
     projector_lr: float = 1e-4
     fast_lr: float = 1e-2
     prior: float = 1.0
+    prior_layers: list[int] | None = None
     limit: int = 40
+    hints: list[str] = dataclasses.field(default_factory=lambda: ["none", "right", "wrong"])
     questions: str = "test"
 
     def stage(self, variant: Variant | None) -> Stage:
@@ -69,7 +75,7 @@ class Plan:
             "align" if variant is None else "instruct",
             ["projector"] if variant is None or variant.moda is None else ["projector", "moda"],
             lora=Lora(target_modules=TARGETS),
-            lr=self.lr,
+            lr=self.align_lr if variant is None else self.lr,
             projector_lr=self.projector_lr,
             fast_lr=self.fast_lr,
             betas=[0.9, 0.98],
@@ -232,7 +238,7 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     model: Any
     model, processor = load_model(str(folder / BASE), device="cpu", dtype="float32")
     torch.manual_seed(seed)
-    chosen.attach(model, plan.prior)
+    chosen.attach(model, plan.prior, plan.prior_layers)
     remember_pictures(model.model.vision_tower)
     conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen)
     place = folder / "training" / f"{_path(folder, variant, seed).stem}"
@@ -242,7 +248,8 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
         write_json(cost, time.process_time() - begin)
     log = json.loads((place / "log.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in log if "loss" in entry][-max(1, plan.steps // 10) :]
-    tasks = [task.first(plan.limit) for task in read_questions(small / "data" / f"{plan.questions}.jsonl")]
+    asked = read_questions(small / "data" / f"{plan.questions}.jsonl")
+    tasks = [task.first(plan.limit) for task in asked if task.hint in plan.hints]
     with torch.autocast(model.device.type, torch.bfloat16):
         results = [evaluate(model, processor, task, batch_size=20, max_new_tokens=6) for task in tasks]
         deficit = {} if chosen.blind else measure_deficit(model, processor, tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Variant:
             know nothing of pictures.
         gate: the aligner of each layer is a :class:`BilinearGate`.
         balance: the weight of :class:`moda_ext.diagnostics.AttentionBalanceLoss`.
-        calibrated: the prior starts at the plan's, for text rows and image keys.
+        calibrated: the prior starts at the plan's, for text rows and image keys of the plan's layers.
         against: the variant that differs in this one thing alone; None of the baseline.
     """
 
@@ -45,15 +46,19 @@ class Variant:
     calibrated: bool = False
     against: str | None = "lora"
 
-    def attach(self, model: Any, prior: float, rank: int = 16) -> None:
-        """Puts MODA into a loaded model, as the variant has it."""
+    def attach(self, model: Any, prior: float, layers: Sequence[int] | None = None, rank: int = 16) -> None:
+        """Puts MODA into a loaded model, as the variant has it; ``layers`` are the first and the last of ``prior``."""
         if self.moda is None:
             return
-        settings = dict(self.moda)
+        apply_moda(model, MODAConfig(**self.moda))
+        modules = attention_modules(model)
         if self.calibrated:
-            settings["mask"] = {**(settings.get("mask") or {}), "prior": [[0.0, prior], [0.0, 0.0]]}
-        apply_moda(model, MODAConfig(**settings))
-        for module in attention_modules(model) if self.gate else []:
+            first, last = layers or (0, len(modules) - 1)
+            if not 0 <= first <= last < len(modules):
+                raise ValueError(f"study: prior_layers {first}-{last} are not among the model's {len(modules)}")
+            for module in modules[first : last + 1]:
+                module.get_parameter("moda.mask.prior").data[:, 0, 1] = prior
+        for module in modules if self.gate else []:
             module.moda.aligner = BilinearGate(module.head_dim, rank)
         if self.blind:
             model.model.register_forward_pre_hook(by_parity, prepend=True, with_kwargs=True)

@@ -141,3 +141,12 @@ def test_a_prior_starts_where_it_is_told():
         assert torch.equal(module.moda.mask.prior[:, 0, 1], torch.full((4,), 1.5))
         assert module.moda.mask.prior.requires_grad
         assert module.moda.mask.prior.count_nonzero() == 4
+
+
+def test_a_prior_of_some_layers():
+    model, _ = load_model("random", device="cpu")
+    VARIANTS["prior"].attach(model, prior=1.5, layers=[1, 1])
+    started = [int(module.moda.mask.prior.count_nonzero()) for module in attention_modules(model)]
+    assert started == [0, 4, *[0] * (len(started) - 2)]
+    with pytest.raises(ValueError, match="prior_layers 1-9 are not among"):
+        VARIANTS["prior"].attach(load_model("random", device="cpu")[0], prior=1.5, layers=[1, 9])
