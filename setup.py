@@ -83,14 +83,18 @@ def parallel_jobs() -> int:
 
 
 def compiles_here(group: dict) -> bool:
-    """Whether this machine's compiler can build a kernel group: AMX came with GCC 11 and Clang 12, and needs Linux."""
+    """Whether this machine's compiler can build a kernel group.
+
+    AVX512_BF16 came with GCC 10 and Clang 9, AMX with GCC 11 and Clang 12, and needs Linux.
+    """
     if group["isa"] not in SOURCES["x86_64_isas"]:
         return True
     if not IS_X86_64 or (group["isa"] == "amx" and platform.system() != "Linux"):
         return False
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, *group["flags"], "-x", "c++", "-fsyntax-only", os.devnull]
-    return group["isa"] != "amx" or subprocess.run(command, capture_output=True, check=False).returncode == 0
+    newer = group["isa"] in ("avx512_bf16", "amx")
+    return not newer or subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 # Machine code for A100 and relatives (8.x) and for Hopper; newer GPUs compile the PTX of 8.0 when they first load it.
@@ -205,7 +209,7 @@ depends = [*headers, "csrc/sources.json", "setup.py"]
 kernels = [group for group in SOURCES["kernels"] if compiles_here(group)]
 isas = [group["isa"] for group in kernels if group["isa"] != "any"]
 macros = [("MODA_EXT_X86_ISAS", "1")] if "avx512" in isas else []
-macros += [("MODA_EXT_AMX_ISA", "1")] if "amx" in isas else []
+macros += [(f"MODA_EXT_{isa.upper()}_ISA", "1") for isa in ("avx512_bf16", "amx") if isa in isas]
 
 libraries = [
     (

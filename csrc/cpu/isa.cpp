@@ -41,10 +41,15 @@ Isa detect() {
   }
 #endif
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
-  if (cap != nullptr && std::strcmp(cap, "default") == 0) return Isa::baseline;
-  if (cap != nullptr && std::strcmp(cap, "avx2") == 0 && best == Isa::avx512) return Isa::avx2;
-  if (cap != nullptr && std::strcmp(cap, "avx512") == 0) return best;
-  return best == Isa::avx512 && has_tiles() ? Isa::amx : best;
+  const auto capped_to = [&](const char* isa) { return cap != nullptr && std::strcmp(cap, isa) == 0; };
+  if (capped_to("default")) return Isa::baseline;
+  if (best != Isa::avx512) return best;
+  if (capped_to("avx2")) return Isa::avx2;
+  if (capped_to("avx512")) return best;
+#if defined(MODA_EXT_AVX512_BF16_ISA)
+  if (__builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
+#endif
+  return !capped_to("avx512_bf16") && has_tiles() ? Isa::amx : best;
 }
 
 }  // namespace
@@ -58,6 +63,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::amx:
       return "amx";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

@@ -37,6 +37,9 @@ const ModularAttentionKernels& kernels(Storage storage) {
 #if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return modular_attention_kernels_amx(storage);
 #endif
+#if defined(MODA_EXT_AVX512_BF16_ISA)
+  if (active_isa() == Isa::avx512_bf16 && storage == Storage::kBFloat16) return modular_attention_kernels_avx512_bf16();
+#endif
   return MODA_EXT_VECTOR_ISA(modular_attention_kernels)(storage);
 }
 

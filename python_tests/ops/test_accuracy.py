@@ -101,7 +101,7 @@ def test_a_margin_is_left(device, two_threads, shape, seed):
     compare(problem, cotangents_for(problem, torch.Generator().manual_seed(seed + 1)), part=MARGIN)
 
 
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("capability", [cap for cap in TIERS if cap])
 def test_every_instruction_set(native, capability):
     """What this file holds beside the sweeps, on the tiers below the one in use."""
     tiers = list(TIERS.values())

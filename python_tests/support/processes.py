@@ -60,4 +60,4 @@ def _run_rank(rank: int, world: int, rendezvous: str, function: Callable, argume
 
 # Instruction sets by ATEN_CPU_CAPABILITY, "": no cap.
 TIERS = {cap: isa for isa, cap in CAPS.items()} | {"": "amx"}
-ORDER = ("baseline", "avx2", "avx512", "amx")
+ORDER = tuple(TIERS.values())

@@ -1,6 +1,6 @@
 // Register-blocked matrix products of the CPU attention kernels.
 //
-//   C[i][j] (+)= sum_k A(i, k) B[k][j]        for a block of kRows<T> rows and two vectors of columns
+//   C[i][j] (+)= sum_k A(i, k) B[k][j]        for a block of kRows rows and two vectors of columns
 //
 // A is broadcast element by element, B is read in vectors, C stays in registers over the whole k loop. Leading
 // dimensions of A are compile-time constants, so the rows of a block are one base register plus displacements; B comes
@@ -17,6 +17,38 @@
 namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_ISA {
+
+// The elements E of A and B are the numbers of C, or pairs: two neighbours along the depth (k) of a bfloat16 product,
+// which one instruction multiplies and adds at twice the rate, exactly up to the rounding of its float sum.
+template <class E>
+struct SumOf {
+  typedef E type;
+};
+template <>
+struct SumOf<Pair> {
+  typedef float type;
+};
+template <class E>
+using Sum = typename SumOf<E>::type;
+template <class E>
+constexpr int kPerElement = 1;  // numbers along the depth
+template <>
+constexpr int kPerElement<Pair> = 2;
+template <class E>
+MODA_EXT_INLINE constexpr int elements_of(int numbers) {
+  return (numbers + kPerElement<E> - 1) / kPerElement<E>;
+}
+
+template <class E>
+MODA_EXT_INLINE Vector<Sum<E>> multiply_add(Vector<Sum<E>> sum, Vector<E> a, Vector<E> b) {
+  return sum + a * b;
+}
+#if defined(__AVX512BF16__)
+template <>
+MODA_EXT_INLINE Vector<float> multiply_add<Pair>(Vector<float> sum, Vector<Pair> a, Vector<Pair> b) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 template <class T>
 constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
@@ -35,39 +67,41 @@ constexpr int kScratchColumns = 256;
 template <class T>
 constexpr int kScratchStride = kScratchColumns + 96 / static_cast<int>(sizeof(T));
 
-// A sum of this many products is one chain of roundings; longer ones are sums of such pieces, which divides the error
+// A sum of this many steps is one chain of roundings; longer ones are sums of such pieces, which divides the error
 // of a head size of 256 by two (the error of a chain grows with its length, that of a sum of pieces with the root of
 // their number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds.
 constexpr int kChain = 64;
 
-enum class Accumulate { kStore, kAdd, kScaledAdd };  // C = AB, C += AB, C = row_scale * C + AB
+enum class Accumulate { kStore, kAdd, kScaledAdd };  // C = f AB, C += f AB, C = row_scale * C + f AB
 
 // How A(i, k) lies in memory: kRowMajor a[i * stride + k], kColumnMajor a[k * stride + i] (the transpose of a scratch
 // block).
 enum class Order { kRowMajor, kColumnMajor };
 
-template <class T, int R, int NV, Order order, Accumulate mode>
-MODA_EXT_INLINE void multiply_block(int depth, const T* __restrict a, const T* __restrict b, int b_stride,
-                                    T* __restrict c, int64_t c_stride, const T* __restrict row_scale) {
-  typedef Vector<T> V;
-  constexpr int kStride = kScratchStride<T>;
-  V acc[R][NV];
+// `factor` is of products of pairs alone: other operands have it in them already.
+template <class E, int R, int NV, Order order, Accumulate mode>
+MODA_EXT_INLINE void multiply_block(int depth, const E* __restrict a, const E* __restrict b, int b_stride,
+                                    Sum<E>* __restrict c, int64_t c_stride, const Sum<E>* __restrict row_scale,
+                                    Sum<E> factor) {
+  typedef Sum<E> T;
+  constexpr int kStride = kScratchStride<E>;
+  Vector<T> acc[R][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vector<T>{};
   }
   // Two steps at a time: 2-3 % over one (fewer integer operations compete for ports 0 and 5); four and more are slower.
 #pragma GCC unroll 2
   for (int k = 0; k < depth; ++k) {
-    V bk[NV];
+    Vector<E> bk[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) bk[j] = load(b + j * kLanes<T>);
+    for (int j = 0; j < NV; ++j) bk[j] = load(b + j * kLanes<E>);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const V ai = splat(order == Order::kRowMajor ? a[i * kStride] : a[i]);
+      const Vector<E> ai = splat(order == Order::kRowMajor ? a[i * kStride] : a[i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] += ai * bk[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<E>(acc[i][j], ai, bk[j]);
     }
     a += order == Order::kRowMajor ? 1 : kStride;
     b += b_stride;
@@ -76,6 +110,7 @@ MODA_EXT_INLINE void multiply_block(int depth, const T* __restrict a, const T* _
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
+      if constexpr (kPerElement<E> > 1) acc[i][j] *= splat(factor);
       T* out = c + i * c_stride + j * kLanes<T>;
       if (mode == Accumulate::kStore) store(out, acc[i][j]);
       if (mode == Accumulate::kAdd) store(out, load(out) + acc[i][j]);
@@ -85,38 +120,38 @@ MODA_EXT_INLINE void multiply_block(int depth, const T* __restrict a, const T* _
 }
 
 // One block of any height up to kRows: the full height in one kernel, the rest of a ragged edge in pieces of 4 and 1.
-template <class T, int NV, Order order, Accumulate mode>
-__attribute__((noinline)) void multiply_rows(int rows, int depth, const T* a, const T* b, int b_stride, T* c,
-                                             int64_t c_stride, const T* row_scale) {
-  constexpr int kRowStep = order == Order::kRowMajor ? kScratchStride<T> : 1;
+template <class E, int NV, Order order, Accumulate mode>
+__attribute__((noinline)) void multiply_rows(int rows, int depth, const E* a, const E* b, int b_stride, Sum<E>* c,
+                                             int64_t c_stride, const Sum<E>* row_scale, Sum<E> factor) {
+  constexpr int kRowStep = order == Order::kRowMajor ? kScratchStride<E> : 1;
   if (rows == kRows) {
-    multiply_block<T, kRows, NV, order, mode>(depth, a, b, b_stride, c, c_stride, row_scale);
+    multiply_block<E, kRows, NV, order, mode>(depth, a, b, b_stride, c, c_stride, row_scale, factor);
     return;
   }
   int i = 0;
   for (; i + 4 <= rows; i += 4)
-    multiply_block<T, 4, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
-                                          row_scale + i);
+    multiply_block<E, 4, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
+                                          row_scale + i, factor);
   for (; i < rows; ++i)
-    multiply_block<T, 1, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
-                                          row_scale + i);
+    multiply_block<E, 1, NV, order, mode>(depth, a + i * kRowStep, b, b_stride, c + i * c_stride, c_stride,
+                                          row_scale + i, factor);
 }
 
-// The same in pieces of kChain products, for `columns` in {1 .. kPanel}: one vector suffices for the left half of a
-// panel.
-template <class T, Order order, Accumulate mode>
-MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const T* a, const T* b, int b_stride, T* c,
-                                    int64_t c_stride, const T* row_scale) {
-  const bool both = columns > kLanes<T>;
+// The same in pieces of kChain steps, for `columns` in {1 .. kPanel}: one vector suffices for the left half of a panel.
+// `depth` is in elements.
+template <class E, Order order, Accumulate mode>
+MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const E* a, const E* b, int b_stride, Sum<E>* c,
+                                    int64_t c_stride, const Sum<E>* row_scale, Sum<E> factor = 1) {
+  const bool both = columns > kLanes<E>;
   const int first = depth < kChain ? depth : kChain;
-  (both ? multiply_rows<T, 2, order, mode> : multiply_rows<T, 1, order, mode>)(rows, first, a, b, b_stride, c, c_stride,
-                                                                               row_scale);
+  (both ? multiply_rows<E, 2, order, mode> : multiply_rows<E, 1, order, mode>)(rows, first, a, b, b_stride, c, c_stride,
+                                                                               row_scale, factor);
   for (int k = kChain; k < depth; k += kChain) {
-    a += kChain * (order == Order::kRowMajor ? 1 : kScratchStride<T>);
+    a += kChain * (order == Order::kRowMajor ? 1 : kScratchStride<E>);
     b += int64_t(kChain) * b_stride;
     const int piece = depth - k < kChain ? depth - k : kChain;
-    (both ? multiply_rows<T, 2, order, Accumulate::kAdd>
-          : multiply_rows<T, 1, order, Accumulate::kAdd>)(rows, piece, a, b, b_stride, c, c_stride, nullptr);
+    (both ? multiply_rows<E, 2, order, Accumulate::kAdd>
+          : multiply_rows<E, 1, order, Accumulate::kAdd>)(rows, piece, a, b, b_stride, c, c_stride, nullptr, factor);
   }
 }
 

@@ -45,18 +45,29 @@ MODA_EXT_INLINE void transpose_square(Vector<T>* rows) {
   }
 }
 
-// Keys of a tile, transposed: panels [head_dim][kPanel], zero beyond the tile's length up to a whole vector (no kernel
-// reads further). `rows` is scratch for kLanes rows.
+// A row of numbers as elements of an operand along its depth (gemm.h). Pairs are the bfloat16 numbers as they lie: their
+// factor is that of the product.
+template <class Storage, class T>
+MODA_EXT_INLINE void load_elements(const Storage* from, T factor, T* to, int count) {
+  load_row(from, factor, to, count);
+}
+MODA_EXT_INLINE void load_elements(const BFloat16* from, float, Pair* to, int count) {
+  memcpy(to, from, sizeof(BFloat16) * count);
+}
+
+// Keys of a tile, transposed: panels [elements of head_dim][kPanel], zero beyond the tile's length up to a whole vector
+// (no kernel reads further). `rows` is scratch for kLanes rows.
 template <class Storage, class T>
 MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
-                                     int head_dim, T* rows, T* packed) {
+                                     int numbers, T* rows, T* packed) {
   constexpr int L = kLanes<T>;
+  const int head_dim = elements_of<T>(numbers);
   const int64_t stride = round_up_to_panel<T>(head_dim);
   for (int first = 0; first < tile.length; first += L) {
     const int count = tile.length - first < L ? tile.length - first : L;
     for (int j = 0; j < count; ++j)
-      load_row(row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + first + j)), T(1),
-               rows + j * stride, head_dim);
+      load_elements(row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + first + j)),
+                    Sum<T>(1), rows + j * stride, numbers);
     for (int j = count; j < L; ++j) memset(rows + j * stride, 0, sizeof(T) * stride);
     T* out = packed + (first / kPanel<T>)*kPanel<T> * static_cast<int64_t>(head_dim) + first % kPanel<T>;
     int d = 0;
@@ -90,12 +101,65 @@ MODA_EXT_INLINE void pack_columns(const Input& operand, const Sequence& sequence
   }
 }
 
-// Query-side rows into a scratch block of stride kScratchStride, times `factor`.
-template <class Storage, class T>
-MODA_EXT_INLINE void load_block(const Storage* from, int64_t row_stride, int64_t rows, int head_dim, T factor,
-                                T* block) {
-  for (int64_t i = 0; i < rows; ++i) load_row(from + i * row_stride, factor, block + i * kScratchStride<T>, head_dim);
+// Two rows as pairs, one of each: what a product over rows reads. `second` may be null, for zeros. Zero up to a whole
+// panel; `count` is a multiple of 8.
+inline void interleave_rows(const BFloat16* first, const BFloat16* second, int count, Pair* to) {
+  for (int d = 0; d < count; ++d)
+    to[d] = static_cast<Pair>(first[d].bits) | (second == nullptr ? Pair{0} : static_cast<Pair>(second[d].bits) << 16);
+  for (int64_t d = count; d < round_up_to_panel<Pair>(count); ++d) to[d] = 0;
 }
+
+// The same rows in pairs: [head_dim / kPanel][pairs of rows][kPanel]. An odd last row is paired with zeros.
+template <class Storage>
+MODA_EXT_INLINE void pack_columns(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
+                                  int head_dim, float, Pair* row, Pair* packed) {
+  const int pairs = elements_of<Pair>(tile.length);
+  const auto at = [&](int j) __attribute__((always_inline)) {
+    return row_of<Storage>(operand, sequence.batch, head, key_row(sequence, tile.start + j));
+  };
+  for (int j = 0; j < pairs; ++j) {
+    interleave_rows(at(2 * j), 2 * j + 1 < tile.length ? at(2 * j + 1) : nullptr, head_dim, row);
+    for (int64_t d = 0; d < head_dim; d += kPanel<Pair>) {
+      Pair* out = packed + d * pairs + j * kPanel<Pair>;
+      store(out, load(row + d));
+      store(out + kLanes<Pair>, load(row + d + kLanes<Pair>));
+    }
+  }
+}
+
+// Query-side rows into a scratch block of stride kScratchStride, times `factor`.
+template <class Storage, class E>
+MODA_EXT_INLINE void load_block(const Storage* from, int64_t row_stride, int64_t rows, int head_dim, Sum<E> factor,
+                                E* block) {
+  for (int64_t i = 0; i < rows; ++i)
+    load_elements(from + i * row_stride, factor, block + i * kScratchStride<E>, head_dim);
+}
+
+#if defined(__AVX512BF16__)
+// Numbers rounded to bfloat16: pairs of the neighbours in (low, high), and pairs of one number of each.
+MODA_EXT_INLINE Vector<Pair> pairs_of_neighbours(Vector<float> low, Vector<float> high) {
+  return (Vector<Pair>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+MODA_EXT_INLINE Vector<Pair> pairs_of_two(Vector<float> first, Vector<float> second) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  Halves order;
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return (Vector<Pair>)_mm512_permutexvar_epi16((__m512i)order, (__m512i)pairs_of_neighbours(first, second));
+}
+
+// The first `count` numbers of a scratch row as pairs of neighbours, in place; what lies between them and the end of
+// their last two vectors is left as anything.
+MODA_EXT_INLINE void make_row_pairs(float* row, int count) {
+  constexpr int L = kLanes<float>;
+  Pair* to = reinterpret_cast<Pair*>(row);
+  for (int j = 0; j < count; j += 2 * L) store(to + j / 2, pairs_of_neighbours(load(row + j), load(row + j + L)));
+}
+// The first `count` numbers of two rows as pairs of one number of each. `to` may be the first row.
+MODA_EXT_INLINE void make_pairs_of_rows(const float* first, const float* second, int count, Pair* to) {
+  for (int j = 0; j < count; j += kLanes<float>) store(to + j, pairs_of_two(load(first + j), load(second + j)));
+}
+#endif
 
 // Asks for a line that will be needed, in the second-level cache. By an instruction that stays where it is: GCC moves
 // its builtin out from between tile instructions, to where the line is wanted.

@@ -20,6 +20,9 @@
 #if defined(__AMX_BF16__)
 #define MODA_EXT_ISA amx
 #define MODA_EXT_VECTOR_BYTES 64
+#elif defined(__AVX512BF16__)
+#define MODA_EXT_ISA avx512_bf16
+#define MODA_EXT_VECTOR_BYTES 64
 #elif defined(__AVX512F__)
 #define MODA_EXT_ISA avx512
 #define MODA_EXT_VECTOR_BYTES 64
@@ -53,6 +56,15 @@ struct VectorOf<double> {
   typedef double unaligned __attribute__((vector_size(MODA_EXT_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
   typedef uint64_t unsigned_bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+};
+// Two bfloat16 numbers, the first in the lower half: what instructions that add two products to a float read.
+typedef uint32_t Pair;
+template <>
+struct VectorOf<Pair> {
+  typedef Pair type __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+  typedef Pair unaligned __attribute__((vector_size(MODA_EXT_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+  typedef uint32_t unsigned_bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;

@@ -1,5 +1,5 @@
-// The kernel table of one instruction set; included by modular_attention_{baseline,avx2,avx512,amx}.cpp, which
-// differ in their compiler flags (csrc/sources.json) alone.
+// The kernel table of one instruction set; included by modular_attention_<isa>.cpp, which differ in their compiler flags
+// (csrc/sources.json) alone.
 #pragma once
 
 #include "cpu/kernels/vector/modular_attention_backward.h"
@@ -41,7 +41,12 @@ const ModularAttentionKernels& kernels() {
   return table;
 }
 
-#if !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
+// Of bfloat16 alone: pairs cannot hold the others, and a float16 in two bfloat16 parts would take as long as in float32.
+inline const ModularAttentionKernels& modular_attention_kernels_for_bfloat16() {
+  return kernels<VectorEngine<BFloat16, float, Pair>, VectorBackward<BFloat16, float, Pair>>();
+}
+#elif !defined(__AMX_BF16__)
 inline const ModularAttentionKernels& modular_attention_kernels_for(moda_ext::Storage storage) {
   switch (storage) {
     case moda_ext::Storage::kFloat64:

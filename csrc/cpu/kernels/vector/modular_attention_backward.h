@@ -20,15 +20,78 @@ namespace MODA_EXT_ISA {
 
 constexpr int kBackwardTileKeys = 128;  // 5 blocks of 128 x D and 4 of 96 x D floats stay in 1 MB of L2 at D = 128
 
-template <class T>
-struct BackwardScratch {
-  T query[kBlockRows * kScratchStride<T>];
-  T grad_out[kBlockRows * kScratchStride<T>];
+// Query-side rows of a block as operands: `rows` of products over columns, over_rows() of products over rows.
+template <class E>
+struct RowOperand {
+  E rows[kBlockRows * kScratchStride<E>];
+
+  template <class Storage>
+  void load(const Storage* from, int64_t row_stride, int count, int head_dim, Sum<E> factor) {
+    load_block(from, row_stride, count, head_dim, factor, rows);
+  }
+  const E* over_rows() const { return rows; }
+};
+template <>
+struct RowOperand<Pair> {
+  Pair rows[kBlockRows * kScratchStride<Pair>];
+  Pair pairs[kBlockRows / 2 * kScratchStride<Pair>];
+
+  template <class Storage>
+  void load(const Storage* from, int64_t row_stride, int count, int head_dim, float factor) {
+    load_block(from, row_stride, count, head_dim, factor, rows);
+    for (int i = 0; i < count; i += 2)
+      interleave_rows(from + i * row_stride, i + 1 < count ? from + (i + 1) * row_stride : nullptr, head_dim,
+                      pairs + i / 2 * kScratchStride<Pair>);
+  }
+  const Pair* over_rows() const { return pairs; }
+};
+
+// P and dS of a block and a tile, one above the other: products over keys read the rows of dS, products over rows the
+// columns of both. Of numbers, rows and columns are the same block; of pairs, they are in different ones.
+template <class T, class E>
+struct ScoreBlocks {
   T probability[kBlockRows * kScratchStride<T>];  // S, then P
   T grad_score[kBlockRows * kScratchStride<T>];   // dP, then dS
+
+  void finish_rows(int, int, int) {}
+  const T* probability_columns() const { return probability; }
+  const T* grad_score_columns() const { return grad_score; }
+  const T* grad_score_rows() const { return grad_score; }
+};
+#if defined(__AVX512BF16__)
+template <class T>
+struct ScoreBlocks<T, Pair> {
+  T probability[kBlockRows * kScratchStride<T>];
+  T grad_score[kBlockRows * kScratchStride<T>];
+  Pair columns[kBlockRows / 2 * kScratchStride<Pair>];
+
+  // Rows i and i + 1, of which the block has `count`, become pairs: P over rows in the place of row i / 2, which has
+  // been read; dS in both forms.
+  void finish_rows(int i, int count, int keys) {
+    constexpr int kStride = kScratchStride<T>;
+    T *p = probability + i * kStride, *ds = grad_score + i * kStride;
+    if (i + 1 == count) {
+      memset(p + kStride, 0, sizeof(T) * keys);
+      memset(ds + kStride, 0, sizeof(T) * keys);
+    }
+    make_pairs_of_rows(p, p + kStride, keys, reinterpret_cast<Pair*>(probability + i / 2 * kStride));
+    make_pairs_of_rows(ds, ds + kStride, keys, columns + i / 2 * kStride);
+    make_row_pairs(ds, keys);
+    make_row_pairs(ds + kStride, keys);
+  }
+  const Pair* probability_columns() const { return reinterpret_cast<const Pair*>(probability); }
+  const Pair* grad_score_columns() const { return columns; }
+  const Pair* grad_score_rows() const { return reinterpret_cast<const Pair*>(grad_score); }
+};
+#endif
+
+template <class T, class E>
+struct BackwardScratch {
+  RowOperand<E> query, grad_out;
+  ScoreBlocks<T, E> scores;
   T grad_key[kBackwardTileKeys * kScratchStride<T>];
   T grad_value[kBackwardTileKeys * kScratchStride<T>];
-  T rows[kLanes<T> * kScratchColumns];
+  E rows[kLanes<T> * kScratchColumns];
   // followed by: packed K^T, V^T and K, then the query gradient of the item's rows unless it is accumulated in place
 };
 
@@ -38,13 +101,19 @@ bool accumulates_in_place(const ModularAttentionBackwardArgs& args) {
   return sizeof(Storage) == sizeof(T) && args.head_dim % kLanes<T> == 0;
 }
 
-template <class Storage, class T>
+// Packed K^T, V^T and K of a tile: each.
+template <class E>
+int64_t packed_form_elements(int64_t width) {
+  return kBackwardTileKeys / kPerElement<E> * width;
+}
+
+template <class Storage, class T, class E>
 int64_t backward_scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
   const int64_t width = round_up_to_panel<T>(args.head_dim);
-  int64_t elements = kBackwardTileKeys * 3 * width;
+  int64_t gradients = 0;
   if (args.grad_query.data != nullptr && !accumulates_in_place<Storage, T>(args))
-    elements += args.num_views * num_blocks * kBlockRows * width;
-  return sizeof(BackwardScratch<T>) + sizeof(T) * elements;
+    gradients = args.num_views * num_blocks * kBlockRows * width;
+  return sizeof(BackwardScratch<T, E>) + sizeof(E) * 3 * packed_form_elements<E>(width) + sizeof(T) * gradients;
 }
 
 // A block of rows of one head, and what a tile shows it.
@@ -221,8 +290,8 @@ MODA_EXT_INLINE RowSums<T> score_gradient_row(T* scores, T* grads, int count, co
 
 // C[i] += sum_rows A[row][i] B[row] for the keys i of a tile: rows before the first that sees a register block of keys
 // are left out.
-template <class T>
-void accumulate_key_gradient(const BlockView<T>& block, const T* a, const T* b, int head_dim, T* c) {
+template <class T, class E>
+void accumulate_key_gradient(const BlockView<T>& block, const E* a, const E* b, int head_dim, T* c) {
   constexpr int kStride = kScratchStride<T>;
   int first_row[kBackwardTileKeys / kRows + 1];
   for (int key = 0, row = 0; key < block.tile_limit; key += kRows) {
@@ -231,38 +300,42 @@ void accumulate_key_gradient(const BlockView<T>& block, const T* a, const T* b, 
   }
   for (int column = 0; column < head_dim; column += kPanel<T>) {
     for (int key = 0; key < block.tile_limit; key += kRows) {
-      const int row = first_row[key / kRows];
-      multiply_panel<T, Order::kColumnMajor, Accumulate::kAdd>(
-          block.tile_limit - key < kRows ? block.tile_limit - key : kRows, head_dim - column, block.count - row,
-          a + row * kStride + key, b + row * kStride + column, kStride, c + key * kStride + column, kStride, nullptr);
+      const int row = first_row[key / kRows] / kPerElement<E>;
+      multiply_panel<E, Order::kColumnMajor, Accumulate::kAdd>(
+          block.tile_limit - key < kRows ? block.tile_limit - key : kRows, head_dim - column,
+          elements_of<E>(block.count) - row, a + row * kStride + key, b + row * kStride + column, kStride,
+          c + key * kStride + column, kStride, nullptr);
     }
   }
 }
 
 // The five products of one key tile and one row block. query_grad: rows of the query gradient, or null.
-template <class T>
+template <class T, class E>
 void differentiate_block(const ModularAttentionBackwardArgs& args, const Sequence& sequence, const KeyTile& tile,
-                         const BlockView<T>& block, const T* keys_transposed, const T* values_transposed, const T* keys,
-                         T* query_grad, int64_t query_grad_stride, BackwardScratch<T>& scratch) {
+                         const BlockView<T>& block, const E* keys_transposed, const E* values_transposed, const E* keys,
+                         T* query_grad, int64_t query_grad_stride, BackwardScratch<T, E>& scratch) {
   constexpr int kStride = kScratchStride<T>;
+  const int depth = elements_of<E>(args.head_dim);
+  ScoreBlocks<T, E>& scores = scratch.scores;
   for (int panel = 0; panel < block.tile_limit; panel += kPanel<T>) {
     for (int i = 0; i < block.count; i += kRows) {
       const int columns = block.limit[i / kRows] - panel;
       if (columns <= 0) continue;
       const int rows = block.count - i < kRows ? block.count - i : kRows;
-      const int64_t offset = static_cast<int64_t>(panel) * args.head_dim;
-      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
-          rows, columns, args.head_dim, scratch.query + i * kStride, keys_transposed + offset, kPanel<T>,
-          scratch.probability + i * kStride + panel, kStride, nullptr);
-      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
-          rows, columns, args.head_dim, scratch.grad_out + i * kStride, values_transposed + offset, kPanel<T>,
-          scratch.grad_score + i * kStride + panel, kStride, nullptr);
+      const int64_t offset = static_cast<int64_t>(panel) * depth;
+      multiply_panel<E, Order::kRowMajor, Accumulate::kStore>(
+          rows, columns, depth, scratch.query.rows + i * kStride, keys_transposed + offset, kPanel<T>,
+          scores.probability + i * kStride + panel, kStride, nullptr, T(args.scale * kLog2e));
+      multiply_panel<E, Order::kRowMajor, Accumulate::kStore>(
+          rows, columns, depth, scratch.grad_out.rows + i * kStride, values_transposed + offset, kPanel<T>,
+          scores.grad_score + i * kStride + panel, kStride, nullptr);
     }
   }
 
+  const int end = elements_of<E>(block.tile_limit) * kPerElement<E>;
   for (int i = 0; i < block.count; ++i) {
-    T* probability = scratch.probability + i * kStride;
-    T* grad_score = scratch.grad_score + i * kStride;
+    T* probability = scores.probability + i * kStride;
+    T* grad_score = scores.grad_score + i * kStride;
     if (block.visible[i] > 0) {
       const int64_t row = block.first_row + i;
       T bias = 0;
@@ -282,32 +355,36 @@ void differentiate_block(const ModularAttentionBackwardArgs& args, const Sequenc
             sums.grad_score;
       }
     }
-    zero_from(probability, block.visible[i], block.tile_limit);
-    zero_from(grad_score, block.visible[i], block.tile_limit);
+    zero_from(probability, block.visible[i], end);
+    zero_from(grad_score, block.visible[i], end);
+    if (i % 2 == 1 || i + 1 == block.count) scores.finish_rows(i / 2 * 2, block.count, end);
   }
 
   if (args.grad_value.data != nullptr)
-    accumulate_key_gradient(block, scratch.probability, scratch.grad_out, args.head_dim, scratch.grad_value);
+    accumulate_key_gradient(block, scores.probability_columns(), scratch.grad_out.over_rows(), args.head_dim,
+                            scratch.grad_value);
   if (args.grad_key.data != nullptr)
-    accumulate_key_gradient(block, scratch.grad_score, scratch.query, args.head_dim, scratch.grad_key);
+    accumulate_key_gradient(block, scores.grad_score_columns(), scratch.query.over_rows(), args.head_dim,
+                            scratch.grad_key);
   if (query_grad != nullptr) {
     for (int column = 0; column < args.head_dim; column += kPanel<T>) {
       for (int i = 0; i < block.count; i += kRows) {
-        const int depth = block.limit[i / kRows];
-        if (depth == 0) continue;
-        multiply_panel<T, Order::kRowMajor, Accumulate::kAdd>(
-            block.count - i < kRows ? block.count - i : kRows, args.head_dim - column, depth,
-            scratch.grad_score + i * kStride, keys + static_cast<int64_t>(column) * tile.length, kPanel<T>,
-            query_grad + i * query_grad_stride + column, query_grad_stride, nullptr);
+        if (block.limit[i / kRows] == 0) continue;
+        multiply_panel<E, Order::kRowMajor, Accumulate::kAdd>(
+            block.count - i < kRows ? block.count - i : kRows, args.head_dim - column,
+            elements_of<E>(block.limit[i / kRows]), scores.grad_score_rows() + i * kStride,
+            keys + static_cast<int64_t>(column) * elements_of<E>(tile.length), kPanel<T>,
+            query_grad + i * query_grad_stride + column, query_grad_stride, nullptr, T(args.scale));
       }
     }
   }
 }
 
-template <class Storage, class T>
+template <class Storage, class T, class E>
 void write_key_gradients(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item,
-                         const KeyTile& tile, BackwardScratch<T>& scratch) {
-  // dk = tau sum dS q; the query came in as tau log2(e) q, see RowExponent.
+                         const KeyTile& tile, BackwardScratch<T, E>& scratch) {
+  // dk = tau sum dS q; numbers of the query came in as tau log2(e) q, see RowExponent, pairs as q.
+  const T key_factor = kPerElement<E> > 1 ? T(args.scale) : T(kLn2);
   const Sequence& sequence = *item.sequence;
   T* partial = static_cast<T*>(item.partial);
   for (int j = 0; j < tile.length; ++j) {
@@ -315,13 +392,13 @@ void write_key_gradients(const ModularAttentionBackwardArgs& args, const Modular
     T* value = scratch.grad_value + j * kScratchStride<T>;
     if (partial != nullptr) {
       const int64_t slot = tile.start + j;
-      store_row(key, T(kLn2), partial + slot * args.head_dim, args.head_dim);
+      store_row(key, key_factor, partial + slot * args.head_dim, args.head_dim);
       store_row(value, T(1), partial + (sequence.num_slots + slot) * args.head_dim, args.head_dim);
       continue;
     }
     const int64_t position = sequence.order[tile.start + j];
     if (args.grad_key.data != nullptr)
-      store_row(key, T(kLn2),
+      store_row(key, key_factor,
                 row_of<Storage>(args.grad_key, sequence.batch, item.kv_head, sequence.first_key + position),
                 args.head_dim);
     if (args.grad_value.data != nullptr)
@@ -331,16 +408,16 @@ void write_key_gradients(const ModularAttentionBackwardArgs& args, const Modular
   }
 }
 
-template <class Storage, class T>
+template <class Storage, class T, class E>
 void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* memory) {
-  BackwardScratch<T>& scratch = *static_cast<BackwardScratch<T>*>(memory);
+  BackwardScratch<T, E>& scratch = *static_cast<BackwardScratch<T, E>*>(memory);
   const Sequence& sequence = *item.sequence;
   const int D = args.head_dim;
   const int64_t width = round_up_to_panel<T>(D);
-  T* keys_transposed = reinterpret_cast<T*>(&scratch + 1);
-  T* values_transposed = keys_transposed + kBackwardTileKeys * width;
-  T* keys = values_transposed + kBackwardTileKeys * width;
-  T* query_grads = keys + kBackwardTileKeys * width;
+  E* keys_transposed = reinterpret_cast<E*>(&scratch + 1);
+  E* values_transposed = keys_transposed + packed_form_elements<E>(width);
+  E* keys = values_transposed + packed_form_elements<E>(width);
+  T* query_grads = reinterpret_cast<T*>(keys + packed_form_elements<E>(width));
 
   const int64_t blocks_per_head = (sequence.num_queries + kBlockRows - 1) / kBlockRows;
   const int64_t num_blocks = item.last_block - item.first_block;
@@ -366,10 +443,10 @@ void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBa
     for (int i = 0; i < block.count; ++i) {
       const int64_t row = block.first_row + i;
       load_row(row_of<Storage>(args.saved_out, sequence.batch, block.head, sequence.first_query + row), T(1),
-               scratch.query, D);
+               scratch.scores.probability, D);
       load_row(row_of<Storage>(args.grad_out, sequence.batch, block.head, sequence.first_query + row), T(1),
-               scratch.grad_out, D);
-      prepare_row(args, sequence, block.head, row, scratch.query, scratch.grad_out);
+               scratch.scores.grad_score, D);
+      prepare_row(args, sequence, block.head, row, scratch.scores.probability, scratch.scores.grad_score);
     }
     for (int view = 0; wants_query && view < args.num_views; ++view) {
       T* grads = query_grad_of(index, block, view);
@@ -388,16 +465,18 @@ void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBa
       if (!view_block(args, sequence, tile, block)) continue;
       if (!packed) {
         packed = true;
-        pack_transposed<Storage, T>(args.key, sequence, item.kv_head, tile, D, scratch.rows, keys_transposed);
-        pack_transposed<Storage, T>(args.value, sequence, item.kv_head, tile, D, scratch.rows, values_transposed);
+        pack_transposed<Storage>(args.key, sequence, item.kv_head, tile, D, scratch.rows, keys_transposed);
+        pack_transposed<Storage>(args.value, sequence, item.kv_head, tile, D, scratch.rows, values_transposed);
         if (wants_query)
-          pack_columns<Storage, T>(args.key, sequence, item.kv_head, tile, D, T(args.scale), scratch.rows, keys);
+          pack_columns<Storage>(args.key, sequence, item.kv_head, tile, D, T(args.scale), scratch.rows, keys);
       }
-      load_block(row_of<Storage>(args.query, sequence.batch, block.head, sequence.first_query + block.first_row) +
-                     args.query.view * view,
-                 args.query.row, block.count, D, T(args.scale * kLog2e), scratch.query);
-      load_block(row_of<Storage>(args.grad_out, sequence.batch, block.head, sequence.first_query + block.first_row),
-                 args.grad_out.row, block.count, D, T(1), scratch.grad_out);
+      scratch.query.load(
+          row_of<Storage>(args.query, sequence.batch, block.head, sequence.first_query + block.first_row) +
+              args.query.view * view,
+          args.query.row, block.count, D, T(args.scale * kLog2e));
+      scratch.grad_out.load(
+          row_of<Storage>(args.grad_out, sequence.batch, block.head, sequence.first_query + block.first_row),
+          args.grad_out.row, block.count, D, T(1));
       if (index + 1 < item.last_block) {  // the next block's rows come in from memory while this one is computed
         BlockView<T> next;
         locate(index + 1, next);
@@ -434,17 +513,17 @@ void backward(const ModularAttentionBackwardArgs& args, const ModularAttentionBa
 }
 
 // The table entries of the vector kernels.
-template <class StorageType, class ComputeType>
+template <class StorageType, class ComputeType, class Element = ComputeType>
 struct VectorBackward {
   static constexpr int kTileKeys = kBackwardTileKeys;
   static constexpr int kBlockRows = MODA_EXT_ISA::kBlockRows;
   static int64_t packed_bytes(const ModularAttentionBackwardArgs&, int64_t) { return 0; }
   static void pack_tile(const ModularAttentionBackwardArgs&, const Sequence&, int64_t, int64_t, void*) {}
   static int64_t scratch_bytes(const ModularAttentionBackwardArgs& args, int64_t num_blocks) {
-    return backward_scratch_bytes<StorageType, ComputeType>(args, num_blocks);
+    return backward_scratch_bytes<StorageType, ComputeType, Element>(args, num_blocks);
   }
   static void run(const ModularAttentionBackwardArgs& args, const ModularAttentionBackwardItem& item, void* scratch) {
-    backward<StorageType, ComputeType>(args, item, scratch);
+    backward<StorageType, ComputeType, Element>(args, item, scratch);
   }
 };
 

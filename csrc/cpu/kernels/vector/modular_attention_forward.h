@@ -181,12 +181,17 @@ MODA_EXT_INLINE void zero_from(T* row, int begin, int end) {
 
 // The vector engine: products by multiply_panel. An engine is how one item computes: its scratch, the packed form of
 // keys and values, the queries, and one tile of attention for all rows. forward() below drives it.
-template <class StorageType, class ComputeType>
+//
+// Element is what the operands of its products are made of (gemm.h): the compute type, or pairs for bfloat16 where the
+// machine multiplies them. Then queries, keys and values are used as they are, without a rounding of their own, and
+// probabilities are rounded to bfloat16 for the second product, not in the masses: half of what dense attention in
+// bfloat16 rounds, which rounds the scores too. Few rows, which keys are not packed for, stay in the compute type.
+template <class StorageType, class ComputeType, class Element = ComputeType>
 class VectorEngine {
  public:
   using Storage = StorageType;
   using T = ComputeType;
-  using Packed = T;
+  using Packed = Element;
   static constexpr int kTileKeys = 256;  // <= kScratchColumns
   static constexpr int kMostUnpackedRows = kFewRows;
 
@@ -202,29 +207,29 @@ class VectorEngine {
   };
 
   static int64_t packed_elements(const ModularAttentionArgs& args, int64_t num_panels) {
-    return num_panels * kPanel<T> * (args.head_dim + round_up_to_panel<T>(args.head_dim));
+    return num_panels * elements_of<Element>(kPanel<T>) * (args.head_dim + round_up_to_panel<T>(args.head_dim));
   }
   static int64_t scratch_bytes(const ModularAttentionArgs& args) {
-    return sizeof(Scratch) +
-           sizeof(T) * (args.num_views * kBlockRows * kScratchStride<T> + packed_elements(args, kTileKeys / kPanel<T>));
+    return sizeof(Scratch) + sizeof(T) * args.num_views * kBlockRows * kScratchStride<T> +
+           sizeof(Element) * packed_elements(args, kTileKeys / kPanel<T>);
   }
 
   static void pack(const ModularAttentionArgs& args, const Sequence& sequence, int64_t kv_head, const KeyTile& tile,
-                   T* packed) {
-    T rows[kLanes<T> * kScratchColumns];
-    pack_transposed<Storage, T>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
-    pack_columns<Storage, T>(args.value, sequence, kv_head, tile, args.head_dim, T(1), rows,
-                             packed + packed_value_offset(args, tile));
+                   Element* packed) {
+    Element rows[kLanes<T> * kScratchColumns];
+    pack_transposed<Storage>(args.key, sequence, kv_head, tile, args.head_dim, rows, packed);
+    pack_columns<Storage>(args.value, sequence, kv_head, tile, args.head_dim, T(1), rows,
+                          packed + packed_value_offset(args, tile));
   }
 
   VectorEngine(const ModularAttentionForwardArgs& args, void* memory)
       : args_(args),
         scratch_(*static_cast<Scratch*>(memory)),
         queries_(reinterpret_cast<T*>(&scratch_ + 1)),
-        own_tile_(queries_ + args.num_views * kBlockRows * kScratchStride<T>) {}
+        own_tile_(reinterpret_cast<Element*>(queries_ + args.num_views * kBlockRows * kScratchStride<T>)) {}
 
   RowState<T>& state() { return scratch_.state; }
-  T* own_tile() { return own_tile_; }
+  Element* own_tile() { return own_tile_; }
 
   void start(const ItemRows& rows) {
     for (int i = 0; i < rows.count; ++i)
@@ -232,35 +237,49 @@ class VectorEngine {
   }
 
   void load_queries(const ItemRows& rows, int view) {
-    T* block = queries_ + view * kBlockRows * kScratchStride<T>;
-    for (int i = 0; i < rows.count; ++i)
-      load_row(rows.at<Storage>(args_.query, i) + args_.query.view * view, T(args_.scale * kLog2e),
-               block + i * kScratchStride<T>, args_.head_dim);
+    if (rows.item.packed == nullptr && rows.count <= kMostUnpackedRows) {
+      load_queries(rows, view, queries_of<T>(view));
+    } else {
+      load_queries(rows, view, queries_of<Element>(view));
+    }
   }
 
-  void attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed);
+  void attend(const ItemRows& rows, const KeyTile& tile, int view, const Element* packed);
 
   void finish(const ItemRows&) {}  // outputs are in state().output already
 
  private:
   // Values of a tile follow its transposed keys.
   static int64_t packed_value_offset(const ModularAttentionArgs& args, const KeyTile& tile) {
-    return round_up_to_panel<T>(tile.length) * args.head_dim;
+    return round_up_to_panel<T>(tile.length) * elements_of<Element>(args.head_dim);
+  }
+
+  T factor() const { return T(args_.scale * kLog2e); }
+  template <class E>
+  E* queries_of(int view) {
+    return reinterpret_cast<E*>(queries_) + view * kBlockRows * kScratchStride<E>;
+  }
+  template <class E>
+  void load_queries(const ItemRows& rows, int view, E* block) {
+    for (int i = 0; i < rows.count; ++i)
+      load_elements(rows.at<Storage>(args_.query, i) + args_.query.view * view, factor(), block + i * kScratchStride<E>,
+                    args_.head_dim);
   }
 
   const ModularAttentionForwardArgs& args_;
   Scratch& scratch_;
   T* queries_;
-  T* own_tile_;
+  Element* own_tile_;
 };
 
 // One tile for all rows of the item: scores, online softmax, weighted values.
-template <class Storage, class T>
-void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile, int view, const T* packed) {
+template <class Storage, class T, class Element>
+void VectorEngine<Storage, T, Element>::attend(const ItemRows& rows, const KeyTile& tile, int view,
+                                               const Element* packed) {
   constexpr int kStride = kScratchStride<T>;
+  constexpr bool kPairs = kPerElement<Element> > 1;
   const ModularAttentionForwardArgs& args = args_;
   Scratch& scratch = scratch_;
-  const T* queries = queries_ + view * kBlockRows * kStride;
   const Sequence& sequence = *rows.item.sequence;
   const int64_t last_offset = args.causal ? sequence.num_keys - sequence.num_queries : sequence.num_keys;
   const int count = rows.count;
@@ -292,16 +311,17 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
       prefetch_rows(values_of_tile[j], 0, 1, args.head_dim);
       if (j + kKeysAhead < tile_limit) prefetch_rows(keys_of_tile[j + kKeysAhead], 0, 1, args.head_dim);
     };
-    score_rows(count, tile_limit, args.head_dim, queries, key, ahead, scratch.scores);
+    score_rows(count, tile_limit, args.head_dim, queries_of<T>(view), key, ahead, scratch.scores);
   }
+  const int depth = elements_of<Element>(args.head_dim);
   for (int panel = 0; packed != nullptr && panel < tile_limit; panel += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
       if (limit[block] <= panel) continue;
       const int i = block * kRows;
-      multiply_panel<T, Order::kRowMajor, Accumulate::kStore>(
-          count - i < kRows ? count - i : kRows, limit[block] - panel, args.head_dim, queries + i * kStride,
-          packed + static_cast<int64_t>(panel) * args.head_dim, kPanel<T>, scratch.scores + i * kStride + panel,
-          kStride, nullptr);
+      multiply_panel<Element, Order::kRowMajor, Accumulate::kStore>(
+          count - i < kRows ? count - i : kRows, limit[block] - panel, depth, queries_of<Element>(view) + i * kStride,
+          packed + static_cast<int64_t>(panel) * depth, kPanel<T>, scratch.scores + i * kStride + panel, kStride,
+          nullptr, factor());
     }
   }
 
@@ -329,7 +349,13 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
     if (scratch.reference[i] != T(0))
       for (int j = 0; j < visible[i]; ++j) scores[j] -= scratch.reference[i];
     if (visible[i] > 0) mass[i] += exponentiate_row(scores, visible[i], scratch.shift[i]);
-    zero_from(scores, visible[i], packed == nullptr ? tile_limit : limit[i / kRows]);
+    if (packed == nullptr) {
+      zero_from(scores, visible[i], tile_limit);
+    } else {
+      const int end = elements_of<Element>(limit[i / kRows]) * kPerElement<Element>;
+      zero_from(scores, visible[i], end);
+      if constexpr (kPairs) make_row_pairs(scores, end);
+    }
   }
 
   if (packed == nullptr) {
@@ -337,15 +363,16 @@ void VectorEngine<Storage, T>::attend(const ItemRows& rows, const KeyTile& tile,
     add_weighted_rows(count, tile_limit, args.head_dim, scratch.scores, value, state.output, scratch.rescale);
     return;
   }
-  const T* values = packed + packed_value_offset(args, tile);
+  const Element* weights = reinterpret_cast<const Element*>(scratch.scores);
+  const Element* values = packed + packed_value_offset(args, tile);
   for (int column = 0; column < args.head_dim; column += kPanel<T>) {
     for (int block = 0; block * kRows < count; ++block) {
       if (limit[block] == 0) continue;
       const int i = block * kRows;
-      multiply_panel<T, Order::kRowMajor, Accumulate::kScaledAdd>(
-          count - i < kRows ? count - i : kRows, args.head_dim - column, limit[block], scratch.scores + i * kStride,
-          values + static_cast<int64_t>(column) * tile.length, kPanel<T>, state.output + i * kStride + column, kStride,
-          scratch.rescale + i);
+      multiply_panel<Element, Order::kRowMajor, Accumulate::kScaledAdd>(
+          count - i < kRows ? count - i : kRows, args.head_dim - column, elements_of<Element>(limit[block]),
+          weights + i * kStride, values + static_cast<int64_t>(column) * elements_of<Element>(tile.length), kPanel<T>,
+          state.output + i * kStride + column, kStride, scratch.rescale + i);
     }
   }
 }
