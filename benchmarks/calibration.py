@@ -106,23 +106,28 @@ class Bench:
         setting = "none within tolerance" if best is None else f"{best.place}, {best.dose:g}"
         return {"name": name, "setting": setting, "tried": len(trials), "test": None}, best
 
-    def peers(self) -> None:
-        """PAI and VCD, around the model without MODA; their dose is alpha."""
+    def pai(self) -> None:
+        """PAI, around the model without MODA; its dose is alpha."""
         count = len(attention_modules(self.model))
         starts = dict.fromkeys((0, count // 3, 2 * count // 3))
-        of_pai = {f"layers {start} up, gamma {g:g}": (start, g) for start in starts for g in (1.0, 1.1)}
-        of_vcd = {f"T {steps}, beta {beta:g}": (steps, beta) for steps in (500, 700, 999) for beta in (0.1, 0.25)}
+        settings = {f"layers {start} up, gamma {g:g}": (start, g) for start in starts for g in (1.0, 1.1)}
 
-        def pai(place: str, alpha: float) -> PAI:
-            start, gamma = of_pai[place]
+        def decoder(place: str, alpha: float) -> PAI:
+            start, gamma = settings[place]
             return PAI(self.model, alpha, range(start, count), gamma)
 
-        def vcd(place: str, alpha: float) -> VCD:
-            return VCD(self.model, alpha, *of_vcd[place])
+        self.peer("PAI", settings, PAI_ALPHAS, decoder)
 
-        for name, settings, alphas, decoder in (("PAI", of_pai, PAI_ALPHAS, pai), ("VCD", of_vcd, VCD_ALPHAS, vcd)):
-            row, best = self.tune(name, settings, alphas, decoder)
-            self.add(row if best is None else self.judged(row, decoder(best.place, best.dose)))
+    def vcd(self) -> None:
+        """VCD, likewise."""
+        settings = {f"T {steps}, beta {beta:g}": (steps, beta) for steps in (500, 700, 999) for beta in (0.1, 0.25)}
+        self.peer("VCD", settings, VCD_ALPHAS, lambda place, alpha: VCD(self.model, alpha, *settings[place]))
+
+    def peer(
+        self, name: str, settings: dict, alphas: tuple[float, ...], decoder: Callable[[str, float], Decoder]
+    ) -> None:
+        row, best = self.tune(name, settings, alphas, decoder)
+        self.add(row if best is None else self.judged(row, decoder(best.place, best.dose)))
 
     def prior(self, name: str, places_of: Callable[[PriorDial], dict[str, Tensor]]) -> None:
         """Ours, in places of a model. The best is judged as its checkpoint has it."""
@@ -147,6 +152,14 @@ class Bench:
 
     def best_heads(self, dial: PriorDial) -> dict[str, Tensor]:
         return head_places(*head_gradients(dial, self.processor, self.dev, self.args.batch_size))
+
+
+METHODS: dict[str, Callable[[Bench], None]] = {
+    "layers": lambda bench: bench.prior("prior, layers", layer_places),
+    "heads": lambda bench: bench.prior("prior, heads", bench.best_heads),
+    "pai": Bench.pai,
+    "vcd": Bench.vcd,
+}
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -175,14 +188,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside plain decoding")
     parser.add_argument("--json", type=Path, help="where to write the table's numbers")
     args = parser.parse_args(argv)
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: no such directory: {args.json.parent}")
     bench = Bench(args)
-    bench.prior("prior, layers", layer_places)
-    bench.prior("prior, heads", bench.best_heads)
-    bench.peers()
+    for method in args.methods:
+        METHODS[method](bench)
     rich.print(table_of(bench.rows))
     print("PAI computes N x N scores in all layers, as it changes them: its time is that of plain attention too.")
     return 0

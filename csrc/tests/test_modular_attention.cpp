@@ -387,15 +387,18 @@ TEST_F(Amx, ProductOverRowsOfEveryBlockShape) {
 template <class T>
 struct Problem {
   static constexpr Storage kStorage = sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64;
-  const ModularAttentionKernels& kernel = kernels(kStorage);
+  Storage storage =
+      kStorage;  // of query, key, value, out and their gradients: what they are rounded to for the kernels
+  const ModularAttentionKernels& kernel = kernels(storage);
   int group, queries, keys, head_dim, modalities;
   std::vector<int32_t> modality;
   std::vector<T> query, key, value, bias, sink;
   KeyPlan plan;
   Sequence sequence;
 
-  Problem(int group, int queries, int keys, int head_dim, int modalities, bool alternating, int tile_keys)
-      : group(group), queries(queries), keys(keys), head_dim(head_dim), modalities(modalities) {
+  Problem(int group, int queries, int keys, int head_dim, int modalities, bool alternating, int tile_keys,
+          Storage storage = kStorage)
+      : storage(storage), group(group), queries(queries), keys(keys), head_dim(head_dim), modalities(modalities) {
     for (int j = 0; j < keys; ++j) modality.push_back(alternating ? j % (modalities + 1) - 1 : j * modalities / keys);
     query = random_values<T>(static_cast<size_t>(group) * queries * head_dim, -2, 2);
     key = random_values<T>(static_cast<size_t>(keys) * head_dim, -2, 2);
@@ -458,6 +461,29 @@ struct Result {
   std::vector<T> out, lse, mass, lse_residual;
 };
 
+// Numbers as a kernel reads and writes them. Rounded to bfloat16 they are in memory of their own.
+template <class T>
+class Tokens {
+ public:
+  Tokens(const std::vector<T>& numbers, Storage storage) : numbers_(numbers) {
+    if (storage != Storage::kBFloat16) return;
+    bits_.resize(numbers.size());
+    const std::vector<float> rounded(numbers.begin(), numbers.end());
+    conversions().to_bfloat16(rounded.data(), bits_.data(), static_cast<int>(bits_.size()));
+  }
+  void* data() { return bits_.empty() ? static_cast<void*>(numbers_.data()) : bits_.data(); }
+  std::vector<T> numbers() const {
+    if (bits_.empty()) return numbers_;
+    std::vector<float> read(bits_.size());
+    conversions().from_bfloat16(bits_.data(), read.data(), static_cast<int>(bits_.size()));
+    return std::vector<T>(read.begin(), read.end());
+  }
+
+ private:
+  std::vector<T> numbers_;
+  std::vector<uint16_t> bits_;
+};
+
 // Rows in one item for each head block; `pieces` > 1 splits each over its key tiles.
 template <class T>
 Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
@@ -468,7 +494,13 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
   const T poison = std::numeric_limits<T>::quiet_NaN();
   Result<T> result = {std::vector<T>(rows * problem.head_dim, poison), std::vector<T>(rows, poison),
                       std::vector<T>(rows * problem.modalities, poison), std::vector<T>(rows, poison)};
+  Tokens<T> query(problem.query, problem.storage), key(problem.key, problem.storage),
+      value(problem.value, problem.storage), out(result.out, problem.storage);
+  args.query.data = query.data();
+  args.key.data = key.data();
+  args.value.data = value.data();
   args.out = problem.output(result.out, problem.head_dim, problem.queries);
+  args.out.data = out.data();
   args.lse = problem.output(result.lse, 1, problem.queries);
   args.mass = problem.output(result.mass, problem.modalities, problem.queries);
   args.lse_residual = problem.output(result.lse_residual, 1, problem.queries);
@@ -504,6 +536,7 @@ Result<T> run_forward(const Problem<T>& problem, bool packed, int pieces) {
       kernel.merge(args, item, partials.data(), pieces, aligned(scratch));
     }
   }
+  result.out = out.numbers();
   return result;
 }
 
@@ -607,14 +640,27 @@ std::vector<std::vector<T>> run_backward(const Problem<T>& problem, const Result
   args.saved_mass = problem.input(saved.mass, problem.modalities, problem.queries);
   args.saved_lse_residual = problem.input(saved.lse_residual, 1, problem.queries);
   args.grad_out = problem.input(upstream.out, problem.head_dim, problem.queries);
+  const Storage storage = problem.storage;
+  Tokens<T> query(problem.query, storage), key(problem.key, storage), value(problem.value, storage),
+      saved_out(saved.out, storage), grad_out(upstream.out, storage);
+  args.query.data = query.data();
+  args.key.data = key.data();
+  args.value.data = value.data();
+  args.saved_out.data = saved_out.data();
+  args.grad_out.data = grad_out.data();
   args.grad_lse = problem.input(upstream.lse, 1, problem.queries);
   args.grad_mass = problem.input(upstream.mass, problem.modalities, problem.queries);
-  std::vector<T> delta(rows), dq(problem.query.size()), dk(problem.key.size()), dv(problem.value.size()),
-      db(problem.bias.size()), dc(problem.sink.size()), sums(problem.bias.size());
+  const auto zeros = [](const std::vector<T>& like) { return std::vector<T>(like.size()); };
+  std::vector<T> delta(rows), dq = zeros(problem.query), dk = zeros(problem.key), dv = zeros(problem.value),
+                              db = zeros(problem.bias), dc = zeros(problem.sink), sums = zeros(problem.bias);
+  Tokens<T> grad_query(dq, storage), grad_key(dk, storage), grad_value(dv, storage);
   args.delta = problem.output(delta, 1, problem.queries);
   args.grad_query = problem.output(dq, problem.head_dim, problem.queries);
   args.grad_key = problem.output(dk, problem.head_dim, problem.keys);
   args.grad_value = problem.output(dv, problem.head_dim, problem.keys);
+  args.grad_query.data = grad_query.data();
+  args.grad_key.data = grad_key.data();
+  args.grad_value.data = grad_value.data();
   args.grad_bias = problem.output(db, problem.modalities, problem.queries);
   args.probability_sums = problem.output(sums, problem.modalities, problem.queries);
   args.grad_sink = problem.output(dc, 1, problem.queries);
@@ -637,7 +683,7 @@ std::vector<std::vector<T>> run_backward(const Problem<T>& problem, const Result
                     aligned(scratch));
   }
   if (partial) kernel.reduce_partials(args, problem.sequence, 0, partials.data(), items, 0, problem.sequence.num_slots);
-  return {dq, dk, dv, db, dc};
+  return {grad_query.numbers(), grad_key.numbers(), grad_value.numbers(), db, dc};
 }
 
 template <class T>
@@ -756,6 +802,63 @@ TYPED_TEST(ModularAttentionKernel, LargeNumbersOfEverySizeInOneRow) {
         if (!std::isinf(x)) x = numbers[generator() % std::size(numbers)];
     ASSERT_NO_FATAL_FAILURE(check_large_numbers(problem, this->kTolerance));
   }
+}
+
+// In bfloat16, against the kernels of float32 on the same rounded numbers. What sums are made of must be right, so that
+// lse and masses agree as float32 does; out and gradients as far as rounded weights and results allow.
+class BFloat16Kernel : public testing::Test {
+ protected:
+  static void round(std::vector<float>& numbers) { numbers = Tokens<float>(numbers, Storage::kBFloat16).numbers(); }
+
+  static void expect_close(const std::vector<float>& got, const std::vector<float>& expected) {
+    float largest = 0;
+    for (float x : expected) largest = std::max(largest, std::fabs(x));
+    expect_near(got, expected, largest / 128);
+  }
+
+  static void check(int group, int queries, int keys, int head_dim, int modalities, bool alternating) {
+    SCOPED_TRACE(testing::Message() << queries << " x " << keys << " x " << head_dim);
+    const ModularAttentionKernels &rounded = kernels(Storage::kBFloat16), &plain = kernels(Storage::kFloat32);
+    const int tile = std::min(
+        {rounded.forward_tile_keys, rounded.backward_tile_keys, plain.forward_tile_keys, plain.backward_tile_keys});
+    Problem<float> problem(group, queries, keys, head_dim, modalities, alternating, tile, Storage::kBFloat16);
+    for (float& sink : problem.sink) sink = std::max(sink, -5.0f);  // finite lse everywhere
+    round(problem.query);
+    round(problem.key);
+    round(problem.value);
+    Problem<float> exact(group, queries, keys, head_dim, modalities, alternating, tile);
+    exact.query = problem.query;
+    exact.key = problem.key;
+    exact.value = problem.value;
+    exact.bias = problem.bias;
+    exact.sink = problem.sink;
+
+    const Result<float> expected = run_forward(exact, true, 1);
+    for (const bool packed : {true, false}) {
+      for (const int pieces : {1, 2}) {
+        const Result<float> got = run_forward(problem, packed, pieces);
+        expect_close(got.out, expected.out);
+        expect_near(got.lse, expected.lse, 2e-5);
+        expect_near(got.mass, expected.mass, 2e-5);
+      }
+    }
+    Result<float> upstream = random_upstream(problem);
+    round(upstream.out);
+    const std::vector<std::vector<float>> gradients = run_backward(exact, expected, upstream, 1, true);
+    for (const int items : {1, 2}) {
+      const std::vector<std::vector<float>> got = run_backward(problem, expected, upstream, items, true);
+      for (size_t g = 0; g < got.size(); ++g) expect_close(got[g], gradients[g]);
+    }
+  }
+};
+
+TEST_F(BFloat16Kernel, AgreesWithFloat32) {
+  check(1, 97, 131, 40, 3, true);  // odd numbers of rows and keys, and padding
+  check(2, 150, 301, 64, 2, false);
+  check(1, 200, 150, 128, 2, true);  // rows that see nothing
+  check(3, 5, 77, 72, 2, false);
+  check(1, 33, 259, 256, 4, false);
+  check(1, 1, 1, 8, 1, false);
 }
 
 }  // namespace

@@ -43,10 +43,10 @@ template <class E>
 MODA_EXT_INLINE Vector<Sum<E>> multiply_add(Vector<Sum<E>> sum, Vector<E> a, Vector<E> b) {
   return sum + a * b;
 }
-#if defined(__AVX512BF16__)
+#if defined(MODA_EXT_PAIRS)
 template <>
 MODA_EXT_INLINE Vector<float> multiply_add<Pair>(Vector<float> sum, Vector<Pair> a, Vector<Pair> b) {
-  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  return multiply_add_pairs(sum, a, b);
 }
 #endif
 

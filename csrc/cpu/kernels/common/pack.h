@@ -135,19 +135,7 @@ MODA_EXT_INLINE void load_block(const Storage* from, int64_t row_stride, int64_t
     load_elements(from + i * row_stride, factor, block + i * kScratchStride<E>, head_dim);
 }
 
-#if defined(__AVX512BF16__)
-// Numbers rounded to bfloat16: pairs of the neighbours in (low, high), and pairs of one number of each.
-MODA_EXT_INLINE Vector<Pair> pairs_of_neighbours(Vector<float> low, Vector<float> high) {
-  return (Vector<Pair>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-MODA_EXT_INLINE Vector<Pair> pairs_of_two(Vector<float> first, Vector<float> second) {
-  typedef uint16_t Halves __attribute__((vector_size(64)));
-  Halves order;
-#pragma GCC unroll 32
-  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-  return (Vector<Pair>)_mm512_permutexvar_epi16((__m512i)order, (__m512i)pairs_of_neighbours(first, second));
-}
-
+#if defined(MODA_EXT_PAIRS)
 // The first `count` numbers of a scratch row as pairs of neighbours, in place; what lies between them and the end of
 // their last two vectors is left as anything.
 MODA_EXT_INLINE void make_row_pairs(float* row, int count) {

@@ -337,6 +337,24 @@ MODA_EXT_INLINE void downcast(float x, Float16* out) {
 #endif
 }
 
+// Products of pairs, and numbers rounded to them: of the neighbours in (low, high), and of one number of each vector.
+#if defined(__AVX512BF16__)
+#define MODA_EXT_PAIRS
+MODA_EXT_INLINE Vector<float> multiply_add_pairs(Vector<float> sum, Vector<Pair> a, Vector<Pair> b) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+MODA_EXT_INLINE Vector<Pair> pairs_of_neighbours(Vector<float> low, Vector<float> high) {
+  return (Vector<Pair>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+MODA_EXT_INLINE Vector<Pair> pairs_of_two(Vector<float> first, Vector<float> second) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  Halves order;
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return (Vector<Pair>)_mm512_permutexvar_epi16((__m512i)order, (__m512i)pairs_of_neighbours(first, second));
+}
+#endif
+
 // Row conversions with a factor; count is a multiple of 8 (head sizes are).
 template <class Storage, class T>
 MODA_EXT_INLINE void load_row(const Storage* from, T factor, T* to, int count) {

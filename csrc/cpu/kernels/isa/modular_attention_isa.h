@@ -41,7 +41,7 @@ const ModularAttentionKernels& kernels() {
   return table;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(MODA_EXT_PAIRS)
 // Of bfloat16 alone: pairs cannot hold the others, and a float16 in two bfloat16 parts would take as long as in float32.
 inline const ModularAttentionKernels& modular_attention_kernels_for_bfloat16() {
   return kernels<VectorEngine<BFloat16, float, Pair>, VectorBackward<BFloat16, float, Pair>>();

@@ -58,7 +58,7 @@ struct ScoreBlocks {
   const T* grad_score_columns() const { return grad_score; }
   const T* grad_score_rows() const { return grad_score; }
 };
-#if defined(__AVX512BF16__)
+#if defined(MODA_EXT_PAIRS)
 template <class T>
 struct ScoreBlocks<T, Pair> {
   T probability[kBlockRows * kScratchStride<T>];
