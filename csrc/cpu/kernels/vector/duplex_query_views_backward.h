@@ -145,6 +145,7 @@ int64_t walk_forward(const DuplexQueryViewsBackwardArgs& args, int64_t batch, in
   for (int64_t first = 0; first < args.num_keys; first += kChunk) {
     plan_chunk(args, batch, first, args.num_keys, chunk);
     load_features<Storage>(args, batch, kv_head, chunk, s.features);
+    prefetch_keys<Storage>(args, batch, kv_head, first + kChunk);
     latent_key_rows(args, chunk, s.features.rows, s.latent_rows);
     for (int p = 0; p < chunk.num_present; ++p, ++entry) {
       const int m = chunk.present[p], begin = chunk.begin[m];
@@ -381,6 +382,7 @@ void duplex_query_views_backward(const DuplexQueryViewsBackwardArgs& args, int64
   for (int64_t first = last_chunk; args.num_keys > 0 && first >= 0; first -= kChunk) {
     plan_chunk(args, batch, first, args.num_keys, chunk);
     load_features<Storage>(args, batch, kv_head, chunk, s.features);
+    if (first > 0) prefetch_keys<Storage>(args, batch, kv_head, first - kChunk);
     transpose_features(args, chunk, s.features.rows, s.transposed);
     latent_keys(args, chunk, s.transposed, s.latent);
     latent_key_rows(args, chunk, s.features.rows, s.latent_rows);

@@ -285,6 +285,14 @@ void duplex_query_views(const DuplexQueryViewsForwardArgs& args, int64_t batch, 
     load_scale(args, batch, kv_head, block, s.scale);
     for (int64_t head = kv_head * args.group; block.count > 0 && head < (kv_head + 1) * args.group; ++head) {
       load_block(row_of<Storage>(args.query, batch, head, block.row), args.query.row, block.count, D, T(1), s.query);
+      if (head + 1 < (kv_head + 1) * args.group) {
+        prefetch_rows(row_of<Storage>(args.query, batch, head + 1, block.row), args.query.row, block.count, D);
+      } else {
+        const int64_t next = block.row + block.count, left = args.num_queries - next;
+        prefetch_keys<Storage>(args, batch, kv_head, first + kChunk);
+        prefetch_rows(row_of<Storage>(args.query, batch, kv_head * args.group, next), args.query.row,
+                      left < kChunk ? left : kChunk, D);
+      }
       for (int a = 0; a < M; ++a) {
         make_view(args, chunk, block, a, seen, s);
         Storage* out = row_of<Storage>(args.views, batch, head, block.row) + args.views.view * a;

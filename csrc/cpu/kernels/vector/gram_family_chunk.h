@@ -234,6 +234,14 @@ void load_features(const GramArgs& args, int64_t batch, int64_t kv_head, const C
     memset(features.rows + j * kScratchStride<T>, 0, sizeof(T) * kScratchStride<T>);
 }
 
+// Asks for the keys of the chunk that begins at `first`. They come in while the chunk before it is computed: else every
+// row is waited for.
+template <class Storage>
+MODA_EXT_INLINE void prefetch_keys(const GramArgs& args, int64_t batch, int64_t kv_head, int64_t first) {
+  for (int64_t token = first; token < first + kChunk && token < args.num_keys; ++token)
+    prefetch_rows(row_of<Storage>(args.key, batch, kv_head, token_row(args, token)), 0, 1, args.head_dim);
+}
+
 // Features with one column for each key: [head_dim][kKeyStride].
 template <class T>
 void transpose_features(const GramArgs& args, const Chunk& chunk, const T* rows, T* transposed) {
