@@ -1,5 +1,5 @@
 # Reads csrc/sources.json, the source list shared with setup.py. Sets MODA_EXT_{OPERATOR,KERNEL}_SOURCES,
-# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR,CUDA_EMULATION}_SOURCES, MODA_EXT_ISAS and MODA_EXT_X86_64, and gives every kernel source its flags.
+# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR,CUDA_EMULATION}_SOURCES, MODA_EXT_ISAS, MODA_EXT_X86_64 and MODA_EXT_AARCH64, and gives every kernel source its flags.
 set(sources_json ${PROJECT_SOURCE_DIR}/csrc/sources.json)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources_json})
 file(READ ${sources_json} sources)
@@ -19,6 +19,7 @@ function(json_list out)
 endfunction()
 
 string(REGEX MATCH "^(x86_64|AMD64|amd64)$" MODA_EXT_X86_64 "${CMAKE_SYSTEM_PROCESSOR}")
+string(REGEX MATCH "^(aarch64|arm64)$" MODA_EXT_AARCH64 "${CMAKE_SYSTEM_PROCESSOR}")
 include(CheckCXXCompilerFlag) # AMX came with GCC 11 and Clang 12
 check_cxx_compiler_flag("-mamx-tile -mamx-bf16" MODA_EXT_COMPILER_HAS_AMX)
 set(MODA_EXT_AMX OFF)

@@ -63,7 +63,11 @@ const char* isa_name(Isa isa) {
     case Isa::avx2:
       return "avx2";
     default:
+#if defined(__aarch64__)
+      return "neon";
+#else
       return "baseline";
+#endif
   }
 }
 

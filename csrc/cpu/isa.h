@@ -4,7 +4,7 @@
 namespace moda_ext {
 namespace cpu {
 
-enum class Isa { baseline, avx2, avx512, amx };
+enum class Isa { baseline, avx2, avx512, amx };  // baseline: what every processor of its kind has; NEON on AArch64
 
 // The best instruction set that was compiled, that this processor and its operating system offer, and that
 // ATEN_CPU_CAPABILITY (default, avx2 or avx512, PyTorch's own variable; unset allows all) permits. Decided once.

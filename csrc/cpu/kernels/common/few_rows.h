@@ -19,7 +19,7 @@ namespace MODA_EXT_ISA {
 constexpr int kKeysAhead = 16;
 
 // Sums that stay in registers beside a vector of each operand.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisterSums = 16;
 #else
 constexpr int kRegisterSums = 8;
@@ -42,6 +42,16 @@ MODA_EXT_INLINE Vector<T> load_as(const Storage* from, int count = kLanes<T>) {
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < count ? upcast(from[i]) : T(0);
   return load(lanes);
 }
+#if defined(__aarch64__)  // vectors of 4: head sizes leave no rest
+template <>
+MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int) {
+  return (Vector<float>)vshll_n_u16(vld1_u16(&from->bits), 16);
+}
+template <>
+MODA_EXT_INLINE Vector<float> load_as<float, Float16>(const Float16* from, int) {
+  return (Vector<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
+}
+#else
 template <>
 MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int count) {
   typedef uint16_t Halves __attribute__((vector_size(2 * kLanes<float>)));
@@ -53,6 +63,7 @@ MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int
   memcpy(&result, &words, sizeof(result));
   return result;
 }
+#endif
 
 #if defined(__F16C__) && (defined(__AVX512F__) || defined(__AVX2__))
 template <>
