@@ -19,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,6 @@ VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 write_cuda_units = runpy.run_path(str(ROOT / "tools/cuda_units.py"))["write_cuda_units"]
 GENERATED = ROOT / "build" / "generated"
 OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # setuptools would put those of -e into /tmp
-IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 if not VERSION["supports_torch"](torch.__version__):  # now, and not when what was compiled is imported
     raise SystemExit(VERSION["unsupported_torch"](torch.__version__))
@@ -82,11 +82,25 @@ def parallel_jobs() -> int:
     return max(1, min(cores, int(free_gb / 2)))
 
 
+def machines() -> set[str]:
+    """The processors built for, of which macOS may have two in one library: ARCHFLAGS names them, else Python's flags.
+
+    Not run on macOS yet.
+    """
+    flags = os.environ.get("ARCHFLAGS") or sysconfig.get_config_var("CFLAGS") or ""
+    named = re.findall(r"-arch\s+(\w+)", flags) if platform.system() == "Darwin" else []
+    return set(named) or {platform.machine().lower()}
+
+
 def compiles_here(group: dict) -> bool:
-    """Whether this machine's compiler can build a kernel group: AMX came with GCC 11 and Clang 12, and needs Linux."""
+    """Whether this machine's compiler can build a kernel group: AMX came with GCC 11 and Clang 12, and needs Linux.
+
+    A library for several processors has what every one of them has by itself: it is compiled once, with one set of
+    flags.
+    """
     if group["isa"] not in SOURCES["x86_64_isas"]:
         return True
-    if not IS_X86_64 or (group["isa"] == "amx" and platform.system() != "Linux"):
+    if not machines() <= {"x86_64", "amd64"} or (group["isa"] == "amx" and platform.system() != "Linux"):
         return False
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, *group["flags"], "-x", "c++", "-fsyntax-only", os.devnull]
@@ -141,7 +155,7 @@ def build_summary() -> str:
     return f"CPU build: {missing_cuda}"
 
 
-def write_build_info(isas: list[str]) -> None:
+def write_build_info() -> None:
     """Writes the header with what build_info.cpp reports; untouched if equal, or all would be compiled again."""
     values = {
         "version": VERSION["__version__"],
@@ -149,10 +163,11 @@ def write_build_info(isas: list[str]) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if missing_cuda is None else None,  # of the compiled kernels
         "cuda_archs": re.findall("[^;, ]+", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else [],
-        "isas": isas,
     }
     fields = json.dumps(values)[1:-1]
+    others = "".join(f', "{isa}"' for isa in isas if isa != "baseline")  # whose name the processor says
     text = f"#pragma once\n#define MODA_EXT_BUILD_FIELDS {json.dumps(fields)}\n"
+    text += f"#define MODA_EXT_OTHER_ISAS {json.dumps(others)}\n"
     header = GENERATED / "moda_ext_build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -290,7 +305,7 @@ extras = {
     ],
 }
 
-write_build_info(isas)
+write_build_info()
 print(f"moda_ext: {build_summary()}", flush=True)
 setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing

@@ -1,6 +1,7 @@
 """Tests in processes of their own: with other variables, on another instruction set, or several that work together."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,8 @@ def _run_rank(rank: int, world: int, rendezvous: str, function: Callable, argume
     os._exit(0)  # the interpreter's end aborts, once in some twenty times, where a thread of gloo is not at its own yet
 
 
-# Instruction sets by ATEN_CPU_CAPABILITY, "": no cap.
+# Instruction sets by ATEN_CPU_CAPABILITY, "": no cap. ARM's processors have the first alone.
 TIERS = {cap: isa for isa, cap in CAPS.items()} | {"": "amx"}
-ORDER = ("baseline", "avx2", "avx512", "amx")
+if platform.machine() in ("aarch64", "arm64"):
+    TIERS["default"] = "neon"
+ORDER = tuple(TIERS.values())
