@@ -6,7 +6,7 @@ python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
 python3 tools/dev.py docs        the documentation as a site, in build/site, without building anything else
 python3 tools/dev.py types       set up, then mypy
-python3 tools/dev.py arm         C++ tests of the kernels for 64-bit ARM under qemu; installs compiler and qemu where it may
+python3 tools/dev.py arm         C++ tests of the kernels for 64-bit ARM under qemu; as root, installs what that takes
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py wheel       set up, then a wheel in build/wheels, which is tried from a folder of its own
 python3 tools/dev.py serving     tests of the plugin for vLLM, in an environment of its own with vLLM's CPU build
