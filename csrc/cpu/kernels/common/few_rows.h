@@ -18,11 +18,14 @@ namespace MODA_EXT_ISA {
 // Keys whose lines are asked for before they are read, so many ahead: the latency of the third-level cache.
 constexpr int kKeysAhead = 16;
 
-// Sums that stay in registers beside a vector of each operand.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisterSums = 16;
+// Sums that stay in registers beside a vector of each operand, and vectors of a value that meet them. NEON multiplies
+// nothing that lies in memory, so these take registers too.
+#if defined(__AVX512F__)
+constexpr int kRegisterSums = 16, kRegisterValues = 16;
+#elif defined(__aarch64__)
+constexpr int kRegisterSums = 16, kRegisterValues = 8;
 #else
-constexpr int kRegisterSums = 8;
+constexpr int kRegisterSums = 8, kRegisterValues = 8;
 #endif
 
 // rows <- where keys [first, first + count) of a tile lie in an operand. Found once: the way to one leads through the plan
@@ -214,10 +217,11 @@ MODA_EXT_INLINE void add_weighted_columns(int first, int last, int column, int w
 // A sum over values is one of pieces of kChain, as in gemm.h.
 template <class T, int R, class ValueAt>
 void add_weighted_rows_of(int keys, int width, const T* w, const ValueAt& value, T* c, const T* row_scale) {
+  constexpr int V = kRegisterSums / R < kRegisterValues ? kRegisterSums / R : kRegisterValues;
   for (int first = 0; first < keys; first += kChain) {
     const int last = keys - first < kChain ? keys : first + kChain;
     const T* scale = first == 0 ? row_scale : nullptr;
-    add_weighted_columns<T, R, kRegisterSums / R>(first, last, 0, width, w, value, c, scale);
+    add_weighted_columns<T, R, V>(first, last, 0, width, w, value, c, scale);
   }
 }
 
