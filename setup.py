@@ -19,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,6 @@ VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 write_cuda_units = runpy.run_path(str(ROOT / "tools/cuda_units.py"))["write_cuda_units"]
 GENERATED = ROOT / "build" / "generated"
 OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"  # setuptools would put those of -e into /tmp
-IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 if not VERSION["supports_torch"](torch.__version__):  # now, and not when what was compiled is imported
     raise SystemExit(VERSION["unsupported_torch"](torch.__version__))
@@ -82,18 +82,32 @@ def parallel_jobs() -> int:
     return max(1, min(cores, int(free_gb / 2)))
 
 
+def machines() -> set[str]:
+    """The processors built for, of which macOS may have two in one library: ARCHFLAGS names them, else Python's flags.
+
+    Not run on macOS yet.
+    """
+    flags = os.environ.get("ARCHFLAGS") or sysconfig.get_config_var("CFLAGS") or ""
+    named = re.findall(r"-arch\s+(\w+)", flags) if platform.system() == "Darwin" else []
+    return set(named) or {platform.machine().lower()}
+
+
 def compiles_here(group: dict) -> bool:
     """Whether this machine's compiler can build a kernel group.
 
-    AVX512_BF16 came with GCC 10 and Clang 9, AMX with GCC 11 and Clang 12, and needs Linux.
+    AVX512_BF16 came with GCC 10 and Clang 9, BF16 of ARM with GCC 10 and Clang 11, AMX with GCC 11 and Clang 12, and
+    needs Linux. A library for several processors has what every one of them has by itself: it is compiled once, with
+    one set of flags.
     """
-    if group["isa"] not in SOURCES["x86_64_isas"]:
+    isa = group["isa"]
+    if isa not in SOURCES["x86_64_isas"] + SOURCES["aarch64_isas"]:
         return True
-    if not IS_X86_64 or (group["isa"] == "amx" and platform.system() != "Linux"):
+    processors = {"x86_64", "amd64"} if isa in SOURCES["x86_64_isas"] else {"aarch64", "arm64"}
+    if not machines() <= processors or (isa == "amx" and platform.system() != "Linux"):
         return False
     compiler = os.environ.get("CXX", "c++").split()
     command = [*compiler, *group["flags"], "-x", "c++", "-fsyntax-only", os.devnull]
-    newer = group["isa"] in ("avx512_bf16", "amx")
+    newer = isa in ("avx512_bf16", "neon_bf16", "amx")
     return not newer or subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -145,7 +159,7 @@ def build_summary() -> str:
     return f"CPU build: {missing_cuda}"
 
 
-def write_build_info(isas: list[str]) -> None:
+def write_build_info() -> None:
     """Writes the header with what build_info.cpp reports; untouched if equal, or all would be compiled again."""
     values = {
         "version": VERSION["__version__"],
@@ -153,10 +167,11 @@ def write_build_info(isas: list[str]) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if missing_cuda is None else None,  # of the compiled kernels
         "cuda_archs": re.findall("[^;, ]+", os.environ["TORCH_CUDA_ARCH_LIST"]) if missing_cuda is None else [],
-        "isas": isas,
     }
     fields = json.dumps(values)[1:-1]
+    others = "".join(f', "{isa}"' for isa in isas if isa != "baseline")  # whose name the processor says
     text = f"#pragma once\n#define MODA_EXT_BUILD_FIELDS {json.dumps(fields)}\n"
+    text += f"#define MODA_EXT_OTHER_ISAS {json.dumps(others)}\n"
     header = GENERATED / "moda_ext_build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -209,7 +224,8 @@ depends = [*headers, "csrc/sources.json", "setup.py"]
 kernels = [group for group in SOURCES["kernels"] if compiles_here(group)]
 isas = [group["isa"] for group in kernels if group["isa"] != "any"]
 macros = [("MODA_EXT_X86_ISAS", "1")] if "avx512" in isas else []
-macros += [(f"MODA_EXT_{isa.upper()}_ISA", "1") for isa in ("avx512_bf16", "amx") if isa in isas]
+macros += [("MODA_EXT_PAIRS_ISA", "1")] if {"avx512_bf16", "neon_bf16"} & set(isas) else []
+macros += [("MODA_EXT_AMX_ISA", "1")] if "amx" in isas else []
 
 libraries = [
     (
@@ -294,7 +310,7 @@ extras = {
     ],
 }
 
-write_build_info(isas)
+write_build_info()
 print(f"moda_ext: {build_summary()}", flush=True)
 setup(
     install_requires=[VERSION["TORCH_REQUIREMENT"], "numpy"],  # torch warns at import when numpy is missing

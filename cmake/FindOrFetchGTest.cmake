@@ -13,6 +13,10 @@ if(EXISTS /usr/src/googletest/CMakeLists.txt)
 endif()
 
 set(debian_dir ${PROJECT_BINARY_DIR}/debian-gtest)
+set(package libgtest-dev)
+if(CMAKE_CROSSCOMPILING) # its libraries are this machine's: the sources
+  set(package googletest)
+endif()
 find_program(apt_get apt-get)
 find_program(dpkg_deb dpkg-deb)
 if(apt_get AND dpkg_deb)
@@ -21,17 +25,22 @@ if(apt_get AND dpkg_deb)
     WRITE ${debian_dir}/download.sh
     [[
       own_lists="-o Dir::State::Lists=$PWD/lists -o Dir::Cache=$PWD/cache -o APT::Sandbox::User=$(id -un)"
-      apt-get download libgtest-dev || {
+      apt-get download $1 || {
         mkdir -p lists/partial cache/archives/partial
-        apt-get $own_lists update && apt-get $own_lists download libgtest-dev
+        apt-get $own_lists update && apt-get $own_lists download $1
       }
-      dpkg-deb -x libgtest-dev_*.deb .
+      dpkg-deb -x $1_*.deb .
     ]])
   execute_process(
-    COMMAND sh download.sh
+    COMMAND sh download.sh ${package}
     WORKING_DIRECTORY ${debian_dir}
     TIMEOUT 120
     OUTPUT_QUIET ERROR_QUIET)
+  if(EXISTS ${debian_dir}/usr/src/googletest/CMakeLists.txt)
+    message(STATUS "GoogleTest: sources of Debian's package unpacked in ${debian_dir}")
+    add_subdirectory(${debian_dir}/usr/src/googletest googletest EXCLUDE_FROM_ALL SYSTEM)
+    return()
+  endif()
   find_package(GTest QUIET CONFIG PATHS ${debian_dir}/usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}/cmake NO_DEFAULT_PATH)
   if(TARGET GTest::gtest_main)
     message(STATUS "GoogleTest: Debian package unpacked in ${debian_dir}")

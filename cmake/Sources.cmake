@@ -1,5 +1,5 @@
 # Reads csrc/sources.json, the source list shared with setup.py. Sets MODA_EXT_{OPERATOR,KERNEL}_SOURCES,
-# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR,CUDA_EMULATION}_SOURCES, MODA_EXT_ISAS and MODA_EXT_X86_64, and gives every kernel source its flags.
+# MODA_EXT_TEST_{CORE,PER_ISA,OPERATOR,CUDA_EMULATION}_SOURCES, MODA_EXT_ISAS, MODA_EXT_X86_64 and MODA_EXT_AARCH64, and gives every kernel source its flags.
 set(sources_json ${PROJECT_SOURCE_DIR}/csrc/sources.json)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources_json})
 file(READ ${sources_json} sources)
@@ -19,11 +19,13 @@ function(json_list out)
 endfunction()
 
 string(REGEX MATCH "^(x86_64|AMD64|amd64)$" MODA_EXT_X86_64 "${CMAKE_SYSTEM_PROCESSOR}")
-include(CheckCXXCompilerFlag) # AVX512_BF16 came with GCC 10 and Clang 9, AMX with GCC 11 and Clang 12
-check_cxx_compiler_flag("-mavx512bf16" MODA_EXT_COMPILER_HAS_AVX512_BF16)
-set(MODA_EXT_AVX512_BF16 OFF)
-if(MODA_EXT_X86_64 AND MODA_EXT_COMPILER_HAS_AVX512_BF16)
-  set(MODA_EXT_AVX512_BF16 ON)
+string(REGEX MATCH "^(aarch64|arm64)$" MODA_EXT_AARCH64 "${CMAKE_SYSTEM_PROCESSOR}")
+include(CheckCXXCompilerFlag) # bfloat16 products came with GCC 10 and Clang 11, AMX with GCC 11 and Clang 12
+set(MODA_EXT_PAIRS OFF) # products of bfloat16 pairs
+if(MODA_EXT_X86_64)
+  check_cxx_compiler_flag("-mavx512bf16" MODA_EXT_PAIRS)
+elseif(MODA_EXT_AARCH64)
+  check_cxx_compiler_flag("-march=armv8.2-a+bf16" MODA_EXT_PAIRS)
 endif()
 check_cxx_compiler_flag("-mamx-tile -mamx-bf16" MODA_EXT_COMPILER_HAS_AMX)
 set(MODA_EXT_AMX OFF)
@@ -37,6 +39,7 @@ json_list(MODA_EXT_TEST_OPERATOR_SOURCES tests operators)
 json_list(MODA_EXT_TEST_CUDA_EMULATION_SOURCES tests cuda_emulation)
 json_list(kernel_flags kernel_flags)
 json_list(x86_64_isas x86_64_isas)
+json_list(aarch64_isas aarch64_isas)
 if(MODA_EXT_SANITIZE)
   list(TRANSFORM kernel_flags REPLACE "^-O3$" "-O1") # three times faster to compile
 endif()
@@ -47,10 +50,10 @@ string(JSON length LENGTH "${sources}" kernels)
 math(EXPR last "${length} - 1")
 foreach(i RANGE ${last})
   string(JSON isa GET "${sources}" kernels ${i} isa)
-  if(isa IN_LIST x86_64_isas AND NOT MODA_EXT_X86_64)
+  if((isa IN_LIST x86_64_isas AND NOT MODA_EXT_X86_64) OR (isa IN_LIST aarch64_isas AND NOT MODA_EXT_AARCH64))
     continue()
   endif()
-  if((isa STREQUAL "amx" AND NOT MODA_EXT_AMX) OR (isa STREQUAL "avx512_bf16" AND NOT MODA_EXT_AVX512_BF16))
+  if((isa STREQUAL "amx" AND NOT MODA_EXT_AMX) OR (isa MATCHES "_bf16$" AND NOT MODA_EXT_PAIRS))
     continue()
   endif()
   json_list(isa_sources kernels ${i} sources)

@@ -18,8 +18,9 @@ if(MODA_EXT_TEST_CORE_SOURCES)
 endif()
 
 # The CUDA kernels on the CPU (csrc/cuda/emulation). Variables that nobody set hold a pattern, as registers would hold anything.
-# Its threads switch stacks by themselves, which the sanitizers cannot follow.
-if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES AND NOT MODA_EXT_SANITIZE)
+# Its threads switch stacks by themselves, which the sanitizers cannot follow. They are the same on every processor, so one that is
+# emulated itself need not run them.
+if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES AND NOT MODA_EXT_SANITIZE AND NOT CMAKE_CROSSCOMPILING)
   add_library(moda_ext_cuda_emulation INTERFACE)
   target_compile_definitions(moda_ext_cuda_emulation INTERFACE MODA_EXT_CUDA_EMULATION)
   include(CheckCXXCompilerFlag)
@@ -31,7 +32,7 @@ if(MODA_EXT_TEST_CUDA_EMULATION_SOURCES AND NOT MODA_EXT_SANITIZE)
   gtest_discover_tests(moda_ext_cuda_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}" TIMEOUT 600)
 endif()
 
-if(MODA_EXT_TEST_OPERATOR_SOURCES)
+if(MODA_EXT_TEST_OPERATOR_SOURCES AND MODA_EXT_TORCH)
   moda_ext_test_program(moda_ext_operator_tests moda_ext_operators ${MODA_EXT_TEST_OPERATOR_SOURCES})
   gtest_discover_tests(moda_ext_operator_tests DISCOVERY_TIMEOUT 60 PROPERTIES ENVIRONMENT "${environment}")
 endif()
@@ -51,6 +52,10 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
     if(avx512_bf16)
       list(APPEND machine_isas avx512_bf16)
     endif()
+    file(STRINGS /proc/cpuinfo neon_bf16 REGEX "^Features.* bf16" LIMIT_COUNT 1)
+    if(neon_bf16 OR (MODA_EXT_AARCH64 AND CMAKE_CROSSCOMPILING)) # the emulator has all
+      list(APPEND machine_isas neon_bf16)
+    endif()
     file(STRINGS /proc/cpuinfo amx REGEX "^flags.* amx_bf16" LIMIT_COUNT 1)
     if(amx)
       list(APPEND machine_isas amx)
@@ -58,14 +63,19 @@ if(MODA_EXT_TEST_PER_ISA_SOURCES)
   endif()
   foreach(isa ${MODA_EXT_ISAS})
     if(NOT isa IN_LIST machine_isas)
-      message(STATUS "Kernel tests for ${isa} are not registered: this machine (${MODA_EXT_MACHINE_ISA}) cannot run them")
+      message(STATUS "Kernel tests for ${isa} are not registered: the instruction set of this machine is ${MODA_EXT_MACHINE_ISA}")
       continue()
     endif()
     set(filter "-Amx.*")
     string(REPLACE baseline default capability "set:${isa}")
-    if(isa STREQUAL "amx") # the best instruction set is what runs without a cap
+    if(isa STREQUAL "amx")
       set(filter "*")
+    endif()
+    if(isa MATCHES "^(amx|neon_bf16)$") # the best instruction set is what runs without a cap
       set(capability "unset:")
+    endif()
+    if(isa STREQUAL "baseline" AND MODA_EXT_AARCH64)
+      set(isa neon)
     endif()
     gtest_discover_tests(
       moda_ext_isa_tests

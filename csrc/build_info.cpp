@@ -13,8 +13,9 @@ constexpr const char* kCompiler = "g++ " __VERSION__;
 
 // The caller does not free the text.
 extern "C" __attribute__((visibility("default"))) const char* moda_ext_build_info() {
-  static const std::string json = std::string("{" MODA_EXT_BUILD_FIELDS ", \"isa\": \"") +
-                                  moda_ext::cpu::isa_name(moda_ext::cpu::active_isa()) + "\", \"compiler\": \"" +
-                                  kCompiler + "\"}";
+  using namespace moda_ext::cpu;
+  static const std::string json = std::string("{" MODA_EXT_BUILD_FIELDS ", \"isas\": [\"") + isa_name(Isa::baseline) +
+                                  "\"" MODA_EXT_OTHER_ISAS "], \"isa\": \"" + isa_name(active_isa()) +
+                                  "\", \"compiler\": \"" + kCompiler + "\"}";
   return json.c_str();
 }

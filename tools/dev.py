@@ -6,6 +6,7 @@ python3 tools/dev.py bench       set up, then the benchmarks
 python3 tools/dev.py lint        ruff and clang-format, without building anything
 python3 tools/dev.py docs        the documentation as a site, in build/site, without building anything else
 python3 tools/dev.py types       set up, then mypy
+python3 tools/dev.py arm         C++ tests of the kernels for 64-bit ARM under qemu; as root, installs what that takes
 python3 tools/dev.py kernels     compiles the CUDA kernels and checks what became of them; needs nvcc, no GPU
 python3 tools/dev.py wheel       set up, then a wheel in build/wheels, which is tried from a folder of its own
 python3 tools/dev.py serving     tests of the plugin for vLLM, in an environment of its own with vLLM's CPU build
@@ -20,6 +21,7 @@ on a machine without an NVIDIA GPU). Run it as often as you like: what is done a
 
 import argparse
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -36,6 +38,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's CPU builds; PyPI has CUDA builds for Linux
 BUILD_TOOLS = ["setuptools>=77", "wheel", "ninja"]  # [build-system] of pyproject.toml, for builds without isolation
+ARM_TOOLS = ["g++-aarch64-linux-gnu", "qemu-user"]  # packages of Debian
 DISASSEMBLER = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]  # a minimal CUDA toolkit has none
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 
@@ -168,7 +171,7 @@ def cpp_tests(python: Path, folder: str, *options: str) -> None:
     step(f"C++ tests in {folder} {' '.join(options)}")
     jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
     env = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}  # cmake and ninja from pip
-    run("cmake", "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython3_EXECUTABLE={python}", *options, env=env)
+    run("cmake", "-S", ".", "-B", folder, "-G", "Ninja", *options, env=env)
     run("cmake", "--build", folder, "--parallel", jobs, env=env)
     run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error", "--parallel", jobs, env=env)
 
@@ -183,8 +186,9 @@ def demo(python: Path, arguments: list[str]) -> None:
 def test(python: Path, arguments: list[str]) -> None:
     ensure_torch(python)
     install(python, "test,test-transformers")
-    cpp_tests(python, "build/cmake")
-    cpp_tests(python, "build/sanitize", "-DMODA_EXT_SANITIZE=ON")
+    torch = f"-DPython3_EXECUTABLE={python}"  # CMake asks it where torch is
+    cpp_tests(python, "build/cmake", torch)
+    cpp_tests(python, "build/sanitize", torch, "-DMODA_EXT_SANITIZE=ON")
     step("Python tests")
     run(python, "-m", "pytest", *arguments, env={**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"})
 
@@ -218,6 +222,27 @@ def types(python: Path, arguments: list[str]) -> None:
     step("types")
     pip_install(python, "--quiet", "-r", "tools/lint-requirements.txt")
     run(python, "-m", "mypy", *arguments)
+
+
+def arm(python: Path, arguments: list[str]) -> None:
+    if platform.machine() in ("aarch64", "arm64"):
+        step("arm: this machine is one, so `test` tests its kernels")
+        return
+    step("arm: compiler and qemu")
+    missing = missing_arm_tools()
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        for words in ("update", "install --yes --no-install-recommends " + " ".join(ARM_TOOLS)):
+            subprocess.run(["apt-get", "--quiet", *words.split()], check=False)
+        missing = missing_arm_tools()
+    if missing:
+        skip(f"the ARM kernels were NOT tested: no {' and no '.join(missing)} (Debian: {', '.join(ARM_TOOLS)})")
+        return
+    pip_install(python, "--quiet", "cmake>=3.25", "ninja")
+    cpp_tests(python, "build/arm", "--toolchain", "cmake/aarch64-linux-gnu.cmake", "-DMODA_EXT_TORCH=OFF")
+
+
+def missing_arm_tools() -> list[str]:
+    return [program for program in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(program) is None]
 
 
 def kernels(python: Path, arguments: list[str]) -> None:
@@ -426,6 +451,7 @@ def main() -> None:
         "lint": lint,
         "docs": docs,
         "types": types,
+        "arm": arm,
         "kernels": kernels,
         "wheel": wheel,
         "serving": serving,

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(MODA_EXT_AMX_ISA)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -28,6 +34,23 @@ bool has_tiles() {
 #endif
 }
 
+// Whether the processor multiplies pairs of bfloat16.
+bool has_pairs() {
+#if !defined(MODA_EXT_PAIRS_ISA)
+  return false;
+#elif defined(MODA_EXT_X86_ISAS)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int present = 0;
+  size_t bytes = sizeof(present);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &bytes, nullptr, 0) == 0 && present != 0;
+#else
+  return false;
+#endif
+}
+
 Isa detect() {
   Isa best = Isa::baseline;
 #if defined(MODA_EXT_X86_ISAS)
@@ -43,12 +66,13 @@ Isa detect() {
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const auto capped_to = [&](const char* isa) { return cap != nullptr && std::strcmp(cap, isa) == 0; };
   if (capped_to("default")) return Isa::baseline;
+#if defined(__aarch64__)
+  if (has_pairs()) return Isa::pairs;
+#endif
   if (best != Isa::avx512) return best;
   if (capped_to("avx2")) return Isa::avx2;
   if (capped_to("avx512")) return best;
-#if defined(MODA_EXT_AVX512_BF16_ISA)
-  if (__builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
-#endif
+  if (has_pairs()) best = Isa::pairs;
   return !capped_to("avx512_bf16") && has_tiles() ? Isa::amx : best;
 }
 
@@ -63,14 +87,22 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::amx:
       return "amx";
-    case Isa::avx512_bf16:
+    case Isa::pairs:
+#if defined(__aarch64__)
+      return "neon_bf16";
+#else
       return "avx512_bf16";
+#endif
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
       return "avx2";
     default:
+#if defined(__aarch64__)
+      return "neon";
+#else
       return "baseline";
+#endif
   }
 }
 

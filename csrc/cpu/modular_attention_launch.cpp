@@ -56,8 +56,8 @@ const ModularAttentionKernels& select_kernels(ScalarType dtype, [[maybe_unused]]
       rows_per_key_head >= tile_rows_wanted(storage, direction))
     return modular_attention_kernels_amx(storage);
 #endif
-#if defined(MODA_EXT_AVX512_BF16_ISA)
-  if (active_isa() == Isa::avx512_bf16 && storage == Storage::kBFloat16) return modular_attention_kernels_avx512_bf16();
+#if defined(MODA_EXT_PAIRS_ISA)
+  if (active_isa() == Isa::pairs && storage == Storage::kBFloat16) return modular_attention_kernels_pairs();
 #endif
   return MODA_EXT_VECTOR_ISA(modular_attention_kernels)(storage);
 }

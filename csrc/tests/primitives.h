@@ -20,6 +20,7 @@ struct Primitives {
   void (*exp2)(const T* x, T* y, int count);  // count: multiple of lanes
   T (*sum)(const T* x);                       // of one vector
   T (*largest)(const T* x);
+  void (*bounds)(const T* a, const T* b, T* maxima, T* minima);  // of one vector
   T (*row_max)(const T* x, int count);
   T (*exponentiate_row)(T* x, int count, T shift);
   void (*transpose)(T* square);  // lanes x lanes, in place
@@ -31,6 +32,8 @@ struct Conversions {
   void (*to_bfloat16)(const float* from, uint16_t* to, int count);
   void (*from_float16)(const uint16_t* from, float* to, int count);
   void (*to_float16)(const float* from, uint16_t* to, int count);
+  void (*vector_from_bfloat16)(const uint16_t* from, float* to, int count);  // at most one vector, zero beyond count
+  void (*vector_from_float16)(const uint16_t* from, float* to, int count);
 };
 
 // Products with AMX (cpu/kernels/amx/amx.h), for elements made of 1, 2 or 3 bfloat16 numbers. Matrices are

@@ -40,6 +40,10 @@ const Primitives<T>& primitives() {
       },
       [](const T* x) { return reduce_add<T>(load(x)); },
       [](const T* x) { return reduce_max<T>(load(x)); },
+      [](const T* a, const T* b, T* maxima, T* minima) {
+        store(maxima, maximum(load(a), load(b)));
+        store(minima, minimum(load(a), load(b)));
+      },
       [](const T* x, int count) { return row_max(x, count); },
       [](T* x, int count, T shift) { return exponentiate_row(x, count, shift); },
       [](T* square) {
@@ -62,6 +66,12 @@ inline const Conversions& conversions() {
         load_row(reinterpret_cast<const Float16*>(from), 1.0f, to, count);
       },
       [](const float* from, uint16_t* to, int count) { store_row(from, 1.0f, reinterpret_cast<Float16*>(to), count); },
+      [](const uint16_t* from, float* to, int count) {
+        store(to, load_as<float>(reinterpret_cast<const BFloat16*>(from), count));
+      },
+      [](const uint16_t* from, float* to, int count) {
+        store(to, load_as<float>(reinterpret_cast<const Float16*>(from), count));
+      },
   };
   return table;
 }
@@ -70,11 +80,11 @@ inline const Conversions& conversions() {
 }  // namespace cpu
 }  // namespace moda_ext
 
-#define MODA_EXT_DEFINE_PRIMITIVES(isa)                                                \
-  namespace moda_ext {                                                                 \
-  namespace cpu {                                                                      \
-  const Primitives<float>& primitives32_##isa() { return isa::primitives<float>(); }   \
-  const Primitives<double>& primitives64_##isa() { return isa::primitives<double>(); } \
-  const Conversions& conversions_##isa() { return isa::conversions(); }                \
-  }                                                                                    \
+#define MODA_EXT_DEFINE_PRIMITIVES(isa)                                                         \
+  namespace moda_ext {                                                                          \
+  namespace cpu {                                                                               \
+  const Primitives<float>& primitives32_##isa() { return MODA_EXT_ISA::primitives<float>(); }   \
+  const Primitives<double>& primitives64_##isa() { return MODA_EXT_ISA::primitives<double>(); } \
+  const Conversions& conversions_##isa() { return MODA_EXT_ISA::conversions(); }                \
+  }                                                                                             \
   }

@@ -37,8 +37,8 @@ const ModularAttentionKernels& kernels(Storage storage) {
 #if defined(MODA_EXT_AMX_ISA)
   if (active_isa() == Isa::amx && storage != Storage::kFloat64) return modular_attention_kernels_amx(storage);
 #endif
-#if defined(MODA_EXT_AVX512_BF16_ISA)
-  if (active_isa() == Isa::avx512_bf16 && storage == Storage::kBFloat16) return modular_attention_kernels_avx512_bf16();
+#if defined(MODA_EXT_PAIRS_ISA)
+  if (active_isa() == Isa::pairs && storage == Storage::kBFloat16) return modular_attention_kernels_pairs();
 #endif
   return MODA_EXT_VECTOR_ISA(modular_attention_kernels)(storage);
 }
@@ -181,6 +181,25 @@ TYPED_TEST(Block, Reductions) {
     EXPECT_EQ(this->p.largest(x.data()), *std::max_element(x.begin(), x.end()));
   }
 }
+TYPED_TEST(Block, BoundsAreTheSecondNumberWhereEitherIsNaN) {
+  using T = TypeParam;
+  const T nan = std::numeric_limits<T>::quiet_NaN(), infinity = static_cast<T>(kInfinity);
+  for (T a : {T(-1), T(2), infinity, nan}) {
+    for (T b : {T(-3), T(2), -infinity, nan}) {
+      const std::vector<T> all_a(this->p.lanes, a), all_b(this->p.lanes, b);
+      std::vector<T> maxima(this->p.lanes), minima(this->p.lanes);
+      this->p.bounds(all_a.data(), all_b.data(), maxima.data(), minima.data());
+      for (int lane = 0; lane < this->p.lanes; ++lane) {
+        if (std::isnan(b)) {
+          EXPECT_TRUE(std::isnan(maxima[lane]) && std::isnan(minima[lane])) << a;
+        } else {
+          EXPECT_EQ(maxima[lane], std::isnan(a) ? b : std::max(a, b));
+          EXPECT_EQ(minima[lane], std::isnan(a) ? b : std::min(a, b));
+        }
+      }
+    }
+  }
+}
 TYPED_TEST(Block, RowMaximumOfEveryLength) {
   using T = TypeParam;
   for (int count = 1; count <= 256; ++count) {
@@ -269,6 +288,26 @@ TEST(Conversion, EveryFloat16RoundTrips) {
                                              : std::ldexp(1024 + mantissa, exponent - 25);
     ASSERT_EQ(values[i], (i & 0x8000) ? -magnitude : magnitude) << i;
     ASSERT_EQ(back[i], bits[i]);
+  }
+}
+// As few rows load keys. Head sizes are multiples of 8, so a vector of 16 may be half full.
+TEST(Conversion, VectorsAreConvertedAsRowsAre) {
+  const Conversions& c = conversions();
+  const int lanes = primitives<float>().lanes;
+  std::vector<uint16_t> bits(1 << 16);
+  std::vector<float> row(1 << 16), vector(lanes);
+  for (int i = 0; i < 1 << 16; ++i) bits[i] = static_cast<uint16_t>(i);
+  const auto check = [&](auto convert_row, auto convert_vector, int count) {
+    convert_row(bits.data(), row.data(), 1 << 16);
+    for (int first = 0; first + count <= 1 << 16; first += count) {
+      convert_vector(&bits[first], vector.data(), count);
+      ASSERT_EQ(std::memcmp(vector.data(), &row[first], sizeof(float) * count), 0) << first;
+      for (int i = count; i < lanes; ++i) ASSERT_EQ(vector[i], 0) << first;
+    }
+  };
+  for (int count : {lanes, std::min(lanes, 8)}) {
+    ASSERT_NO_FATAL_FAILURE(check(c.from_bfloat16, c.vector_from_bfloat16, count));
+    ASSERT_NO_FATAL_FAILURE(check(c.from_float16, c.vector_from_float16, count));
   }
 }
 TEST(Conversion, Float16RoundsToNearestEven) {

@@ -28,7 +28,7 @@ from moda_ext.verify import checks, timing
 from moda_ext.verify.cases import FAMILIES, Case, cases
 
 # Each, and the cap ATEN_CPU_CAPABILITY that leads there.
-ISAS = {"baseline": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16"}
+ISAS = {"baseline": "default", "neon": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16"}
 QUICK = 11  # of so many cases one, with --quick
 OTHER_CHECKS = 13  # of so many cases one, for what costs more than a call or two
 THREADED = 3  # of so many cases one on all threads of a CPU: small calls wait for the slowest, long where others work

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import TIERS
 
 import moda_ext
 from moda_ext._ops import library
@@ -136,9 +137,9 @@ def test_info_of_the_native_build(native):
     assert Path(info["library"]).exists()
 
 
-@pytest.mark.parametrize(("cap", "isa"), [("default", "baseline"), ("avx2", "avx2")])
+@pytest.mark.parametrize(("cap", "isa"), [("default", TIERS["default"]), ("avx2", "avx2")])
 def test_instruction_set_can_be_capped(native, cap, isa):
-    if cap == "avx2" and moda_ext.info()["isa"] == "baseline":
+    if cap == "avx2" and moda_ext.info()["isa"] == TIERS["default"]:
         pytest.skip("this machine has no AVX2")
     result = run_python("-c", "import moda_ext; print(moda_ext.info()['isa'])", ATEN_CPU_CAPABILITY=cap)
     assert result.stdout.strip() == isa

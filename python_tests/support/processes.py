@@ -1,6 +1,7 @@
 """Tests in processes of their own: with other variables, on another instruction set, or several that work together."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,5 +60,7 @@ def _run_rank(rank: int, world: int, rendezvous: str, function: Callable, argume
 
 
 # Instruction sets by ATEN_CPU_CAPABILITY, "": no cap.
-TIERS = {cap: isa for isa, cap in CAPS.items()} | {"": "amx"}
+TIERS = {cap: isa for isa, cap in CAPS.items() if isa != "neon"} | {"": "amx"}
+if platform.machine() in ("aarch64", "arm64"):
+    TIERS = {"default": "neon", "": "neon_bf16"}
 ORDER = tuple(TIERS.values())

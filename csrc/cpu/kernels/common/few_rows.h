@@ -18,11 +18,14 @@ namespace MODA_EXT_ISA {
 // Keys whose lines are asked for before they are read, so many ahead: the latency of the third-level cache.
 constexpr int kKeysAhead = 16;
 
-// Sums that stay in registers beside a vector of each operand.
+// Sums that stay in registers beside a vector of each operand, and vectors of a value that meet them. NEON multiplies
+// nothing that lies in memory, so these take registers too.
 #if defined(__AVX512F__)
-constexpr int kRegisterSums = 16;
+constexpr int kRegisterSums = 16, kRegisterValues = 16;
+#elif defined(__aarch64__)
+constexpr int kRegisterSums = 16, kRegisterValues = 8;
 #else
-constexpr int kRegisterSums = 8;
+constexpr int kRegisterSums = 8, kRegisterValues = 8;
 #endif
 
 // rows <- where keys [first, first + count) of a tile lie in an operand. Found once: the way to one leads through the plan
@@ -42,6 +45,16 @@ MODA_EXT_INLINE Vector<T> load_as(const Storage* from, int count = kLanes<T>) {
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < count ? upcast(from[i]) : T(0);
   return load(lanes);
 }
+#if defined(__aarch64__)  // vectors of 4: head sizes leave no rest
+template <>
+MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int) {
+  return (Vector<float>)vshll_n_u16(vld1_u16(&from->bits), 16);
+}
+template <>
+MODA_EXT_INLINE Vector<float> load_as<float, Float16>(const Float16* from, int) {
+  return (Vector<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
+}
+#else
 template <>
 MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int count) {
   typedef uint16_t Halves __attribute__((vector_size(2 * kLanes<float>)));
@@ -53,6 +66,7 @@ MODA_EXT_INLINE Vector<float> load_as<float, BFloat16>(const BFloat16* from, int
   memcpy(&result, &words, sizeof(result));
   return result;
 }
+#endif
 
 #if defined(__F16C__) && (defined(__AVX512F__) || defined(__AVX2__))
 template <>
@@ -203,10 +217,11 @@ MODA_EXT_INLINE void add_weighted_columns(int first, int last, int column, int w
 // A sum over values is one of pieces of kChain, as in gemm.h.
 template <class T, int R, class ValueAt>
 void add_weighted_rows_of(int keys, int width, const T* w, const ValueAt& value, T* c, const T* row_scale) {
+  constexpr int V = kRegisterSums / R < kRegisterValues ? kRegisterSums / R : kRegisterValues;
   for (int first = 0; first < keys; first += kChain) {
     const int last = keys - first < kChain ? keys : first + kChain;
     const T* scale = first == 0 ? row_scale : nullptr;
-    add_weighted_columns<T, R, kRegisterSums / R>(first, last, 0, width, w, value, c, scale);
+    add_weighted_columns<T, R, V>(first, last, 0, width, w, value, c, scale);
   }
 }
 

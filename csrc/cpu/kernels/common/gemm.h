@@ -9,7 +9,8 @@
 // Block shape: rows x 2 vectors must fill the register file and leave room for two vectors of B and one broadcast:
 // 12 x 2 + 3 = 27 of 32 registers with AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2 and SSE. 24 (12) independent sums cover
 // the latency of 4 cycles x 2 multiply-adds per cycle, and 14 (8) loads for 24 (12) multiply-adds stay below the load
-// ports.
+// ports. NEON multiplies by a lane, so a broadcast is a scalar load, and GCC issues those of all rows ahead: 8 x 2 + 2 +
+// 8 = 26 of 32 registers, where 12 rows spill. 16 sums cover 4 cycles x 4 multiply-adds, the widest cores.
 #pragma once
 
 #include "cpu/kernels/common/simd.h"
@@ -55,6 +56,8 @@ constexpr int kPanel = 2 * kLanes<T>;  // columns of a packed panel
 
 #if defined(__AVX512F__)
 constexpr int kRows = 12;
+#elif defined(__aarch64__)
+constexpr int kRows = 8;
 #else
 constexpr int kRows = 6;
 #endif

@@ -13,6 +13,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "core/storage.h"
@@ -29,6 +31,12 @@
 #elif defined(__AVX2__)
 #define MODA_EXT_ISA avx2
 #define MODA_EXT_VECTOR_BYTES 32
+#elif defined(MODA_EXT_NEON_BF16)  // of the tier's own flags: a user's may ask for BF16 everywhere
+#define MODA_EXT_ISA neon_bf16
+#define MODA_EXT_VECTOR_BYTES 16
+#elif defined(__aarch64__)
+#define MODA_EXT_ISA neon
+#define MODA_EXT_VECTOR_BYTES 16
 #else
 #define MODA_EXT_ISA baseline
 #define MODA_EXT_VECTOR_BYTES 16
@@ -85,7 +93,7 @@ MODA_EXT_INLINE void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 // Past the caches, for results too large to stay there: the line need not be read first. p is aligned to a vector;
-// fence before another thread reads.
+// fence before another thread reads. ARM's processors see by themselves that whole lines are written.
 template <class T>
 MODA_EXT_INLINE void store_nontemporal(T* p, Vector<T> v) {
 #if defined(__AVX512F__)
@@ -115,7 +123,7 @@ MODA_EXT_INLINE Vector<T> choose(Bits<T> mask, Vector<T> a, Vector<T> b) {
 }
 
 // max(a, b) and min(a, b) that return b when either is NaN, as the x86 instructions do: maximum(limit, x) keeps a NaN
-// in x.
+// in x. A comparison and a choice elsewhere: ARM's instructions return NaN also where only a is.
 #if defined(__AVX512F__)  // the maskz form: GCC 12 warns of an uninitialised operand in the plain one
 #define MODA_EXT_BOUND(name, operation, compare)                                        \
   MODA_EXT_INLINE Vector<float> name(Vector<float> a, Vector<float> b) {                \
@@ -286,6 +294,10 @@ MODA_EXT_INLINE float upcast(BFloat16 x) {
 MODA_EXT_INLINE float upcast(Float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, &x, 2);
+  return half;
 #else
   // Exponent and mantissa moved into a float and multiplied by 2^112 (which also normalises subnormals); inf and NaN
   // restored.
@@ -313,6 +325,9 @@ MODA_EXT_INLINE void downcast(float x, BFloat16* out) {
 MODA_EXT_INLINE void downcast(float x, Float16* out) {
 #if defined(__F16C__)
   out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const __fp16 half = x;
+  memcpy(out, &half, 2);
 #else
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -353,6 +368,18 @@ MODA_EXT_INLINE Vector<Pair> pairs_of_two(Vector<float> first, Vector<float> sec
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
   return (Vector<Pair>)_mm512_permutexvar_epi16((__m512i)order, (__m512i)pairs_of_neighbours(first, second));
 }
+#elif defined(MODA_EXT_NEON_BF16)
+#define MODA_EXT_PAIRS
+MODA_EXT_INLINE Vector<float> multiply_add_pairs(Vector<float> sum, Vector<Pair> a, Vector<Pair> b) {
+  return (Vector<float>)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+}
+MODA_EXT_INLINE Vector<Pair> pairs_of_neighbours(Vector<float> low, Vector<float> high) {
+  return (Vector<Pair>)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
+}
+MODA_EXT_INLINE Vector<Pair> pairs_of_two(Vector<float> first, Vector<float> second) {
+  return (Vector<Pair>)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)first),
+                                  (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)second));
+}
 #endif
 
 // Row conversions with a factor; count is a multiple of 8 (head sizes are).
@@ -378,6 +405,12 @@ MODA_EXT_INLINE void store_row<Float16, float>(const float* from, float factor, 
   for (int i = 0; i < count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(_mm256_mul_ps(f, _mm256_loadu_ps(from + i)), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)  // GCC vectorises the other direction by itself
+template <>
+MODA_EXT_INLINE void store_row<Float16, float>(const float* from, float factor, Float16* to, int count) {
+  for (int i = 0; i < count; i += 4)
+    vst1_u16(&to[i].bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)(load(from + i) * splat(factor)))));
 }
 #endif
 

@@ -3,7 +3,7 @@
 namespace moda_ext {
 namespace cpu {
 const GramFamilyKernels& gram_family_kernels_baseline(Storage storage) {
-  return baseline::gram_family_kernels_for(storage);
+  return MODA_EXT_ISA::gram_family_kernels_for(storage);
 }
 }  // namespace cpu
 }  // namespace moda_ext

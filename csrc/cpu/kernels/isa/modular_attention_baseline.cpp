@@ -3,7 +3,7 @@
 namespace moda_ext {
 namespace cpu {
 const ModularAttentionKernels& modular_attention_kernels_baseline(Storage storage) {
-  return baseline::modular_attention_kernels_for(storage);
+  return MODA_EXT_ISA::modular_attention_kernels_for(storage);
 }
 }  // namespace cpu
 }  // namespace moda_ext

@@ -19,7 +19,7 @@ namespace moda_ext {
 namespace cpu {
 namespace MODA_EXT_ISA {
 
-// Query rows of a work item. Vector kernels: a multiple of kRows (12 or 6), 8 or 16 register blocks. Tiles: whole
+// Query rows of a work item. Vector kernels: a multiple of kRows (12, 8 or 6), 8, 12 or 16 register blocks. Tiles: whole
 // strips of 32, and many, because each item streams all packed keys and values past its rows, at D = 128 and N = 2048
 // from the third-level cache (17 GB/s a core: 8 % slower with 128 rows).
 #if defined(__AMX_BF16__)

@@ -1,9 +1,0 @@
-#include "cpu/kernels/isa/modular_attention_isa.h"
-
-namespace moda_ext {
-namespace cpu {
-const ModularAttentionKernels& modular_attention_kernels_avx512_bf16() {
-  return avx512_bf16::modular_attention_kernels_for_bfloat16();
-}
-}  // namespace cpu
-}  // namespace moda_ext
