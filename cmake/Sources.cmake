@@ -21,8 +21,7 @@ endfunction()
 string(REGEX MATCH "^(x86_64|AMD64|amd64)$" MODA_EXT_X86_64 "${CMAKE_SYSTEM_PROCESSOR}")
 string(REGEX MATCH "^(aarch64|arm64)$" MODA_EXT_AARCH64 "${CMAKE_SYSTEM_PROCESSOR}")
 include(CheckCXXCompilerFlag) # bfloat16 products came with GCC 10 and Clang 11, AMX with GCC 11 and Clang 12
-set(MODA_EXT_PAIRS OFF) # products of bfloat16 pairs
-if(MODA_EXT_X86_64)
+if(MODA_EXT_X86_64) # products of bfloat16 pairs
   check_cxx_compiler_flag("-mavx512bf16" MODA_EXT_PAIRS)
 elseif(MODA_EXT_AARCH64)
   check_cxx_compiler_flag("-march=armv8.2-a+bf16" MODA_EXT_PAIRS)
