@@ -300,20 +300,22 @@ void launch_forward(const ModularAttentionKernels& kernels, const ModularAttenti
                     const ForwardWork& work, const Scratch& scratch, int64_t threads, std::vector<Phase> before) {
   const std::vector<ModularAttentionForwardItem>& items = work.items;
   const int64_t count = static_cast<int64_t>(items.size());
+  const auto pack = [&](int64_t i, int64_t) {
+    const ForwardWork::Pack& pack = work.packs[i];
+    kernels.pack_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
+  };
+  const auto attend = [&](int64_t i, int64_t thread) {
+    kernels.forward(args, items[i], i + threads < count ? &items[i + threads] : nullptr, scratch.of(thread));
+  };
+  const auto merge = [&](int64_t i, int64_t thread) {
+    const ForwardWork::Split& split = work.splits[i];
+    kernels.merge(args, split.block, split.partials.data(), static_cast<int>(split.partials.size()),
+                  scratch.of(thread));
+  };
   std::vector<Phase> phases = std::move(before);
-  phases.push_back({static_cast<int64_t>(work.packs.size()), [&](int64_t i, int64_t) {
-                      const ForwardWork::Pack& pack = work.packs[i];
-                      kernels.pack_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
-                    }});
-  phases.push_back({count, [&](int64_t i, int64_t thread) {
-                      const ModularAttentionForwardItem* next = i + threads < count ? &items[i + threads] : nullptr;
-                      kernels.forward(args, items[i], next, scratch.of(thread));
-                    }});
-  phases.push_back({static_cast<int64_t>(work.splits.size()), [&](int64_t i, int64_t thread) {
-                      const ForwardWork::Split& split = work.splits[i];
-                      kernels.merge(args, split.block, split.partials.data(), static_cast<int>(split.partials.size()),
-                                    scratch.of(thread));
-                    }});
+  phases.push_back({static_cast<int64_t>(work.packs.size()), pack});
+  phases.push_back({count, attend});
+  phases.push_back({static_cast<int64_t>(work.splits.size()), merge});
   run_phases(threads, std::move(phases));
 }
 

@@ -493,7 +493,7 @@ class PagedViews {
     if (in_.condition) add_condition(*work.kernels, work.args, work.bias, work.condition, work.args.indicator, 0, head);
   }
 
-  // The Gram of the keys before the rows, where they are many, is one product; the rows then start from it.
+  // Adds a phase. The Gram of the keys before the rows, where they are many, is one product; the rows start from it.
   void fill(std::vector<Work> works, KeyHeads heads, std::vector<Phase>& phases) const {
     const int64_t count = heads.last - heads.first, items = count * static_cast<int64_t>(works.size());
     const int64_t gram_bytes = shape_.num_modalities * shape_.head_dim * shape_.head_dim * sums_;
@@ -505,28 +505,28 @@ class PagedViews {
     }
     const auto scratch = std::make_shared<Scratch>(bytes, num_threads());
     const auto grams = std::make_shared<Scratch>(gram_bytes, num_threads());
-    phases.push_back({items, [this, heads, count, gram_bytes, scratch, grams, works = std::move(works)](
-                                 int64_t item, int64_t thread) {
-                        const Work& work = works[static_cast<size_t>(item / count)];
-                        const int64_t head = heads.first + item % count;
-                        DuplexQueryViewsForwardArgs args = work.args;
-                        const int64_t before = args.num_keys - args.num_queries;
-                        if (before >= kKeysOfGram) {
-                          void* gram = grams->of(thread);
-                          work.kernels->modality_gram(args, {0, head, 0, before, gram}, scratch->of(thread));
-                          args.initial =
-                              static_cast<char*>(gram) - head * gram_bytes;  // as if those of all heads were there
-                          args.num_keys = args.num_queries;
-                          args.key_rows += before;
-                          args.modality += before;
-                        }
-                        work.kernels->causal_scale(args, work.decoded, head);
-                        work.kernels->duplex_query_views(args, 0, head, scratch->of(thread));
-                        condition(work, head);
-                      }});
+    auto make = [this, heads, count, gram_bytes, scratch, grams, works = std::move(works)](int64_t item,
+                                                                                           int64_t thread) {
+      const Work& work = works[static_cast<size_t>(item / count)];
+      const int64_t head = heads.first + item % count;
+      DuplexQueryViewsForwardArgs args = work.args;
+      const int64_t before = args.num_keys - args.num_queries;
+      if (before >= kKeysOfGram) {
+        void* gram = grams->of(thread);
+        work.kernels->modality_gram(args, {0, head, 0, before, gram}, scratch->of(thread));
+        args.initial = static_cast<char*>(gram) - head * gram_bytes;  // as if those of all heads were there
+        args.num_keys = args.num_queries;
+        args.key_rows += before;
+        args.modality += before;
+      }
+      work.kernels->causal_scale(args, work.decoded, head);
+      work.kernels->duplex_query_views(args, 0, head, scratch->of(thread));
+      condition(work, head);
+    };
+    phases.push_back({items, std::move(make)});
   }
 
-  // Where there are few heads, each is split over its tiles.
+  // Adds two phases. Where there are few heads, each is split over its tiles, and merged in the second.
   void decode(std::vector<Work> decoded, KeyHeads heads, std::vector<Phase>& phases) const {
     struct Item {
       const Work* work;
@@ -571,19 +571,19 @@ class PagedViews {
         }
       }
     }
-    phases.push_back({static_cast<int64_t>(plan->items.size()), [this, plan, &kernels](int64_t i, int64_t thread) {
-                        const Item& item = plan->items[static_cast<size_t>(i)];
-                        kernels.decoded_query_views(item.work->args, item.work->decoded, item.item,
-                                                    plan->scratch.of(thread));
-                        if (item.item.partial == nullptr) condition(*item.work, item.item.kv_head);
-                      }});
-    phases.push_back({static_cast<int64_t>(plan->splits.size()), [this, plan, &kernels](int64_t i, int64_t thread) {
-                        const Split& split = plan->splits[static_cast<size_t>(i)];
-                        kernels.merge_decoded_query_views(
-                            split.work->args, split.work->decoded, split.head, split.partials.data(),
-                            static_cast<int>(split.partials.size()), plan->scratch.of(thread));
-                        condition(*split.work, split.head);
-                      }});
+    const auto make = [this, plan, &kernels](int64_t i, int64_t thread) {
+      const Item& item = plan->items[static_cast<size_t>(i)];
+      kernels.decoded_query_views(item.work->args, item.work->decoded, item.item, plan->scratch.of(thread));
+      if (item.item.partial == nullptr) condition(*item.work, item.item.kv_head);
+    };
+    const auto merge = [this, plan, &kernels](int64_t i, int64_t thread) {
+      const Split& split = plan->splits[static_cast<size_t>(i)];
+      kernels.merge_decoded_query_views(split.work->args, split.work->decoded, split.head, split.partials.data(),
+                                        static_cast<int>(split.partials.size()), plan->scratch.of(thread));
+      condition(*split.work, split.head);
+    };
+    phases.push_back({static_cast<int64_t>(plan->items.size()), make});
+    phases.push_back({static_cast<int64_t>(plan->splits.size()), merge});
   }
 
   const PagedDuplexInputs& in_;

@@ -58,8 +58,8 @@ class Phases {
     std::atomic<int64_t> next{0}, unfinished{0};
   };
 
-  // A thread sleeps after this long. Waking costs about as much, and threads that nobody disturbs wait no longer for each
-  // other than an item takes.
+  // A thread sleeps after this long. To wake it costs about as much, and threads that nobody disturbs wait for another
+  // no longer than a short item takes.
   static constexpr std::chrono::microseconds kSpin{50};
 
   template <class Condition>
@@ -74,7 +74,8 @@ class Phases {
     changed_.wait(lock, over);
   }
 
-  // What a waiting thread looks at has changed before. With the lock held in between it has either not looked yet or sleeps.
+  // After a change of what the others wait for. A thread that looked before it holds the lock until it sleeps, so that
+  // none misses this.
   void wake() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
