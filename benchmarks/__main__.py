@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from .aligner import CONTENDERS as OF_KEYS_IN_A_ROW
 from .gate import checked_call, forget_gates
 from .memory import measure_in_subprocess
 from .paged import PAGED
-from .peers import OURS
+from .peak import SOURCE, multiply_adds
+from .peers import OURS, Call
 from .timing import available_memory, callable_for, interleave, keep_memory, machine, ratio, taken
 from .workloads import WORKLOADS, Case, growth_case, make_inputs
 
@@ -113,6 +115,9 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
         calls[contender.name] = checked_call(contender, own_case, mode, row)
         if calls[contender.name] is None:
             del calls[contender.name]
+    if case.kind == "attention" and case.dtype == torch.float32 and mode == "forward" and case.rows > 1:
+        rows.append({**label, "contender": "peak", "what": "multiply-adds in registers: the limit without tiles"})
+        rows[-1] |= peak_row(calls)
     say(f"{case.label}, {mode}: timing {', '.join(calls)}")
     rounds = (3, 3) if args.quick else (5, 200)
     samples = interleave(calls, args.seconds, rounds) if wanted[0].name in calls else {}
@@ -121,13 +126,25 @@ def run_case(case: Case, mode: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def peak_row(calls: dict[str, Call]) -> dict:
+    """Adds the machine's multiply-adds to what is timed. They have nothing to be checked against."""
+    row = {"ours": False, "gflop": 0.0, "reason": None, "ok": True}
+    try:
+        calls["peak"], row["gflop"] = multiply_adds(torch.get_num_threads())
+    except (OSError, subprocess.CalledProcessError) as error:
+        row["reason"] = f"n/a: {SOURCE.name} does not compile: {getattr(error, 'stderr', None) or error}"
+    return row
+
+
 def print_rows(rows: list[dict]) -> None:
     say("")
     if not rows:
         return
     first = rows[0]
     print(f"\n{first['case']}, {first['mode']}, {first['dtype']}: {first['gflop']:.1f} useful GFLOP")
-    print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} {first['contender'] + '/it':>10}  error/bound")
+    peak = next((row for row in rows if row["contender"] == "peak" and row["samples"]), None)
+    print(f"  {'':16}{'ms':>9} {'min':>8} {'max':>8} {'GFLOP/s':>8} ", end="")
+    print(f"{'of peak':>8} " * (peak is not None) + f"{first['contender'] + '/it':>10}  error/bound")
     for row in rows:
         t = taken(row["samples"])
         if not t:
@@ -135,9 +152,11 @@ def print_rows(rows: list[dict]) -> None:
             continue
         middle = statistics.median(t)
         times = f"{middle * 1e3:9.2f} {min(t) * 1e3:8.2f} {max(t) * 1e3:8.2f} {row['gflop'] / middle:8.0f}"
+        share = "" if peak is None else f"{goals.rate_share(row, peak):8.0%} "
         relative = f"{ratio(first['samples'], row['samples']):10.2f}"
-        accuracy = f"{row['error']:.0e}/{row['bound']:.0e}" + ("" if row["ok"] else f" {row['worst']} OVER ITS BOUND")
-        print(f"  {row['contender']:16}{times} {relative}  {accuracy}  {row['what']}")
+        accuracy = f"{row['error']:.0e}/{row['bound']:.0e}" if "error" in row else ""
+        accuracy += "" if row["ok"] else f" {row['worst']} OVER ITS BOUND"
+        print(f"  {row['contender']:16}{times} {share}{relative}  {accuracy:11}  {row['what']}")
     sys.stdout.flush()
 
 
@@ -204,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     forget_gates()
     memory = run_memory() if args.memory else {}
     growth = run_growth(args.growth, args.quick)
-    verdicts = goals.judge(results, memory, growth) if args.check_goals else []
+    wanted = goals.cpu_goals(about["moda_ext"]["isa"])
+    verdicts = goals.judge(results, memory, growth, wanted) if args.check_goals else []
     if verdicts:
         goals.print_goals(verdicts)
     if args.json:

@@ -31,27 +31,24 @@ class DuplexQueryViews : public QueryViews {
     return element_ * args_.num_modalities * args_.group * args_.num_queries * args_.head_dim;
   }
 
-  void make(int64_t first, int64_t count, char* memory, Input& views) const override {
+  int64_t scratch_bytes() const override { return kernels_.duplex_query_views_scratch_bytes(args_); }
+
+  Input place(int64_t first, int64_t count, char* memory) override {
     // As if all key heads of the batch were there, of which only these are: (view, head, row).
-    DuplexQueryViewsForwardArgs args = args_;
-    args.views.row = args.head_dim;
-    args.views.head = args.num_queries * args.head_dim;
-    args.views.batch = args.views.head * args.group * args.kv_heads;
-    args.views.view = args.views.head * args.group * count;
-    args.views.data = memory - element_ * args.views.head * args.group * first;
-    views.data = args.views.data;
-    views.batch = args.views.batch;
-    views.head = args.views.head;
-    views.row = args.views.row;
-    views.last = args.views.last;
-    views.view = args.views.view;
-    const Scratch scratch(kernels_.duplex_query_views_scratch_bytes(args), count);
-    run_items(count, [&](int64_t item, int64_t thread) {
-      const int64_t batch = (first + item) / args.kv_heads, head = (first + item) % args.kv_heads;
-      kernels_.duplex_query_views(args, batch, head, scratch.of(thread));
-      if (args.indicator.data == nullptr) return;
-      add_condition(kernels_, args, bias_, condition_, args.indicator, batch, head);
-    });
+    Output& views = args_.views;
+    views.row = args_.head_dim;
+    views.head = args_.num_queries * args_.head_dim;
+    views.batch = views.head * args_.group * args_.kv_heads;
+    views.view = views.head * args_.group * count;
+    views.data = memory - element_ * views.head * args_.group * first;
+    return read_from(views);
+  }
+
+  void make(int64_t item, void* scratch) const override {
+    const int64_t batch = item / args_.kv_heads, head = item % args_.kv_heads;
+    kernels_.duplex_query_views(args_, batch, head, scratch);
+    if (args_.indicator.data != nullptr)
+      add_condition(kernels_, args_, bias_, condition_, args_.indicator, batch, head);
   }
 
  private:

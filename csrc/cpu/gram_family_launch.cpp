@@ -121,7 +121,7 @@ namespace {
 template <class Work>
 void run_heads(const GramShape& shape, int64_t scratch_bytes, const Work& work) {
   const int64_t heads = shape.batch * shape.kv_heads;
-  const Scratch scratch(scratch_bytes, heads);
+  const Scratch scratch(scratch_bytes, threads_for(heads));
   run_items(heads, [&](int64_t item, int64_t thread) {
     work(item / shape.kv_heads, item % shape.kv_heads, scratch.of(thread));
   });
@@ -160,21 +160,22 @@ struct CpuGramFamily : CpuResults {
       if (pieces > 1) return partials.at((head * pieces + piece) * gram_bytes);
       return static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes;
     };
-    const Scratch scratch(kernels.modality_gram_scratch_bytes(args), heads * pieces);
-    run_items(heads * pieces, [&](int64_t index, int64_t thread) {
+    const int64_t threads = threads_for(heads * pieces);
+    const Scratch scratch(kernels.modality_gram_scratch_bytes(args), threads);
+    const auto sum_piece = [&](int64_t index, int64_t thread) {
       const int64_t head = index / pieces, piece = index % pieces;
       const auto bound = [&](int64_t p) { return std::min(shape.num_keys, chunks * p / pieces * kernels.chunk); };
       const ModalityGramItem item{head / shape.kv_heads, head % shape.kv_heads, bound(piece), bound(piece + 1),
                                   destination(head, piece)};
       kernels.modality_gram(args, item, scratch.of(thread));
-    });
-    if (pieces == 1) return;
-    run_items(heads, [&](int64_t head, int64_t) {
+    };
+    const auto add_pieces = [&](int64_t head, int64_t) {
       std::vector<void*> parts;
       for (int64_t piece = 0; piece < pieces; ++piece) parts.push_back(destination(head, piece));
       kernels.reduce_grams(args, parts.data(), static_cast<int>(pieces),
                            static_cast<char*>(gram.mutable_data_ptr()) + head * gram_bytes);
-    });
+    };
+    run_phases(threads, {{heads * pieces, sum_piece}, {pieces > 1 ? heads : 0, add_pieces}});
   }
 
   static void modality_gram_backward(const GramInputs& in, const GramShape& shape, const Tensor& grad_gram,
@@ -310,7 +311,7 @@ Tensor duplex_aligned_keys(const Tensor& key, const Tensor& modality, const std:
   const GramFamilyKernels& kernels = select_gram_family_kernels(key, shape.num_keys);
   const PackedWeights weights(kernels, args);
   const int64_t heads = shape.batch * shape.kv_heads;
-  const Scratch scratch(kernels.duplex_aligned_keys_scratch_bytes(args), heads);
+  const Scratch scratch(kernels.duplex_aligned_keys_scratch_bytes(args), threads_for(heads));
   std::vector<int64_t> batch_before(num_threads(), -1);
   run_items(heads, [&](int64_t item, int64_t thread) {
     const int64_t batch = item / shape.kv_heads;

@@ -8,15 +8,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
 #include "cpu/kernels/modular_attention_kernels.h"
+#include "cpu/phases.h"
 #include "ops/checks.h"
 #include "ops/operands.h"
 
@@ -25,19 +26,25 @@ namespace cpu {
 
 inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-// Runs work(index, thread) for every index, in order of index as far as threads allow.
+// Threads that are worth having for so many items.
+inline int64_t threads_for(int64_t items) { return std::max<int64_t>(1, std::min(num_threads(), items)); }
+
+// Runs phases one after the other on so many threads, numbered from 0. All of it is one parallel region, because the
+// end of one waits for every thread, whatever it has left to do.
+inline void run_phases(int64_t threads, std::vector<Phase> phases) {
+  Phases shared(std::move(phases));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) { shared.work_as(begin); });
+}
+
+// Runs work(index, thread) for every index.
 template <class Work>
 void run_items(int64_t count, const Work& work) {
-  const int64_t threads = std::min(num_threads(), count);
-  if (threads <= 0) return;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, begin);
-  });
+  if (count > 0) run_phases(threads_for(count), {{count, std::cref(work)}});
 }
 
 // Asks for huge pages under a large result that is about to be written: fresh memory costs a page fault for each 4 KB,
-// which for 100 MB of query views is twice the time of writing them. Advice only: nothing depends on it.
+// which for 100 MB of query views is twice the time of writing them. Advice only: nothing depends on it. Touching the
+// pages here would cost more than it saves: one that is cleared when an item first writes to it is in the caches then.
 inline void prefer_huge_pages(const Tensor& fresh) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -45,10 +52,7 @@ inline void prefer_huge_pages(const Tensor& fresh) {
   const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel()) * static_cast<uintptr_t>(fresh.element_size());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
-  run_items(static_cast<int64_t>((last - first) / kHugePage), [&](int64_t page, int64_t) {
-    *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(page) * kHugePage) = 0;
-  });
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)fresh;
 #endif
@@ -112,11 +116,10 @@ class Workspace {
 
 inline int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// One block of scratch for each thread that can run.
+// One block of scratch for each of so many threads.
 class Scratch {
  public:
-  Scratch(int64_t bytes, int64_t items)
-      : stride_(round_up(bytes)), memory_(stride_ * std::max<int64_t>(1, std::min(num_threads(), items))) {}
+  Scratch(int64_t bytes, int64_t threads) : stride_(round_up(bytes)), memory_(stride_ * threads) {}
   void* of(int64_t thread) const { return memory_.at(thread * stride_); }
 
  private:

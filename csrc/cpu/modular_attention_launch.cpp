@@ -190,27 +190,27 @@ ForwardPlan plan_forward(const Batch& batch, KeyHeads heads, int64_t group, int6
 }
 
 // The views of as many kv heads as fit in their budget, or as there are threads to make them.
-class MadeViews {
+class PlacedViews {
  public:
-  MadeViews(QueryViews* views, size_t num_heads) : views_(views), num_heads_(num_heads) {
-    if (views == nullptr) end_ = num_heads;
-  }
-  // Those of head `begin`, and of others that follow it.
-  void make(size_t begin, Input& query) {
-    if (begin < end_) return;
+  PlacedViews(QueryViews* views, size_t num_heads)
+      : views_(views), num_heads_(num_heads), end_(views == nullptr ? num_heads : 0) {}
+  // Makes those of head `begin`, and of others that follow it. Without items where they are there already.
+  Phase make(size_t begin, Input& query, const Scratch& scratch) {
+    if (begin < end_) return {0, nullptr};
     const int64_t bytes = std::max<int64_t>(1, views_->bytes_per_head());
-    const int64_t left = static_cast<int64_t>(num_heads_ - begin);
+    const int64_t first = static_cast<int64_t>(begin), left = static_cast<int64_t>(num_heads_) - first;
     const int64_t count = std::min(left, std::max(num_threads(), kViewsBudget / bytes));
     memory_.reset();
     memory_.emplace(count * bytes);
-    views_->make(static_cast<int64_t>(begin), count, memory_->at(), query);
+    query = views_->place(first, count, memory_->at());
     end_ = begin + static_cast<size_t>(count);
+    return {count, [this, first, &scratch](int64_t i, int64_t thread) { views_->make(first + i, scratch.of(thread)); }};
   }
-  size_t end() const { return end_; }  // heads before it have their views
+  size_t end() const { return end_; }  // heads before it have a place for their views
 
  private:
   QueryViews* views_;
-  size_t num_heads_, end_ = 0;
+  size_t num_heads_, end_;
   std::optional<Workspace> memory_;
 };
 
@@ -295,22 +295,28 @@ ForwardWork assign_forward(const ModularAttentionKernels& kernels, const Modular
   return work;
 }
 
+// After the phases of `before`.
 void launch_forward(const ModularAttentionKernels& kernels, const ModularAttentionForwardArgs& args,
-                    const ForwardWork& work, const Scratch& scratch) {
-  run_items(static_cast<int64_t>(work.packs.size()), [&](int64_t i, int64_t) {
+                    const ForwardWork& work, const Scratch& scratch, int64_t threads, std::vector<Phase> before) {
+  const std::vector<ModularAttentionForwardItem>& items = work.items;
+  const int64_t count = static_cast<int64_t>(items.size());
+  const auto pack = [&](int64_t i, int64_t) {
     const ForwardWork::Pack& pack = work.packs[i];
     kernels.pack_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
-  });
-  const std::vector<ModularAttentionForwardItem>& items = work.items;
-  const int64_t count = static_cast<int64_t>(items.size()), stride = num_threads();
-  run_items(count, [&](int64_t i, int64_t thread) {
-    kernels.forward(args, items[i], i + stride < count ? &items[i + stride] : nullptr, scratch.of(thread));
-  });
-  run_items(static_cast<int64_t>(work.splits.size()), [&](int64_t i, int64_t thread) {
+  };
+  const auto attend = [&](int64_t i, int64_t thread) {
+    kernels.forward(args, items[i], i + threads < count ? &items[i + threads] : nullptr, scratch.of(thread));
+  };
+  const auto merge = [&](int64_t i, int64_t thread) {
     const ForwardWork::Split& split = work.splits[i];
     kernels.merge(args, split.block, split.partials.data(), static_cast<int>(split.partials.size()),
                   scratch.of(thread));
-  });
+  };
+  std::vector<Phase> phases = std::move(before);
+  phases.push_back({static_cast<int64_t>(work.packs.size()), pack});
+  phases.push_back({count, attend});
+  phases.push_back({static_cast<int64_t>(work.splits.size()), merge});
+  run_phases(threads, std::move(phases));
 }
 
 }  // namespace
@@ -333,16 +339,20 @@ const ModularAttentionKernels& select_forward_kernels(ScalarType dtype, int64_t 
 }
 
 void run_forward(const ModularAttentionKernels& kernels, ModularAttentionForwardArgs args,
-                 const ModularAttentionShape& shape, const Batch& batch, KeyHeads heads, QueryViews* views) {
+                 const ModularAttentionShape& shape, const Batch& batch, KeyHeads heads, QueryViews* views,
+                 std::vector<Phase> before) {
   const ForwardPlan plan = plan_forward(batch, heads, args.group, forward_block_rows(kernels, shape, batch));
   if (plan.blocks.empty()) return;
-  const Scratch scratch(kernels.forward_scratch_bytes(args), static_cast<int64_t>(plan.blocks.size()) * plan.splits);
-  MadeViews made(views, plan.heads.size());
+  const int64_t threads = threads_for(static_cast<int64_t>(plan.blocks.size()) * plan.splits);
+  const Scratch scratch(
+      std::max(kernels.forward_scratch_bytes(args), views == nullptr ? int64_t{0} : views->scratch_bytes()), threads);
+  PlacedViews placed(views, plan.heads.size());
   for (size_t begin = 0; begin < plan.heads.size();) {
-    made.make(begin, args.query);
-    const ForwardWave wave = plan_forward_wave(kernels, args, plan, begin, made.end());
+    before.push_back(placed.make(begin, args.query, scratch));
+    const ForwardWave wave = plan_forward_wave(kernels, args, plan, begin, placed.end());
     const Workspace packed(wave.packed_bytes), partials(wave.partial_bytes);
-    launch_forward(kernels, args, assign_forward(kernels, args, plan, wave, packed, partials), scratch);
+    launch_forward(kernels, args, assign_forward(kernels, args, plan, wave, packed, partials), scratch, threads,
+                   std::exchange(before, {}));
     begin = wave.end;
   }
 }
@@ -489,14 +499,6 @@ BackwardWork assign_backward(const ModularAttentionKernels& kernels, const Modul
 
 void launch_backward(const ModularAttentionKernels& kernels, const ModularAttentionBackwardArgs& args,
                      const BackwardWork& work) {
-  run_items(static_cast<int64_t>(work.packs.size()), [&](int64_t i, int64_t) {
-    const BackwardWork::Pack& pack = work.packs[i];
-    kernels.pack_backward_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
-  });
-  const int64_t count = static_cast<int64_t>(work.items.size());
-  const Scratch scratch(kernels.backward_scratch_bytes(args, work.most_blocks), count);
-  run_items(count, [&](int64_t i, int64_t thread) { kernels.backward(args, work.items[i], scratch.of(thread)); });
-
   constexpr int64_t kSlotsPerItem = 256;
   struct Slots {
     const BackwardWork::Reduction* reduction;
@@ -508,11 +510,21 @@ void launch_backward(const ModularAttentionKernels& kernels, const ModularAttent
     for (int64_t first = 0; first < all; first += kSlotsPerItem)
       slots.push_back({&reduction, first, std::min(first + kSlotsPerItem, all)});
   }
-  run_items(static_cast<int64_t>(slots.size()), [&](int64_t i, int64_t) {
+  const int64_t count = static_cast<int64_t>(work.items.size()), threads = threads_for(count);
+  const Scratch scratch(kernels.backward_scratch_bytes(args, work.most_blocks), threads);
+  const auto pack = [&](int64_t i, int64_t) {
+    const BackwardWork::Pack& pack = work.packs[i];
+    kernels.pack_backward_tile(args, *pack.head->sequence, pack.head->kv_head, pack.tile, pack.packed);
+  };
+  const auto attend = [&](int64_t i, int64_t thread) { kernels.backward(args, work.items[i], scratch.of(thread)); };
+  const auto reduce = [&](int64_t i, int64_t) {
     const BackwardWork::Reduction& reduction = *slots[i].reduction;
     kernels.reduce_partials(args, *reduction.head->sequence, reduction.head->kv_head, reduction.partials.data(),
                             static_cast<int>(reduction.partials.size()), slots[i].begin, slots[i].end);
-  });
+  };
+  run_phases(
+      threads,
+      {{static_cast<int64_t>(work.packs.size()), pack}, {count, attend}, {static_cast<int64_t>(slots.size()), reduce}});
 }
 
 void run_backward(const ModularAttentionKernels& kernels, ModularAttentionBackwardArgs args,

@@ -8,11 +8,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/gram_family_launch.h"
@@ -84,24 +86,24 @@ void check_tokens(const PagedCacheInputs& in) {
   }
 }
 
-void write_tokens(const PagedCacheInputs& in) {
+Phase write_tokens(const PagedCacheInputs& in) {
   const int64_t tokens = in.key.size(0);
   const Storage storage = storage_of(in.key.scalar_type());
   const auto write = storage == Storage::kFloat64    ? write_cells<double>
                      : storage == Storage::kBFloat16 ? write_cells<torch::headeronly::BFloat16>
                      : storage == Storage::kFloat16  ? write_cells<torch::headeronly::Half>
                                                      : write_cells<float>;
-  const int64_t pieces = (tokens + kTokensOfPiece - 1) / kTokensOfPiece;
-  run_items(pieces, [&](int64_t piece, int64_t) {
-    write(in, piece * kTokensOfPiece, std::min(tokens, (piece + 1) * kTokensOfPiece));
-  });
+  return {(tokens + kTokensOfPiece - 1) / kTokensOfPiece, [&in, write, tokens](int64_t piece, int64_t) {
+            write(in, piece * kTokensOfPiece, std::min(tokens, (piece + 1) * kTokensOfPiece));
+          }};
 }
 
 void paged_cache_update(const Tensor& key, const Tensor& value, const Tensor& modality, const Tensor& kv_cache,
                         const Tensor& slot_mapping) {
   const PagedCacheInputs in{"paged_cache_update", key, value, modality, kv_cache, slot_mapping, kMaxModalities};
   check_tokens(in);
-  write_tokens(in);
+  const Phase write = write_tokens(in);
+  run_phases(threads_for(write.items), {write});
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -172,7 +174,6 @@ std::vector<PagedSequence> read_sequences(const PagedAttentionInputs& in, int64_
   };
   std::vector<PagedSequence> sequences;
   for (int64_t i = 0; i < in.block_table.size(0); ++i) sequences.push_back(locate_sequence(in, i, num_queries));
-  if (written != nullptr) write_tokens(*written);
   std::vector<Piece> pieces;
   for (PagedSequence& sequence : sequences) {
     sequence.modality.resize(sequence.rows.size());
@@ -185,10 +186,13 @@ std::vector<PagedSequence> read_sequences(const PagedAttentionInputs& in, int64_
                     : storage == Storage::kBFloat16 ? read_modalities<torch::headeronly::BFloat16>
                     : storage == Storage::kFloat16  ? read_modalities<torch::headeronly::Half>
                                                     : read_modalities<float>;
-  run_items(static_cast<int64_t>(pieces.size()), [&](int64_t i, int64_t) {
+  const Phase write = written != nullptr ? write_tokens(*written) : Phase{0, nullptr};
+  const auto read_piece = [&](int64_t i, int64_t) {
     Piece& piece = pieces[static_cast<size_t>(i)];
     piece.read = read(in, piece.first, piece.last, *piece.sequence, piece.wrong);
-  });
+  };
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  run_phases(threads_for(std::max(write.items, count)), {write, {count, read_piece}});
   for (const Piece& piece : pieces)
     if (!piece.read)
       fail(in.op, "kv_cache", "modalities from -1 to " + std::to_string(in.num_modalities - 1), piece.wrong);
@@ -360,10 +364,11 @@ Operand from_row(Operand operand, int64_t row, int64_t element_size) {
   return operand;
 }
 
-// What was written, to be read.
-Input read_from(const Output& written) {
-  return {written.data, written.batch, written.head, written.row, written.last, written.view};
-}
+// Where the views of the query of a call are, and the phases of work that make them.
+struct MadeViews {
+  Input views;
+  std::vector<Phase> phases;
+};
 
 // Makes the views of the query of a call, for some key heads at a time, and the bias where it depends on the indicator.
 class PagedViews {
@@ -396,11 +401,11 @@ class PagedViews {
     return element_ * shape_.num_modalities * group * shape_.num_queries * shape_.head_dim;
   }
 
-  // The bias with the indicator's share, which make() writes.
+  // The bias with the indicator's share, which is made with the views.
   Input conditioned_bias() const { return read_from(conditioned_bias_); }
 
   // The views of key heads [heads.first, heads.last) and all rows, as if those of all heads were there.
-  Input make(const Group& group, KeyHeads heads, char* memory) const {
+  MadeViews make(const Group& group, KeyHeads heads, char* memory) const {
     Output views;
     views.row = shape_.head_dim;
     views.head = shape_.num_queries * shape_.head_dim;
@@ -412,9 +417,10 @@ class PagedViews {
       const Work work = work_of(*group.paged[i], group.batch.sequences[i], views);
       (work.args.num_queries * work.args.group <= kFewRows ? decoded : filled).push_back(work);
     }
-    fill(filled, heads);
-    decode(decoded, heads);
-    return read_from(views);
+    MadeViews made{read_from(views), {}};
+    if (!filled.empty()) fill(std::move(filled), heads, made.phases);
+    if (!decoded.empty()) decode(std::move(decoded), heads, made.phases);
+    return made;
   }
 
  private:
@@ -487,8 +493,8 @@ class PagedViews {
     if (in_.condition) add_condition(*work.kernels, work.args, work.bias, work.condition, work.args.indicator, 0, head);
   }
 
-  // The Gram of the keys before the rows, where they are many, is one product; the rows then start from it.
-  void fill(const std::vector<Work>& works, KeyHeads heads) const {
+  // Adds a phase. The Gram of the keys before the rows, where they are many, is one product; the rows start from it.
+  void fill(std::vector<Work> works, KeyHeads heads, std::vector<Phase>& phases) const {
     const int64_t count = heads.last - heads.first, items = count * static_cast<int64_t>(works.size());
     const int64_t gram_bytes = shape_.num_modalities * shape_.head_dim * shape_.head_dim * sums_;
     int64_t bytes = 0;
@@ -497,73 +503,87 @@ class PagedViews {
       bytes = std::max({bytes, work.kernels->duplex_query_views_scratch_bytes(work.args),
                         work.kernels->modality_gram_scratch_bytes(work.args)});
     }
-    const Scratch scratch(bytes, items), grams(gram_bytes, items);
-    run_items(items, [&](int64_t item, int64_t thread) {
+    const auto scratch = std::make_shared<Scratch>(bytes, num_threads());
+    const auto grams = std::make_shared<Scratch>(gram_bytes, num_threads());
+    auto make = [this, heads, count, gram_bytes, scratch, grams, works = std::move(works)](int64_t item,
+                                                                                           int64_t thread) {
       const Work& work = works[static_cast<size_t>(item / count)];
       const int64_t head = heads.first + item % count;
       DuplexQueryViewsForwardArgs args = work.args;
       const int64_t before = args.num_keys - args.num_queries;
       if (before >= kKeysOfGram) {
-        void* gram = grams.of(thread);
-        work.kernels->modality_gram(args, {0, head, 0, before, gram}, scratch.of(thread));
+        void* gram = grams->of(thread);
+        work.kernels->modality_gram(args, {0, head, 0, before, gram}, scratch->of(thread));
         args.initial = static_cast<char*>(gram) - head * gram_bytes;  // as if those of all heads were there
         args.num_keys = args.num_queries;
         args.key_rows += before;
         args.modality += before;
       }
       work.kernels->causal_scale(args, work.decoded, head);
-      work.kernels->duplex_query_views(args, 0, head, scratch.of(thread));
+      work.kernels->duplex_query_views(args, 0, head, scratch->of(thread));
       condition(work, head);
-    });
+    };
+    phases.push_back({items, std::move(make)});
   }
 
-  // Where there are few heads, each is split over its tiles.
-  void decode(const std::vector<Work>& works, KeyHeads heads) const {
+  // Adds two phases. Where there are few heads, each is split over its tiles, and merged in the second.
+  void decode(std::vector<Work> decoded, KeyHeads heads, std::vector<Phase>& phases) const {
+    struct Item {
+      const Work* work;
+      DecodedViewsItem item;
+    };
     struct Split {
       const Work* work;
       int64_t head;
       std::vector<void*> partials;
     };
-    struct Item {
-      const Work* work;
-      DecodedViewsItem item;
+    struct Plan {
+      std::vector<Work> works;
+      Workspace partials;
+      Scratch scratch;
+      std::vector<Item> items;
+      std::vector<Split> splits;
+
+      Plan(std::vector<Work> decoded, int64_t partial_bytes, int64_t scratch_bytes)
+          : works(std::move(decoded)), partials(partial_bytes), scratch(scratch_bytes, num_threads()) {}
     };
-    const int64_t count = (heads.last - heads.first) * static_cast<int64_t>(works.size());
+    const int64_t count = (heads.last - heads.first) * static_cast<int64_t>(decoded.size());
     const int64_t wanted = std::max(kDecodedItems, 2 * num_threads());
     const int64_t most = count > 0 && count < wanted / 2 ? (wanted + count - 1) / count : 1;
     const GramFamilyKernels& kernels = vector_.kernels;
     int64_t scratch_bytes = 0, partial_bytes = 0;
-    for (const Work& work : works) {
+    for (const Work& work : decoded) {
       scratch_bytes = std::max(scratch_bytes, kernels.decoded_query_views_scratch_bytes(work.args));
       partial_bytes = std::max(partial_bytes, round_up(kernels.decoded_query_views_partial_bytes(work.args)));
     }
-    const Workspace partials(most > 1 ? count * most * partial_bytes : 0);
-    std::vector<Item> items;
-    std::vector<Split> splits;
-    for (const Work& work : works) {
+    const auto plan =
+        std::make_shared<Plan>(std::move(decoded), most > 1 ? count * most * partial_bytes : 0, scratch_bytes);
+    for (const Work& work : plan->works) {
       const int64_t tiles = work.decoded.sequence->num_tiles;
       const int64_t pieces = std::min(most, std::max<int64_t>(1, tiles / kTilesOfItem));
       for (int64_t head = heads.first; head < heads.last; ++head) {
-        if (pieces > 1) splits.push_back({&work, head, {}});
+        if (pieces > 1) plan->splits.push_back({&work, head, {}});
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          void* partial = pieces > 1 ? partials.at(static_cast<int64_t>(items.size()) * partial_bytes) : nullptr;
-          if (pieces > 1) splits.back().partials.push_back(partial);
-          items.push_back({&work, {head, tiles * piece / pieces, tiles * (piece + 1) / pieces, partial}});
+          const int64_t index = static_cast<int64_t>(plan->items.size());
+          void* partial = pieces > 1 ? plan->partials.at(index * partial_bytes) : nullptr;
+          if (pieces > 1) plan->splits.back().partials.push_back(partial);
+          plan->items.push_back({&work, {head, tiles * piece / pieces, tiles * (piece + 1) / pieces, partial}});
         }
       }
     }
-    const Scratch scratch(scratch_bytes, static_cast<int64_t>(items.size()));
-    run_items(static_cast<int64_t>(items.size()), [&](int64_t i, int64_t thread) {
-      const Item& item = items[static_cast<size_t>(i)];
-      kernels.decoded_query_views(item.work->args, item.work->decoded, item.item, scratch.of(thread));
+    const auto make = [this, plan, &kernels](int64_t i, int64_t thread) {
+      const Item& item = plan->items[static_cast<size_t>(i)];
+      kernels.decoded_query_views(item.work->args, item.work->decoded, item.item, plan->scratch.of(thread));
       if (item.item.partial == nullptr) condition(*item.work, item.item.kv_head);
-    });
-    run_items(static_cast<int64_t>(splits.size()), [&](int64_t i, int64_t thread) {
-      const Split& split = splits[static_cast<size_t>(i)];
+    };
+    const auto merge = [this, plan, &kernels](int64_t i, int64_t thread) {
+      const Split& split = plan->splits[static_cast<size_t>(i)];
       kernels.merge_decoded_query_views(split.work->args, split.work->decoded, split.head, split.partials.data(),
-                                        static_cast<int>(split.partials.size()), scratch.of(thread));
+                                        static_cast<int>(split.partials.size()), plan->scratch.of(thread));
       condition(*split.work, split.head);
-    });
+    };
+    phases.push_back({static_cast<int64_t>(plan->items.size()), make});
+    phases.push_back({static_cast<int64_t>(plan->splits.size()), merge});
   }
 
   const PagedDuplexInputs& in_;
@@ -590,8 +610,9 @@ void align_and_attend(const PagedDuplexInputs& in, PagedCall& call) {
   for (const Group& group : call.groups)
     for (int64_t first = 0; first < call.shape.kv_heads; first += heads) {
       const KeyHeads now{first, std::min(call.shape.kv_heads, first + heads)};
-      call.args.query = views.make(group, now, memory.at());
-      run_forward(*group.kernels, call.args, call.shape, group.batch, now);
+      MadeViews made = views.make(group, now, memory.at());
+      call.args.query = made.views;
+      run_forward(*group.kernels, call.args, call.shape, group.batch, now, nullptr, std::move(made.phases));
     }
 }
 

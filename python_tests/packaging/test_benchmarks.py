@@ -39,7 +39,8 @@ def test_every_contender_is_right_and_timed(bench, monkeypatch, tmp_path, native
     for row in record["results"]:
         excused = (row["reason"] or "").startswith("n/a")
         assert excused or (row["ok"] and row["samples"]), row
-    figures = [v["figures"] for v in bench.goals.judge(record["results"], {}, {}) if v["figures"]]
+    verdicts = bench.goals.judge(record["results"], {}, {}, bench.goals.cpu_goals("avx512_bf16"))
+    figures = [v["figures"] for v in verdicts if v["figures"]]
     assert len(figures) >= GOALS[workload]
 
 
@@ -68,6 +69,28 @@ def test_contenders_of_a_gpu_agree_on_a_cpu(bench, monkeypatch, native, workload
     assert found == {"llava-next": 5, "decode": 5, "aligner-batch": 2}[workload] if mode == "forward" else found <= 1
 
 
+def test_scaling_times_both_beside_a_busy_process_and_without(bench, monkeypatch, tmp_path, native):
+    import benchmarks.scaling as scaling
+
+    path, started = tmp_path / "scaling.json", []
+    popen = scaling.subprocess.Popen
+    monkeypatch.setattr(scaling.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(scaling, "SAMPLE", 0.0)
+    monkeypatch.setitem(bench.WORKLOADS, "small-cpu", [replace(bench.WORKLOADS["small-cpu"][0], **TINY)])
+    assert scaling.main(["--mode", "forward", "--seconds", "0", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [(row["dtype"], row["state"]) for row in rows] == [
+        (dtype, state) for dtype in ("float32", "bfloat16") for state in ("quiet", "busy")
+    ]
+    for row in rows:
+        assert {name: len(t) for name, t in row["samples"].items()} == dict.fromkeys(
+            ["ours 1", "sdpa 1", "ours 2", "sdpa 2"], scaling.FEWEST_ROUNDS
+        )
+        one, two = (row["samples"][f"ours {threads}"] for threads in (1, 2))
+        assert row["speed-up of ours"] == sorted(a / b for a, b in zip(one, two, strict=True))[1]
+    assert len(started) == 2 and all(child.returncode is not None for child in started)  # none is left
+
+
 def test_gate_finds_a_wrong_view(bench, native):
     from benchmarks.gate import Gate
 
@@ -81,11 +104,42 @@ def test_gate_finds_a_wrong_view(bench, native):
     assert gate.check(bench.ALIGNER, lambda: (views, indicator)).excess > 10
 
 
-def test_goal_per_flop_compares_rates(bench):
+def test_goal_of_a_share_compares_rates(bench):
     ours = {"case": "gram", "mode": "forward", "contender": "ours", "samples": [2.0], "gflop": 1.0}
     peer = {**ours, "contender": "mm", "samples": [4.0], "gflop": 4.0}
-    figures = [v["figures"]["gram"] for v in bench.goals.judge([ours, peer], {}, {}) if v["figures"]]
-    assert figures == [2.0]  # half of the rate
+    (found,) = [v for v in bench.goals.judge([ours, peer], {}, {}, bench.goals.cpu_goals(None)) if v["figures"]]
+    assert found["figures"] == {"gram": 0.5}  # half of the rate
+    assert found["limit"] == 0.6 and found["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("isa", "met"),
+    [
+        ("amx", {"sdpa": False, "ours": True}),
+        ("avx512_bf16", {"peak": True, "ours": False}),
+        ("avx512", {"peak": True, "ours": True}),
+        ("avx2", {"peak": True, "ours": True}),
+        ("neon", {}),
+        (None, {}),
+    ],
+)
+def test_goals_are_those_of_the_instruction_set(bench, capsys, isa, met):
+    row = {"case": "small-cpu N=1024 D=64", "mode": "forward", "samples": [1.0], "gflop": 1.0}
+    times = {"ours": 1.0, "ours-bf16": 0.8, "sdpa": 1.5, "peak": 0.9}
+    rows = [{**row, "contender": name, "samples": [time]} for name, time in times.items()]
+    verdicts = [v for v in bench.goals.judge(rows, {}, {}, bench.goals.cpu_goals(isa)) if v["figures"]]
+    assert {v["goal"].split(" / ")[1].split(",")[0]: v["met"] for v in verdicts} == met
+    bench.goals.print_goals(verdicts)
+    assert ("met    >= 0.85" in capsys.readouterr().out) == met.get("peak", False)
+
+
+def test_rate_of_multiply_adds_is_of_all_threads(bench):
+    from benchmarks.peak import multiply_adds
+
+    (one, work), (two, double) = multiply_adds(1), multiply_adds(2)
+    assert double == 2 * work > 1
+    assert (one(), two()) == pytest.approx((one(), 2 * one()))
+    assert one() > 0  # every sum tends to 2: nobody skipped the loop
 
 
 def test_growth_of_the_aligner_is_reported(bench, monkeypatch, native):
