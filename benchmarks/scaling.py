@@ -89,8 +89,10 @@ def run_case(case: Case, mode: str, seconds: float) -> list[dict]:
     for contender in CONTENDERS:
         checked: dict = {}
         calls[contender.name] = checked_call(contender, case, mode, checked)
-        if not checked.get("ok"):
-            raise SystemExit(f"benchmarks.scaling: {case.label}, {mode}, {contender.name}: {checked}")
+        if calls[contender.name] is None:
+            raise SystemExit(f"benchmarks.scaling: {case.label}, {mode}, {contender.name}: {checked['reason']}")
+        if not checked["ok"]:
+            print(f"{contender.name}: {checked['worst']} off by {checked['error']:.1e}, bound {checked['bound']:.1e}")
     for state in STATES:
         with busy_process(state == "busy"):
             times = measure(calls, seconds)
@@ -100,12 +102,19 @@ def run_case(case: Case, mode: str, seconds: float) -> list[dict]:
     return rows
 
 
-COLUMNS = ["ours 1", "ours 2", "speed-up of ours", "sdpa 1", "sdpa 2", "speed-up of sdpa", "ours / sdpa"]
+COLUMNS = {  # heading: figure
+    "ours 1": "ours 1",
+    "ours 2": "ours 2",
+    "speed-up": "speed-up of ours",
+    "sdpa 1": "sdpa 1",
+    "sdpa 2": "sdpa 2",
+    "speed-up ": "speed-up of sdpa",
+    "ours/sdpa": "ours / sdpa",
+}
 
 
-def print_row(row: dict) -> None:
-    label = f"{row['case']}, {row['mode']}, {row['dtype']}" if row["state"] == STATES[0] else ""
-    print(f"{label:44}{row['state']:6}" + "".join(f"{row[column]:>17.2f}" for column in COLUMNS), flush=True)
+def print_row(label: str, state: str, figures: dict) -> None:
+    print(f"{label:42}{state:6}" + "".join(f"{figures[name]:>10.2f}" for name in COLUMNS.values()), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     if about["cores"] < 2:
         raise SystemExit(f"benchmarks.scaling: needs two cores, this process may use {about['cores']}")
     print(f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {about['moda_ext']['isa'] or 'fallback'}")
-    print(f"load before: {os.getloadavg()[0]:.1f}. Columns 1 and 2: median ms with so many threads\n")
-    print(" " * 50 + "".join(f"{column:>17}" for column in COLUMNS))
+    print(f"load before: {os.getloadavg()[0]:.1f}. Ours 1, ours 2: median ms with so many threads\n")
+    print(" " * 48 + "".join(f"{heading.strip():>10}" for heading in COLUMNS))
     rows = []
     for dtype in args.dtype:
         for mode in args.mode:
@@ -130,13 +139,13 @@ def main(argv: list[str] | None = None) -> int:
                 if args.quick and case.num_keys > 1024:
                     continue
                 rows += run_case(replace(case, dtype=DTYPES[dtype]), mode, seconds)
-                print_row(rows[-2])
-                print_row(rows[-1])
+                for row in rows[-len(STATES) :]:
+                    print_row(f"{case.label}, {mode}, {dtype}", row["state"], row)
     forget_gates()
     print()
     for state in STATES:
-        middle = {c: statistics.median(r[c] for r in rows if r["state"] == state) for c in COLUMNS}
-        print(f"{'median of all':44}{state:6}" + "".join(f"{middle[c]:>17.2f}" for c in COLUMNS))
+        of_state = [row for row in rows if row["state"] == state]
+        print_row("median of all", state, {f: statistics.median(r[f] for r in of_state) for f in COLUMNS.values()})
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": about, "seconds": seconds, "results": rows}, file, indent=1)
