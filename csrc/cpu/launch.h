@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/crowd.h"
 #include "cpu/kernels/modular_attention_kernels.h"
 #include "cpu/phases.h"
 #include "ops/checks.h"
@@ -29,11 +30,19 @@ inline int64_t num_threads() { return std::max<int64_t>(1, torch::stable::get_nu
 // Threads that are worth having for so many items.
 inline int64_t threads_for(int64_t items) { return std::max<int64_t>(1, std::min(num_threads(), items)); }
 
-// Runs phases one after the other on so many threads, numbered from 0. All of it is one parallel region, because the
-// end of one waits for every thread, whatever it has left to do.
+// Runs phases one after the other on up to so many threads, numbered from 0. All of it is one parallel region, because
+// the end of one waits for every thread, whatever it has left to do.
 inline void run_phases(int64_t threads, std::vector<Phase> phases) {
+  static Crowd crowd;
+  const Crowd::Time begin = Crowd::Clock::now();
+  Crowd::Time left = begin;  // by the caller
   Phases shared(std::move(phases));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) { shared.work_as(begin); });
+  torch::stable::parallel_for(0, crowd.threads(threads, begin), 1, [&](int64_t thread, int64_t) {
+    shared.work_as(thread);
+    if (thread == 0) left = Crowd::Clock::now();
+  });
+  const Crowd::Time end = Crowd::Clock::now();
+  crowd.note(begin, end, end - shared.last_item_of_caller(), std::max(end - left, shared.longest_interruption()));
 }
 
 // Runs work(index, thread) for every index.

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <functional>
 #include <mutex>
 #include <utility>
@@ -37,6 +38,7 @@ class Phases {
     for (size_t p = 0; p < phases_.size(); ++p) {
       Progress& progress = progress_[p];
       int64_t worked = 0;
+      const Interruption interruption;
       try {
         for (int64_t item;
              !failed_ && (item = progress.next.fetch_add(1, std::memory_order_relaxed)) < phases_[p].items; ++worked)
@@ -46,6 +48,8 @@ class Phases {
         wake();
         throw;
       }
+      if (worked > 0) note_interruption(interruption.so_far());
+      if (thread == 0) last_item_of_caller_ = std::chrono::steady_clock::now();
       // Whoever sees zero sees what all threads wrote in this phase.
       if (worked > 0 && progress.unfinished.fetch_sub(worked, std::memory_order_acq_rel) == worked) wake();
       wait([&] { return progress.unfinished.load(std::memory_order_acquire) <= 0 || failed_; });
@@ -53,7 +57,38 @@ class Phases {
     }
   }
 
+  // When thread 0 had no items any more, to be asked for when all calls have returned.
+  std::chrono::steady_clock::time_point last_item_of_caller() const { return last_item_of_caller_; }
+  // The longest time in which a thread that had items did not run: others had its core.
+  std::chrono::nanoseconds longest_interruption() const { return std::chrono::nanoseconds(interruption_.load()); }
+
  private:
+  // Time that goes by without this thread's clock.
+  class Interruption {
+   public:
+    Interruption() : begin_(elsewhere()) {}
+    std::chrono::nanoseconds so_far() const { return elsewhere() - begin_; }
+
+   private:
+    static std::chrono::nanoseconds elsewhere() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+      timespec own{};
+      clock_gettime(CLOCK_THREAD_CPUTIME_ID, &own);
+      return std::chrono::steady_clock::now().time_since_epoch() - std::chrono::seconds(own.tv_sec) -
+             std::chrono::nanoseconds(own.tv_nsec);
+#else
+      return std::chrono::nanoseconds(0);
+#endif
+    }
+    std::chrono::nanoseconds begin_;
+  };
+
+  void note_interruption(std::chrono::nanoseconds time) {
+    int64_t longest = interruption_;
+    while (time.count() > longest && !interruption_.compare_exchange_weak(longest, time.count())) {
+    }
+  }
+
   struct Progress {
     std::atomic<int64_t> next{0}, unfinished{0};
   };
@@ -94,6 +129,8 @@ class Phases {
   const std::vector<Phase> phases_;
   std::vector<Progress> progress_;
   std::atomic<bool> failed_{false};
+  std::atomic<int64_t> interruption_{0};
+  std::chrono::steady_clock::time_point last_item_of_caller_{};
   std::mutex mutex_;
   std::condition_variable changed_;
 };

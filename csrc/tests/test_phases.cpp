@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/crowd.h"
 #include "cpu/phases.h"
 
 namespace moda_ext {
@@ -161,6 +162,64 @@ TEST(Phases, ExceptionEndsAllPhasesAndComesOutOfItsThread) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(thrown, 1);
   EXPECT_EQ(later, 0);
+}
+
+using std::chrono::milliseconds;
+
+TEST(Phases, TellHowLongAThreadDidNotRun) {
+  Phases asleep({{1, [](int64_t, int64_t) { std::this_thread::sleep_for(milliseconds(20)); }}});
+  asleep.work_as(0);
+  EXPECT_GE(asleep.longest_interruption(), milliseconds(15));
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_LE(asleep.last_item_of_caller(), begin);
+  Phases idle({{0, [](int64_t, int64_t) {}}});
+  idle.work_as(0);
+  EXPECT_EQ(idle.longest_interruption().count(), 0);
+}
+
+// Calls of 10 ms, at whose end 5 ms were lost.
+struct Calls {
+  Crowd crowd;
+  Crowd::Time now{std::chrono::hours(1)};
+
+  int64_t threads() const { return crowd.threads(4, now); }
+  void lose(milliseconds waited, milliseconds away, milliseconds call = milliseconds(10)) {
+    crowd.note(now - call, now, waited, away);
+  }
+  // How long one thread is left out.
+  milliseconds period() {
+    const Crowd::Time begin = now;
+    while (threads() == 3) now += milliseconds(1);
+    return std::chrono::duration_cast<milliseconds>(now - begin);
+  }
+};
+
+TEST(Crowd, OneThreadLessForAWhile) {
+  Calls calls;
+  EXPECT_EQ(calls.threads(), 4);
+  calls.lose(milliseconds(5), milliseconds(5));
+  EXPECT_EQ(calls.threads(), 3);
+  EXPECT_EQ(calls.crowd.threads(1, calls.now), 1);
+  EXPECT_EQ(calls.period(), milliseconds(125));
+}
+
+TEST(Crowd, LongerEachTimeUpToASecond) {
+  Calls calls;
+  for (const int expected : {125, 250, 500, 1000, 1000}) {
+    calls.lose(milliseconds(5), milliseconds(5));
+    EXPECT_EQ(calls.period(), milliseconds(expected));
+  }
+  calls.now += milliseconds(1001);  // nobody was missed for as long
+  calls.lose(milliseconds(5), milliseconds(5));
+  EXPECT_EQ(calls.period(), milliseconds(125));
+}
+
+TEST(Crowd, OnlyForWhatOthersCost) {
+  Calls calls;
+  calls.lose(milliseconds(5), milliseconds(0));                     // the other thread had a longer item
+  calls.lose(milliseconds(0), milliseconds(5));                     // was away, and had nothing to do
+  calls.lose(milliseconds(5), milliseconds(5), milliseconds(100));  // a small part of the call
+  EXPECT_EQ(calls.threads(), 4);
 }
 
 }  // namespace
