@@ -124,7 +124,7 @@ def test_goal_of_a_share_compares_rates(bench):
     ],
 )
 def test_goals_are_those_of_the_instruction_set(bench, capsys, isa, met):
-    row = {"case": "small-cpu N=1024 D=64", "mode": "forward", "samples": [1.0], "gflop": 1.0}
+    row = {"case": "small-cpu N=2048 D=128", "mode": "forward", "samples": [1.0], "gflop": 1.0}
     times = {"ours": 1.0, "ours-bf16": 0.8, "sdpa": 1.5, "peak": 0.9}
     rows = [{**row, "contender": name, "samples": [time]} for name, time in times.items()]
     verdicts = [v for v in bench.goals.judge(rows, {}, {}, bench.goals.cpu_goals(isa)) if v["figures"]]

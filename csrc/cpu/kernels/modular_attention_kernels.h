@@ -119,8 +119,8 @@ struct ModularAttentionKernels {
 const ModularAttentionKernels& modular_attention_kernels_baseline(Storage);
 const ModularAttentionKernels& modular_attention_kernels_avx2(Storage);
 const ModularAttentionKernels& modular_attention_kernels_avx512(Storage);
-const ModularAttentionKernels& modular_attention_kernels_pairs();  // of kBFloat16
-const ModularAttentionKernels& modular_attention_kernels_amx(Storage);   // no kFloat64
+const ModularAttentionKernels& modular_attention_kernels_pairs();       // of kBFloat16
+const ModularAttentionKernels& modular_attention_kernels_amx(Storage);  // no kFloat64
 
 }  // namespace cpu
 }  // namespace moda_ext
