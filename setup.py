@@ -106,7 +106,8 @@ def compiles_here(group: dict) -> bool:
     if not machines() <= processors or (isa == "amx" and platform.system() != "Linux"):
         return False
     compiler = os.environ.get("CXX", "c++").split()
-    command = [*compiler, *group["flags"], "-x", "c++", "-fsyntax-only", os.devnull]
+    flags = os.environ.get("ARCHFLAGS", "").split() + group["flags"]
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     newer = isa in ("avx512_bf16", "neon_bf16", "amx")
     return not newer or subprocess.run(command, capture_output=True, check=False).returncode == 0
 

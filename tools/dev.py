@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's CPU builds; PyPI has CUDA builds for Linux
 BUILD_TOOLS = ["setuptools>=77", "wheel", "ninja"]  # [build-system] of pyproject.toml, for builds without isolation
 ARM_TOOLS = ["g++-aarch64-linux-gnu", "qemu-user"]  # packages of Debian
+APT_WITHOUT_PATIENCE = ("--quiet", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20")
 DISASSEMBLER = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]  # a minimal CUDA toolkit has none
 VERSION = runpy.run_path(str(ROOT / "moda_ext/_version.py"))
 
@@ -232,7 +233,7 @@ def arm(python: Path, arguments: list[str]) -> None:
     missing = missing_arm_tools()
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         for words in ("update", "install --yes --no-install-recommends " + " ".join(ARM_TOOLS)):
-            subprocess.run(["apt-get", "--quiet", *words.split()], check=False)
+            subprocess.run(["apt-get", *APT_WITHOUT_PATIENCE, *words.split()], check=False)
         missing = missing_arm_tools()
     if missing:
         skip(f"the ARM kernels were NOT tested: no {' and no '.join(missing)} (Debian: {', '.join(ARM_TOOLS)})")

@@ -19,7 +19,8 @@ class Crowd {
   using Time = Clock::time_point;
   using Duration = Clock::duration;
 
-  // One thread less for a while after one was missed; then all of them are tried again.
+  // One thread less for a while after one was missed; then all of them are tried again. On two cores that is one thread,
+  // and no parallel region. Of more, the one that is left out holds no item, but PyTorch's region still ends with it.
   int64_t threads(int64_t wanted, Time now) const {
     return wanted > 1 && now < Time(Duration(until_)) ? wanted - 1 : wanted;
   }

@@ -6,6 +6,9 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#if !defined(HWCAP2_BF16)  // headers of before Linux 5.5
+#define HWCAP2_BF16 (1 << 14)
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif

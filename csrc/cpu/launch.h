@@ -33,16 +33,19 @@ inline int64_t threads_for(int64_t items) { return std::max<int64_t>(1, std::min
 // Runs phases one after the other on up to so many threads, numbered from 0. All of it is one parallel region, because
 // the end of one waits for every thread, whatever it has left to do.
 inline void run_phases(int64_t threads, std::vector<Phase> phases) {
+  int64_t most = 1;
+  for (const Phase& phase : phases) most = std::max(most, phase.items);
   static Crowd crowd;
   const Crowd::Time begin = Crowd::Clock::now();
   Crowd::Time left = begin;  // by the caller
   Phases shared(std::move(phases));
-  torch::stable::parallel_for(0, crowd.threads(threads, begin), 1, [&](int64_t thread, int64_t) {
+  torch::stable::parallel_for(0, crowd.threads(std::min(threads, most), begin), 1, [&](int64_t thread, int64_t) {
     shared.work_as(thread);
     if (thread == 0) left = Crowd::Clock::now();
   });
   const Crowd::Time end = Crowd::Clock::now();
-  crowd.note(begin, end, end - shared.last_item_of_caller(), std::max(end - left, shared.longest_interruption()));
+  const Crowd::Duration late = end - left;
+  crowd.note(begin, end, shared.waited() + late, std::max<Crowd::Duration>(late, shared.longest_interruption()));
 }
 
 // Runs work(index, thread) for every index.

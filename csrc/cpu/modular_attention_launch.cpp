@@ -510,7 +510,9 @@ void launch_backward(const ModularAttentionKernels& kernels, const ModularAttent
     for (int64_t first = 0; first < all; first += kSlotsPerItem)
       slots.push_back({&reduction, first, std::min(first + kSlotsPerItem, all)});
   }
-  const int64_t count = static_cast<int64_t>(work.items.size()), threads = threads_for(count);
+  const int64_t num_packs = static_cast<int64_t>(work.packs.size()), num_slots = static_cast<int64_t>(slots.size());
+  const int64_t count = static_cast<int64_t>(work.items.size());
+  const int64_t threads = threads_for(std::max({num_packs, count, num_slots}));
   const Scratch scratch(kernels.backward_scratch_bytes(args, work.most_blocks), threads);
   const auto pack = [&](int64_t i, int64_t) {
     const BackwardWork::Pack& pack = work.packs[i];
@@ -522,9 +524,7 @@ void launch_backward(const ModularAttentionKernels& kernels, const ModularAttent
     kernels.reduce_partials(args, *reduction.head->sequence, reduction.head->kv_head, reduction.partials.data(),
                             static_cast<int>(reduction.partials.size()), slots[i].begin, slots[i].end);
   };
-  run_phases(
-      threads,
-      {{static_cast<int64_t>(work.packs.size()), pack}, {count, attend}, {static_cast<int64_t>(slots.size()), reduce}});
+  run_phases(threads, {{num_packs, pack}, {count, attend}, {num_slots, reduce}});
 }
 
 void run_backward(const ModularAttentionKernels& kernels, ModularAttentionBackwardArgs args,

@@ -36,6 +36,7 @@ class Phases {
   // no other item begins, and the other calls return.
   void work_as(int64_t thread) {
     for (size_t p = 0; p < phases_.size(); ++p) {
+      if (phases_[p].items == 0) continue;
       Progress& progress = progress_[p];
       int64_t worked = 0;
       const Interruption interruption;
@@ -49,17 +50,18 @@ class Phases {
         throw;
       }
       if (worked > 0) note_interruption(interruption.so_far());
-      if (thread == 0) last_item_of_caller_ = std::chrono::steady_clock::now();
+      const auto idle_since = std::chrono::steady_clock::now();
       // Whoever sees zero sees what all threads wrote in this phase.
       if (worked > 0 && progress.unfinished.fetch_sub(worked, std::memory_order_acq_rel) == worked) wake();
       wait([&] { return progress.unfinished.load(std::memory_order_acquire) <= 0 || failed_; });
+      if (thread == 0) waited_ += std::chrono::steady_clock::now() - idle_since;
       if (failed_) return;
     }
   }
 
-  // When thread 0 had no items any more, to be asked for when all calls have returned.
-  std::chrono::steady_clock::time_point last_item_of_caller() const { return last_item_of_caller_; }
-  // The longest time in which a thread that had items did not run: others had its core.
+  // To be asked for when all calls have returned: how long thread 0 waited for items of others in all,
+  std::chrono::nanoseconds waited() const { return waited_; }
+  // and the longest time in which a thread that had items did not run: others had its core.
   std::chrono::nanoseconds longest_interruption() const { return std::chrono::nanoseconds(interruption_.load()); }
 
  private:
@@ -130,7 +132,7 @@ class Phases {
   std::vector<Progress> progress_;
   std::atomic<bool> failed_{false};
   std::atomic<int64_t> interruption_{0};
-  std::chrono::steady_clock::time_point last_item_of_caller_{};
+  std::chrono::nanoseconds waited_{0};  // of thread 0 alone
   std::mutex mutex_;
   std::condition_variable changed_;
 };

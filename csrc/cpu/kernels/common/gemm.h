@@ -20,7 +20,8 @@ namespace cpu {
 namespace MODA_EXT_ISA {
 
 // The elements E of A and B are the numbers of C, or pairs: two neighbours along the depth (k) of a bfloat16 product,
-// which one instruction multiplies and adds at twice the rate, exactly up to the rounding of its float sum.
+// which one instruction multiplies and adds at twice the rate. Its products are exact; its float sum is rounded, on ARM to
+// odd, and subnormal numbers count as 0.
 template <class E>
 struct SumOf {
   typedef E type;
