@@ -9,8 +9,6 @@ import typer
 
 from moda_ext.cli.app import ManyValues, app
 
-HINTS = ["none", "right", "wrong"]
-
 
 @app.command(cls=ManyValues)
 def study(
@@ -27,7 +25,9 @@ def study(
     prior: Annotated[float, typer.Option(help="At which the variant 'prior' starts, see moda-ext calibrate.")] = 1.0,
     prior_layers: Annotated[str | None, typer.Option(help="Which have it, such as 20-29; by default all.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions of each task and hint.")] = 40,
-    hints: Annotated[list[str], typer.Option(help="Which are asked; none and wrong must be.")] = HINTS,
+    hints: Annotated[
+        list[str] | None, typer.Option(help="Which are asked, by default all; none and wrong must be.")
+    ] = None,
     questions: Annotated[str, typer.Option(help="test, or dev to choose learning rates by.")] = "test",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, which share the cores.")] = 1,
 ) -> None:
@@ -40,6 +40,7 @@ def study(
     import peft  # noqa: F401
     import scipy  # noqa: F401
 
+    from moda_ext.evaluation.tasks import HINTS
     from moda_ext.study import VARIANTS, Plan, run_study, write_tables
 
     if questions not in ("test", "dev"):
@@ -47,6 +48,7 @@ def study(
     for part in ("model/config.json", f"data/{questions}.jsonl"):
         if not (small / part).is_file():
             raise typer.BadParameter(f"{small / part} is missing: run moda-ext assemble", param_hint="--small")
+    hints = hints or list(HINTS)
     if not {"none", "wrong"} <= set(hints) <= set(HINTS):
         raise typer.BadParameter(f"must be none, wrong and maybe right, got {' '.join(hints)}", param_hint="--hints")
     plan = Plan(

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import AttentionMeter, load_model
 from moda_ext.evaluation.evaluate import evaluate
-from moda_ext.evaluation.tasks import Task, read_questions
+from moda_ext.evaluation.tasks import HINTS, Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
 from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
@@ -66,7 +66,7 @@ class Plan:
     prior: float = 1.0
     prior_layers: list[int] | None = None
     limit: int = 40
-    hints: list[str] = dataclasses.field(default_factory=lambda: ["none", "right", "wrong"])
+    hints: list[str] = dataclasses.field(default_factory=lambda: list(HINTS))
     questions: str = "test"
 
     def stage(self, variant: Variant | None) -> Stage:

@@ -13,7 +13,7 @@ from moda_ext.study.variants import VARIANTS
 
 __all__ = ["by_variant", "differences", "write_tables"]
 
-HINTS = {"none": "right, no hint", "right": "right hint", "wrong": "wrong hint"}
+TITLES = {"none": "right, no hint", "right": "right hint", "wrong": "wrong hint"}
 
 
 def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -66,14 +66,14 @@ def write_tables(runs: Sequence[Run]) -> str:
 
 def _accuracies(runs: Sequence[Run]) -> str:
     """Means over seeds, with their standard deviations."""
-    hints = [hint for hint in HINTS if any(name.endswith(f"/{hint}") for name in runs[0].outcomes)]
+    hints = [hint for hint in TITLES if any(name.endswith(f"/{hint}") for name in runs[0].outcomes)]
     lines = []
     for name, group in by_variant(runs).items():
         cells = [_spread([100 * run.accuracy(hint) for run in group]) for hint in hints]
         cells += [_spread([100 * run.following(hint) for run in group]) for hint in ("wrong", "none")]
         loss, seconds = _spread([run.loss for run in group], 3), plain.mean(run.seconds for run in group)
         lines.append([name, len(group), *cells, loss, f"{group[0].trained:,}", f"{seconds:.0f}"])
-    head = ["variant", "seeds", *(HINTS[hint] for hint in hints), "follows a wrong hint", "chance of that"]
+    head = ["variant", "seeds", *(TITLES[hint] for hint in hints), "follows a wrong hint", "chance of that"]
     return _table([*head, "loss", "trained numbers", "CPU s"], lines)
 
 

@@ -60,6 +60,7 @@ MODA_EXT_INLINE void load_elements(const BFloat16* from, float, Pair* to, int co
 template <class Storage, class T>
 MODA_EXT_INLINE void pack_transposed(const Input& operand, const Sequence& sequence, int64_t head, const KeyTile& tile,
                                      int numbers, T* rows, T* packed) {
+  static_assert(kScratchStride<Pair> == kScratchStride<float> && kPanel<Pair> == kPanel<float>);  // share blocks
   constexpr int L = kLanes<T>;
   const int head_dim = elements_of<T>(numbers);
   const int64_t stride = round_up_to_panel<T>(head_dim);

@@ -68,11 +68,9 @@ struct VectorOf<double> {
 // Two bfloat16 numbers, the first in the lower half: what instructions that add two products to a float read.
 typedef uint32_t Pair;
 template <>
-struct VectorOf<Pair> {
-  typedef Pair type __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
+struct VectorOf<Pair> : VectorOf<float> {
+  typedef unsigned_bits type;
   typedef Pair unaligned __attribute__((vector_size(MODA_EXT_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
-  typedef uint32_t unsigned_bits __attribute__((vector_size(MODA_EXT_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
