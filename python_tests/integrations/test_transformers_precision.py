@@ -11,6 +11,7 @@ from moved_models import every_family, every_setting, logits_of, offload, two_fa
 from torch import nn
 from trained_models import labels_of, make_trained, randomize
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from vision_language import make_inputs, make_model
 
 from moda_ext.integrations.transformers import (
@@ -60,21 +61,32 @@ def test_the_readme_flow_in_bfloat16(tmp_path):
     check_identity(model, cast(make_inputs("llava"), torch.bfloat16))
 
 
-def test_the_tolerance_of_an_identity_follows_what_eager_and_sdpa_differ_by():
-    """Large scores in bfloat16: to round them otherwise, as every attention does, moves the logits."""
-    model = apply_moda(make_model("qwen2_vl").to(torch.bfloat16))
-    inputs = cast(make_inputs("qwen2_vl"), torch.bfloat16)
-    tolerance, moved = 4 * torch.finfo(torch.bfloat16).eps, 0.0
-    for _ in range(24):  # how far a rounding carries depends on the machine: until it is far enough
-        for module in attention_modules(model):
-            module.q_proj.weight.data.mul_(1.25)
-            module.k_proj.weight.data.mul_(1.25)
-        moved = check_identity(model, inputs)
-        if moved > tolerance:
-            break
-    assert moved > tolerance
-    with pytest.raises(ValueError, match="more than 0.0312"):
-        check_identity(model, inputs, tolerance=tolerance)
+def test_the_tolerance_of_an_identity_follows_what_eager_and_sdpa_differ_by(monkeypatch):
+    """A model that moves by rounding alone is one on which eager attention moves the logits as far, whatever it is."""
+    model, inputs = randomize(apply_moda(make_model("qwen2_vl"))), make_inputs("qwen2_vl")
+    for name, parameter in moda_parameters(model).items():
+        if not name.endswith("base"):
+            parameter.data.mul_(1e-2)
+    moved = check_identity(model, inputs, tolerance=math.inf)
+    assert 1e-4 < moved < 0.1
+    with pytest.raises(ValueError, match="more than 1e-05"):
+        check_identity(model, inputs)
+
+    eager = modeling_qwen2_vl.eager_attention_forward
+    for factor, passes in ((1.0 + 1e-5, False), (1.5, True)):
+
+        def scaled(*arguments, factor=factor, **options):
+            output, weights = eager(*arguments, **options)
+            return factor * output, weights
+
+        monkeypatch.setattr(modeling_qwen2_vl, "eager_attention_forward", scaled)
+        if passes:
+            assert check_identity(model, inputs) == moved
+        else:
+            with pytest.raises(ValueError, match="it is trained"):
+                check_identity(model, inputs)
+        with pytest.raises(ValueError, match="it is trained"):
+            check_identity(model, inputs, tolerance=moved / 2)
 
 
 @two_families
