@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_ext.conversations import write_conversations
+from moda_ext.evaluation.tasks import HINTS
 from moda_ext.small.packages import rated_sentences
 from moda_ext.small.questions import TASKS, Question, ask, describe, with_hint, wrong_answer
 from moda_ext.small.scenes import SCENE_KINDS, Scene, Splits, make_scene
@@ -16,7 +17,6 @@ __all__ = ["HINTED", "RIGHT", "splits", "training_scenes", "write_data"]
 
 HINTED, RIGHT = 0.5, 0.85  # in training: how many questions have a hint, and how many of these are right
 TURNS = 5
-HINTS = ("none", "right", "wrong")
 
 
 def splits() -> dict[str, Splits]:
