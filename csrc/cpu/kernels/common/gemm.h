@@ -73,8 +73,12 @@ constexpr int kScratchStride = kScratchColumns + 96 / static_cast<int>(sizeof(T)
 
 // A sum of this many steps is one chain of roundings; longer ones are sums of such pieces, which divides the error
 // of a head size of 256 by two (the error of a chain grows with its length, that of a sum of pieces with the root of
-// their number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds.
+// their number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds. The backward pass takes
+// shorter ones for scores and their gradients, at 1 % of its time: the first rows of a causal call hand their errors to
+// few keys. Everywhere they cost a forward pass 2 to 3 %. Pairs have larger errors than those of their sums.
 constexpr int kChain = 64;
+template <class E>
+constexpr int kShortChain = kPerElement<E> > 1 ? kChain : 32;
 
 enum class Accumulate { kStore, kAdd, kScaledAdd };  // C = f AB, C += f AB, C = row_scale * C + f AB
 
@@ -141,19 +145,19 @@ __attribute__((noinline)) void multiply_rows(int rows, int depth, const E* a, co
                                           row_scale + i, factor);
 }
 
-// The same in pieces of kChain steps, for `columns` in {1 .. kPanel}: one vector suffices for the left half of a panel.
+// The same in pieces of `chain` steps, for `columns` in {1 .. kPanel}: one vector suffices for the left half of a panel.
 // `depth` is in elements.
-template <class E, Order order, Accumulate mode>
+template <class E, Order order, Accumulate mode, int chain = kChain>
 MODA_EXT_INLINE void multiply_panel(int rows, int columns, int depth, const E* a, const E* b, int b_stride, Sum<E>* c,
                                     int64_t c_stride, const Sum<E>* row_scale, Sum<E> factor = 1) {
   const bool both = columns > kLanes<E>;
-  const int first = depth < kChain ? depth : kChain;
+  const int first = depth < chain ? depth : chain;
   (both ? multiply_rows<E, 2, order, mode> : multiply_rows<E, 1, order, mode>)(rows, first, a, b, b_stride, c, c_stride,
                                                                                row_scale, factor);
-  for (int k = kChain; k < depth; k += kChain) {
-    a += kChain * (order == Order::kRowMajor ? 1 : kScratchStride<E>);
-    b += int64_t(kChain) * b_stride;
-    const int piece = depth - k < kChain ? depth - k : kChain;
+  for (int k = chain; k < depth; k += chain) {
+    a += chain * (order == Order::kRowMajor ? 1 : kScratchStride<E>);
+    b += int64_t(chain) * b_stride;
+    const int piece = depth - k < chain ? depth - k : chain;
     (both ? multiply_rows<E, 2, order, Accumulate::kAdd>
           : multiply_rows<E, 1, order, Accumulate::kAdd>)(rows, piece, a, b, b_stride, c, c_stride, nullptr, factor);
   }
