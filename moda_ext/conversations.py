@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversation", "encode", "read_conversations", "render", "write_conversations"]
 
 PLACEHOLDER = "<image>"
+HINTS = ("none", "right", "wrong")  # what the field "hint" of a question may be
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

@@ -40,7 +40,7 @@ def study(
     import peft  # noqa: F401
     import scipy  # noqa: F401
 
-    from moda_ext.evaluation.tasks import HINTS
+    from moda_ext.conversations import HINTS
     from moda_ext.study import VARIANTS, Plan, run_study, write_tables
 
     if questions not in ("test", "dev"):

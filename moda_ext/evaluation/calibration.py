@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moda_ext.conversations import Conversation
+from moda_ext.conversations import HINTS, Conversation
 from moda_ext.evaluation.answers import Progress, batches, forced_logits, generate_answers, normalize
 from moda_ext.evaluation.statistics import Proportion
-from moda_ext.evaluation.tasks import HINTS, check_pictures
+from moda_ext.evaluation.tasks import check_pictures
 from moda_ext.reports import COLOURS, new_figure
 from moda_ext.training.collator import IGNORED, Collator
 

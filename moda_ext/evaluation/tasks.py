@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from moda_ext.conversations import Conversation, read_conversations
+from moda_ext.conversations import HINTS, Conversation, read_conversations
 from moda_ext.evaluation.answers import normalize
 
 __all__ = ["Task", "read_questions", "read_tasks"]
 
-HINTS = ("none", "right", "wrong")
 SEED = 0  # of splits where none is published
 Item = TypeVar("Item")
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moda_ext.conversations import write_conversations
-from moda_ext.evaluation.tasks import HINTS
+from moda_ext.conversations import HINTS, write_conversations
 from moda_ext.small.packages import rated_sentences
 from moda_ext.small.questions import TASKS, Question, ask, describe, with_hint, wrong_answer
 from moda_ext.small.scenes import SCENE_KINDS, Scene, Splits, make_scene

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from moda_ext.conversations import encode, read_conversations
+from moda_ext.conversations import HINTS, encode, read_conversations
 from moda_ext.diagnostics import AttentionMeter, load_model
 from moda_ext.evaluation.evaluate import evaluate
-from moda_ext.evaluation.tasks import HINTS, Task, read_questions
+from moda_ext.evaluation.tasks import Task, read_questions
 from moda_ext.integrations.transformers import moda_parameters
 from moda_ext.study.variants import VARIANTS, Variant
 from moda_ext.training import Lora, Stage, train_stage
