@@ -74,8 +74,8 @@ constexpr int kScratchStride = kScratchColumns + 96 / static_cast<int>(sizeof(T)
 // A sum of this many steps is one chain of roundings; longer ones are sums of such pieces, which divides the error
 // of a head size of 256 by two (the error of a chain grows with its length, that of a sum of pieces with the root of
 // their number). The pieces meet in C: 24 loads, additions and stores for 24 x 64 multiply-adds. The backward pass takes
-// shorter ones for scores and their gradients, at 1 % of its time: the first rows of a causal call hand their errors to
-// few keys. Everywhere they cost a forward pass 2 to 3 %. Pairs have larger errors than those of their sums.
+// shorter ones for the gradients of probabilities, as the first rows of a causal call hand their errors to few keys; not
+// for scores, which have to be the numbers of the forward pass, where short ones cost 2 to 3 %. Pairs have larger errors.
 constexpr int kChain = 64;
 template <class E>
 constexpr int kShortChain = kPerElement<E> > 1 ? kChain : 32;

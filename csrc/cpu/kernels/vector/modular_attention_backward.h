@@ -323,7 +323,7 @@ void differentiate_block(const ModularAttentionBackwardArgs& args, const Sequenc
       if (columns <= 0) continue;
       const int rows = block.count - i < kRows ? block.count - i : kRows;
       const int64_t offset = static_cast<int64_t>(panel) * depth;
-      multiply_panel<E, Order::kRowMajor, Accumulate::kStore, kShortChain<E>>(
+      multiply_panel<E, Order::kRowMajor, Accumulate::kStore>(
           rows, columns, depth, scratch.query.rows + i * kStride, keys_transposed + offset, kPanel<T>,
           scores.probability + i * kStride + panel, kStride, nullptr, T(args.scale * kLog2e));
       multiply_panel<E, Order::kRowMajor, Accumulate::kStore, kShortChain<E>>(
