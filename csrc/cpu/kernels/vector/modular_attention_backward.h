@@ -236,8 +236,8 @@ bool view_block(const ModularAttentionBackwardArgs& args, const Sequence& sequen
 }
 
 // What turns a score in log2 units into a probability: P = 2^(s + shift) factor. The query, or the product of pairs, is
-// scaled exactly as in the forward pass, so that the scores are the same numbers that went into lse. The shift, (bias - L)
-// log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
+// scaled exactly as in the forward pass, so that the scores are the same numbers that went into lse (but those of few
+// rows, few_rows.h, whose sums have another order: off by a rounding of the score). The shift, (bias - L) log2(e), is large where rows are long; its rounding error would be common to the row and survive sums over keys (the
 // bias gradient), so the factor 2^error takes it back. The error is above 0.1 only where scores themselves are so large
 // that their rounding decides about P; nonpositive_exponent() keeps it a probability.
 template <class T>
