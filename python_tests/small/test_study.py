@@ -1,5 +1,7 @@
 """The study's comparisons, by runs whose figures are known, and what its variants do to a model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,9 +12,11 @@ pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23
 from moda_ext.conversations import Conversation, encode
 from moda_ext.diagnostics import load_model
 from moda_ext.integrations.transformers import attention_modules, recording
-from moda_ext.study import VARIANTS, Run
+from moda_ext.study import VARIANTS, Run, read_runs
 from moda_ext.study.tables import by_variant, differences, write_tables
 from moda_ext.study.variants import BASELINE
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def run(variant, seed, right, follows, **changes):
@@ -150,3 +154,10 @@ def test_a_prior_of_some_layers():
     assert started == [0, 4, *[0] * (len(started) - 2)]
     with pytest.raises(ValueError, match="prior_layers 1-9 are not among"):
         VARIANTS["prior"].attach(load_model("random", device="cpu")[0], prior=1.5, layers=[1, 9])
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="not in a checkout")
+def test_the_published_tables_are_those_of_the_published_runs():
+    text = (BENCHMARKS / "STUDY.md").read_text(encoding="utf-8")
+    for table in write_tables(read_runs(BENCHMARKS / "study")).strip().split("\n\n"):
+        assert table in text
