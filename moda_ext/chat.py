@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moda_ext.conversations import PLACEHOLDER, Conversation, encode
+from moda_ext.conversations import GREEDY, PLACEHOLDER, Conversation, encode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ class ChatSession:
         model, processor: as :func:`moda_ext.diagnostics.load_model` gives them, with MODA or without.
         system: the system message, if any. It may be set later; an attribute, as are the next three.
         max_new_tokens: of an answer; a longer one is cut.
-        temperature: of sampling; 0 decodes greedily.
+        temperature: of sampling; 0 takes the likeliest token, without the checkpoint's penalty on repetition if any.
         top_p: samples from the likeliest tokens that have this probability together.
 
     Raises:
@@ -217,15 +217,13 @@ class ChatSession:
                 self._images, self._last = images, (inputs, tokens)
 
     def _options(self) -> dict[str, Any]:
-        tokenizer, sampled = self.processor.tokenizer, self.temperature > 0
+        tokenizer = self.processor.tokenizer
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {
             "max_new_tokens": self.max_new_tokens,
             "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            **(sampling if self.temperature > 0 else GREEDY),
             "num_beams": 1,  # beams cannot be streamed
-            "do_sample": sampled,
-            "temperature": self.temperature if sampled else None,
-            "top_p": self.top_p if sampled else None,
-            "top_k": 0 if sampled else None,
         }
 
     def _pieces(self, written: _Written) -> Iterator[str]:

@@ -5,12 +5,14 @@ One JSON object for each conversation, a JSON list of them or one a line::
     {"id": "7", "image": "photo.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                         {"from": "gpt", "value": "A cat."}]}
 
-``image`` is a path, below the file's folder or the one that is named, or a list of paths, one for each ``<image>``.
+``image``, or ``images``, is a path, below the file's folder or the one that is named, or a list of paths, one for each
+``<image>``.
 ``{"from": "system", ...}`` may come first. All other keys are kept as :attr:`Conversation.fields`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +23,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BatchFeature
 
-__all__ = ["Conversation", "encode", "read_conversations", "render", "write_conversations"]
+__all__ = ["Conversation", "encode", "load_picture", "read_conversations", "render", "write_conversations"]
 
 PLACEHOLDER = "<image>"
 HINTS = ("none", "right", "wrong")  # what the field "hint" of a question may be
+# Options of generate for the likeliest token, whatever the checkpoint's generation_config says: a penalty on repetition
+# would be one on hints.
+GREEDY: dict[str, Any] = {
+    "num_beams": 1,
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -79,7 +92,10 @@ class Conversation:
                     f"{turn!r}"
                 )
             messages.append((ROLES[speaker], text))
-        pictures = record.get("image", record.get("images"))
+        both = [picture for key in ("image", "images") if (picture := record.get(key)) is not None]
+        if len(both) > 1:
+            raise ValueError(f"conversation {name}: has 'image' and 'images'; one must hold all of its pictures")
+        pictures = both[0] if both else None
         pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
         images = tuple(Path(folder, picture) if isinstance(picture, (str, Path)) else picture for picture in pictures)
         if images and not any(PLACEHOLDER in text for _, text in messages):
@@ -114,22 +130,26 @@ class Conversation:
         return [{"role": role, "content": _parts(text)} for role, text in self.messages]
 
     def pictures(self) -> list[Image]:
-        """The images, as RGB.
+        """The images, as RGB and upright (:func:`load_picture`).
 
         Raises:
             FileNotFoundError: there is no such file.
             OSError: a file that is no image.
         """
-        from PIL import Image
+        return [load_picture(image) for image in self.images]
 
-        opened = []
-        for image in self.images:
-            if not isinstance(image, Path):
-                opened.append(image.convert("RGB"))
-                continue
-            with Image.open(image) as file:
-                opened.append(file.convert("RGB"))
-        return opened
+
+def load_picture(image: str | Path | Image) -> Image:
+    """A file or a PIL image as RGB, upright: a camera notes in EXIF how it was held.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: a file that is no image.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(image) if isinstance(image, (str, Path)) else contextlib.nullcontext(image) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
 
 
 def _parts(text: str) -> list[dict]:

@@ -142,7 +142,7 @@ def print_result(found: Calibration) -> None:
     rich.print(table)
     if after is not None:
         lost = {hint: 100 * (before.accuracy[hint].value - share.value) for hint, share in after.accuracy.items()}
-        if lost["none"] > found.tolerance:
+        if lost["none"] > found.tolerance + 1e-9:
             rich.print(
                 f"[yellow]note[/]: on the half held out, accuracy without hints falls by {lost['none']:.1f} points, "
                 f"more than the tolerance of {found.tolerance:g}, which held where the prior was chosen"

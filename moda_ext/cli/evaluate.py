@@ -37,7 +37,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The report; beside it .json (figures) and .jsonl (answers).")] = Path(
         "evaluation.html"
     ),
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="So many questions of each task: the first, or drawn where it has labels.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of an answer; by default 32, and 512 for mmrole.", min=1)
@@ -167,18 +169,30 @@ def judged(evaluation: Evaluation, tasks: Sequence[Task], judge: Judge) -> Itera
 
 
 def print_accuracies(evaluations: Sequence[Evaluation]) -> None:
-    """The accuracy of each task with its interval, beside chance."""
+    """The accuracy of each task with its interval, beside chance; and the judge's scores of those that have one."""
     from moda_ext.evaluation.report import percent
 
-    table = Table(title="right answers; in parentheses: 95 % interval")
-    for column in ("task", "n", "chance", *(evaluation.model for evaluation in evaluations)):
-        table.add_column(rich.markup.escape(column), justify="left" if column == "task" else "right")
+    models = [evaluation.model for evaluation in evaluations]
+    exact = _table("right answers; in parentheses: 95 % interval", ("task", "n", "chance", *models))
+    judged = _table("evaluated / reference, mean over aspects; in parentheses: verdicts", ("task", "n", *models))
     for results in zip(*(evaluation.results for evaluation in evaluations), strict=True):
         first = results[0]
+        name, number = rich.markup.escape(first.title), str(len(first.answers))
         if first.judged:
-            cells = [f"{sum(s.values()) / len(s):.3f}" if (s := r.judged_scores()) else "no score" for r in results]
+            means = [f"{sum(s.values()) / len(s):.3f}" if (s := r.judged_scores()) else "no score" for r in results]
+            shares = [f"{r.verdicts - r.judge_errors} of {r.verdicts}" for r in results]
+            judged.add_row(name, number, *(f"{m} ({s})" for m, s in zip(means, shares, strict=True)))
         else:
+            chance = "" if first.chance is None else f"{100 * first.chance:.1f} %"
             cells = [percent(r.accuracy) + (" at chance" if r.at_chance else "") for r in results]
-        chance = "" if first.judged or first.chance is None else f"{100 * first.chance:.1f} %"
-        table.add_row(rich.markup.escape(first.title), str(len(first.answers)), chance, *cells)
-    rich.print(table)
+            exact.add_row(name, number, chance, *cells)
+    for table in (exact, judged):
+        if table.row_count:
+            rich.print(table)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(rich.markup.escape(column), justify="left" if column == "task" else "right")
+    return table

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moda_ext.conversations import load_picture
 from moda_ext.diagnostics.meter import AttentionMeter
 from moda_ext.diagnostics.results import Diagnosis
 
@@ -151,14 +152,11 @@ def diagnose(
     """
     if not images or not prompts:
         raise ValueError(f"diagnose: needs images and prompts, got {len(images)} and {len(prompts)}")
-    from PIL import Image
-
     meter = AttentionMeter(model, name=name, modalities=modalities, token_scores=num_pictures, similarity=True)
     looks, notes = [], []
     with meter:
         for path, prompt in progress([(path, prompt) for path in images for prompt in prompts]):
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            image = load_picture(path)
             inputs = processor(images=[image], text=[format_prompt(processor, prompt)], return_tensors="pt")
             inputs = inputs.to(model.device, model.dtype)  # of these, floating-point ones only
             scored = meter.num_scored

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moda_ext.conversations import Conversation, encode, render
+from moda_ext.conversations import GREEDY, Conversation, encode, render
 from moda_ext.training.collator import IGNORED, Collator
 
 __all__ = ["forced_matches", "generate_answers", "normalize"]
@@ -65,13 +65,10 @@ def generate_answers(
     answers = [""] * len(asked)
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Greedy, whatever the checkpoint's generation_config says: a penalty on repetition would be one on hints.
-    plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **plain}
     for batch in progress(batches(asked, processor, batch_size)):
         inputs, _ = encode(processor, [asked[i] for i in batch], padding_side="left")
         inputs = inputs.to(model.device, model.dtype)
-        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling, **generate}
+        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **GREEDY, **generate}
         tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         for i, answer in zip(batch, processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[i] = answer.strip()

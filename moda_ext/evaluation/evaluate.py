@@ -135,6 +135,11 @@ class TaskResult:
         return {aspect: sum(found) / len(found) for aspect, found in scores.items()}
 
     @property
+    def verdicts(self) -> int:
+        """How many verdicts of a judge were asked for."""
+        return sum(len(answer.scores) + len(answer.errors) for answer in self.answers)
+
+    @property
     def judge_errors(self) -> int:
         """How many verdicts of a judge were none."""
         return sum(len(answer.errors) for answer in self.answers)
@@ -343,7 +348,7 @@ def compare(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> tuple[
     """
     if not before or len(before) != len(after):
         raise ValueError(f"compare: needs equally many models on both sides, got {len(before)} and {len(after)}")
-    asked = [[(r.title, a.id, a.question) for r in e.results for a in r.answers] for e in (*before, *after)]
+    asked = [[_asked(r, a) for r in e.results for a in r.answers] for e in (*before, *after)]
     if any(questions != asked[0] for questions in asked):
         raise ValueError("compare: the models were not asked the same questions")
     overall = [[e.overall() for e in side] for side in (before, after)]
@@ -354,6 +359,12 @@ def compare(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> tuple[
         _compare("all questions without a hint", *overall) if overall[0][0] else None,
         [dataclasses.replace(c, corrected=p) for c, p in zip(by_task, corrected, strict=True)],
     )
+
+
+def _asked(result: TaskResult, answer: Answer) -> tuple:
+    """What must be the same of two answers that are compared. Folders may differ, such as those of two machines."""
+    pictures = [Path(image).name for image in answer.images]
+    return result.title, answer.id, answer.question, normalize(answer.expected), answer.hinted, answer.choices, pictures
 
 
 def _outcomes(evaluation: Evaluation) -> dict[str, list[bool]]:

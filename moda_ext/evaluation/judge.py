@@ -179,7 +179,7 @@ def judge_answers(result: TaskResult, task: Task, judge: Judge, *, progress: Pro
             except MalformedVerdict as error:
                 errors[aspect] = str(error)
             except ConnectionError as error:
-                if not judged and not scores:
+                if not (judged or scores or errors):
                     raise  # it was never reached
                 errors[aspect] = str(error)
         judged.append(dataclasses.replace(answer, scores=scores, errors=errors))

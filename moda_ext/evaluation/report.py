@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moda_ext.conversations import load_picture
 from moda_ext.evaluation.evaluate import (
     Answer,
     Comparison,
@@ -185,6 +186,12 @@ def _findings(evaluation: Evaluation) -> list[str]:
     for result in evaluation.results:
         if result.judged and not result.judged_scores():
             sentences.append(f"{result.title}: there is no score, as no judge gave one.")
+        elif result.judge_errors:
+            why = next(reason for answer in result.answers for reason in answer.errors.values())
+            sentences.append(
+                f"{result.title}: {result.judge_errors} of {result.verdicts} verdicts are missing and in no mean, so "
+                f"that models may not stand on the same answers; the first because: {why}."
+            )
     return [f"{evaluation.model}: {' '.join(sentences)}"] if sentences else []
 
 
@@ -384,14 +391,11 @@ def _given(answer: Answer) -> str:
 
 def _thumbnail(answer: Answer) -> str:
     """The first picture of a question, small."""
-    from PIL import Image
-
     if not answer.images:
         return "none"
     file = io.BytesIO()
-    with Image.open(answer.images[0]) as image:
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(file, format="JPEG")
+    small = load_picture(answer.images[0])
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, format="JPEG")
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{data}" alt="picture of question {escape(answer.id)}">'

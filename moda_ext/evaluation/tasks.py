@@ -14,7 +14,7 @@ from moda_ext.evaluation.answers import normalize
 
 __all__ = ["Task", "read_questions", "read_tasks"]
 
-SEED = 0  # of splits where none is published
+SEED = 0  # of what is drawn
 Item = TypeVar("Item")
 
 
@@ -85,12 +85,19 @@ class Task:
         """The answers that a question leaves, or () where any text may be one."""
         return self.labels or tuple(conversation.fields.get("choices", ()))
 
-    def first(self, limit: int | None) -> Task:
-        """Its first questions alone."""
-        if limit is None or limit >= len(self.conversations):
+    def limited(self, limit: int | None) -> Task:
+        """So many of its questions: the first, or drawn where it has labels, by which a data set may be sorted."""
+        number = len(self.conversations)
+        if limit is None or limit >= number:
             return self
-        note = f"The first {limit} of {len(self.conversations)} questions."
-        return dataclasses.replace(self, conversations=self.conversations[:limit], notes=(*self.notes, note))
+        if self.labels:
+            kept = sorted(random.Random(SEED).sample(range(number), limit))
+            note = f"{limit} of {number} questions, drawn with the seed {SEED}."
+        else:
+            kept, note = list(range(limit)), f"The first {limit} of {number} questions."
+        return dataclasses.replace(
+            self, conversations=tuple(self.conversations[i] for i in kept), notes=(*self.notes, note)
+        )
 
 
 def read_questions(path: str | Path) -> list[Task]:
@@ -154,7 +161,7 @@ def read_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
         names: ``"small"`` (a ``test.jsonl``), ``"mvsa-single"``, ``"mvsa-multiple"``, ``"tumemo"``, ``"hfm"``,
             ``"mmrole"``, or files of questions (:func:`read_questions`).
         data: folder of the named sets, or one that holds their folders.
-        limit: how many questions of each task to keep, the first ones.
+        limit: how many questions of each task to keep (:meth:`Task.limited`).
 
     Raises:
         FileNotFoundError: a file that is missing, a picture included.
@@ -176,7 +183,7 @@ def read_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
     for title in titles:
         if titles.count(title) > 1:
             raise ValueError(f"there are two tasks {title!r}")
-    found = [task.first(limit) for task in found]
+    found = [task.limited(limit) for task in found]
     for task in found:
         check_pictures(task.conversations)
     return found
@@ -231,5 +238,5 @@ def question(record_id: str, image: Path, prompt: str, answer: str, labels: Sequ
     """A question about one picture, asked with the labels it may be answered with."""
     turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
     return Conversation.from_record(
-        {"id": record_id, "image": image, "conversations": turns, "choices": list(labels)}, folder=image.parent
+        {"id": record_id, "image": image.name, "conversations": turns, "choices": list(labels)}, folder=image.parent
     )

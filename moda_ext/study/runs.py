@@ -249,7 +249,7 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     log = json.loads((place / "log.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in log if "loss" in entry][-max(1, plan.steps // 10) :]
     asked = read_questions(small / "data" / f"{plan.questions}.jsonl")
-    tasks = [task.first(plan.limit) for task in asked if task.hint in plan.hints]
+    tasks = [task.limited(plan.limit) for task in asked if task.hint in plan.hints]
     with torch.autocast(model.device.type, torch.bfloat16):
         results = [evaluate(model, processor, task, batch_size=20, max_new_tokens=6) for task in tasks]
         deficit = {} if chosen.blind else measure_deficit(model, processor, tasks)

@@ -34,7 +34,6 @@ class Dataset(Sequence[Conversation]):
         if "conversations" not in rows.column_names:
             raise ValueError(f"the dataset must have a column 'conversations', got {', '.join(rows.column_names)}")
         self.rows, self.folder = rows, folder
-        self.column = next((name for name in ("image", "images") if name in rows.column_names), None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,12 +53,13 @@ class Dataset(Sequence[Conversation]):
 
     def have_images(self) -> list[bool]:
         """Whether each conversation has one, without decoding any."""
-        if self.column is None:
-            return [False] * len(self)
-        values = self.rows.with_format("arrow")[self.column][:]
-        if self.column == "images":
-            return [bool(count) for count in values.combine_chunks().value_lengths().to_pylist()]
-        return values.is_valid().to_pylist()
+        found, columns = [False] * len(self), self.rows.with_format("arrow")
+        if "image" in self.rows.column_names:
+            found = columns["image"][:].is_valid().to_pylist()
+        if "images" in self.rows.column_names:
+            counts = columns["images"][:].combine_chunks().value_lengths().to_pylist()
+            found = [before or bool(count) for before, count in zip(found, counts, strict=True)]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

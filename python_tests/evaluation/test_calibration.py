@@ -365,6 +365,8 @@ class TestCommand:
         assert "this prior is no better" in printed
         print_result(dataclasses.replace(found, after=scores(9, 2)))
         assert "note" not in capsys.readouterr().out
+        print_result(dataclasses.replace(found, before=scores(8, 8), after=scores(5, 2), tolerance=30.0))
+        assert "accuracy without hints" not in capsys.readouterr().out  # 100 * (0.8 - 0.5) is more than 30
 
     def test_where_none_is_better_nothing_is_saved(self, believer, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")

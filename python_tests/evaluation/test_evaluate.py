@@ -244,6 +244,22 @@ def test_models_with_other_questions_are_not_compared():
         compare([one], [one, one])
 
 
+@pytest.mark.parametrize(
+    "changed", [{"expected": "no"}, {"hinted": "no"}, {"choices": ("yes",)}, {"images": ("a/y.png",)}]
+)
+def test_questions_of_one_name_may_differ(changed):
+    """The id and the text are the same, and something else is not, such as in a file that has been mended."""
+    one = result(["yes"])
+    same, other = (
+        dataclasses.replace(one, answers=(dataclasses.replace(one.answers[0], **{"images": ("a/x.png",), **more}),))
+        for more in ({}, changed)
+    )
+    moved = dataclasses.replace(same, answers=(dataclasses.replace(same.answers[0], images=("b/x.png",)),))
+    assert compare([evaluation("a", same)], [evaluation("b", moved)])[0].difference == 0
+    with pytest.raises(ValueError, match="not asked the same questions"):
+        compare([evaluation("a", same)], [evaluation("b", other)])
+
+
 def test_colours_are_told_apart_only_by_the_picture(results):
     """The question is the same for all, so that what was learnt is in the picture."""
     assert {answer.question for answer in results[0].answers} == {"What colour?"}

@@ -148,6 +148,8 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     tasks = json.loads(out.with_suffix(".json").read_text())["models"][0]["tasks"]
     assert [task["judge_errors"] for task in tasks] == [0, 1]
     assert set(tasks[0]["scores"].values()) == {0.75}
+    assert "right answers" not in output and "0.750 (24 of 24)" in output and "0.750 (23 of 24)" in output
+    assert "mmrole out-of-distribution: 1 of 24 verdicts are missing and in no mean" in words(output)
     page = out.read_text()
     assert page.count("<td>0.750 of 3</td>") == 15 and page.count("<td>0.750 of 2</td>") == 1 and "0.750" in output
     assert "secret" not in out.read_text()

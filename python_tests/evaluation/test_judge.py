@@ -131,6 +131,8 @@ def test_what_is_scored_before_the_judge_fails_is_kept(server, task, result):
     assert judged.judged_scores() == dict.fromkeys(list(ASPECTS)[:3], 0.5)
     assert [len(answer.errors) for answer in judged.answers] == [5, 8]
     assert "refuses: 401" in judged.answers[1].errors["Fluency"]
+    server.replies = ["They are equal."] + [401] * 15  # reached, though no score came of it
+    assert judge_answers(result, task, judge(server)).judge_errors == 16
     server.replies = [401]
     with pytest.raises(ConnectionError, match="refuses: 401"):
         judge_answers(result, task, judge(server))

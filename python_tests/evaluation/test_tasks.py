@@ -1,6 +1,7 @@
 """Question files, and the published data sets in their layouts, on samples made by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,8 @@ pytest.importorskip("PIL", reason="pillow is not installed")
 from questions import picture, record, write_mmrole, write_questions  # noqa: E402
 
 from moda_ext.conversations import write_conversations  # noqa: E402
-from moda_ext.evaluation import hfm, mvsa, read_questions, read_tasks  # noqa: E402
-from moda_ext.evaluation.tasks import draw_test  # noqa: E402
+from moda_ext.evaluation import Task, hfm, mvsa, read_questions, read_tasks  # noqa: E402
+from moda_ext.evaluation.tasks import draw_test, question  # noqa: E402
 
 
 def write(path, text):
@@ -36,6 +37,16 @@ class TestQuestionFiles:
         tasks = read_tasks([str(write_questions(tmp_path))], limit=2)
         assert [len(task.conversations) for task in tasks] == [2, 2, 2, 2]
         assert tasks[0].notes == ("The first 2 of 4 questions.",)
+
+    def test_of_a_task_with_labels_the_limited_questions_are_drawn(self):
+        """A data set may be sorted by its labels: the first ones would be of one label."""
+        asked = [question(str(i), Path("a.jpg"), "?", "no" if i < 50 else "yes", ("no", "yes")) for i in range(100)]
+        task = Task("t", tuple(asked), labels=("no", "yes"))
+        few = task.limited(40)
+        assert {c.answer for c in few.conversations} == {"no", "yes"} and len(few.conversations) == 40
+        assert few == task.limited(40) and few.notes == ("40 of 100 questions, drawn with the seed 0.",)
+        assert [int(c.id) for c in few.conversations] == sorted(int(c.id) for c in few.conversations)
+        assert task.limited(100) == task.limited(None) == task
 
     def test_a_file_without_names_is_a_task_of_its_own_name(self, tmp_path):
         write(tmp_path / "mine.jsonl", json.dumps(record("1", "What?", "this")))
@@ -236,11 +247,15 @@ class TestHFM:
 ['14', 'see <url>', 0, 0]
 """
 
-    def test_read(self, tmp_path):
+    @pytest.mark.parametrize("relative", [False, True])
+    def test_read(self, tmp_path, monkeypatch, relative):
+        monkeypatch.chdir(tmp_path.parent)
+        data = Path(tmp_path.name) if relative else tmp_path
         write(tmp_path / "text" / "test2.txt", self.POSTS)
         for i in (11, 13):
             picture(tmp_path / "dataset_image" / f"{i}.jpg")
-        (task,) = read_tasks(["hfm"], tmp_path)
+        (task,) = read_tasks(["hfm"], data)
+        assert task.conversations[0].images == (data / "dataset_image" / "11.jpg",)
         assert [(c.id, c.answer) for c in task.conversations] == [("11", "yes"), ("13", "no")]  # the last label counts
         assert (task.labels, task.positive) == (("no", "yes"), "yes")
         assert "2 posts whose words give the label away" in task.notes[0]

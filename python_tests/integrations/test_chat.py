@@ -64,6 +64,16 @@ class TestAnswers:
         assert session.conversation.messages[:2] == asked.messages
         assert [session.conversation.answer] == generate_answers(model, processor, [asked], max_new_tokens=12)
 
+    def test_at_temperature_0_no_penalty_of_the_checkpoint_counts(self, tiny):
+        session = ChatSession(*tiny, max_new_tokens=12)
+        answer = "".join(session.ask("Hello"))
+        tiny[0].generation_config.repetition_penalty = 0.1
+        session.reset()
+        assert "".join(session.ask("Hello")) == answer
+        session.reset()
+        session.temperature = 1e-4  # samples, as the checkpoint wants it
+        assert "".join(session.ask("Hello")) != answer
+
     def test_samples_are_those_of_generate(self, tiny):
         model, processor = tiny
         session = ChatSession(model, processor, max_new_tokens=12, temperature=0.8, top_p=0.9)

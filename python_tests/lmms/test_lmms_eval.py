@@ -137,6 +137,8 @@ def answers(model, *requests) -> list[str]:
 
 
 def test_an_answer_ends_before_the_first_of_the_strings(model):
+    from moda_ext.evaluation.lmms_eval.model import endings
+
     (whole,) = answers(model, request("Why?"))
     assert len(whole) > 4
     middle, late = whole[2:4], whole[-2:]
@@ -144,6 +146,8 @@ def test_an_answer_ends_before_the_first_of_the_strings(model):
         answers(model, request("Why?", until=[late, middle]), request("Why?", until=middle))
         == [whole[: whole.index(middle)].rstrip()] * 2
     )
+    # A blank line is what lmms-eval adds where a task says nothing, and ends no answer.
+    assert endings(request("Why?", until=["\n\n", "Q:"])) == ["Q:"] and endings(request("Why?", until="\n\n")) == []
     assert answers(model, request("Why?", until=None), request("Why?", until=["", "never written"])) == [whole] * 2
 
 

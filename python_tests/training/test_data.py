@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from conversations import write_data
 
+from moda_ext.conversations import Conversation
 from moda_ext.training import Source
 from moda_ext.training.data import draw_order, have_images, load_conversations
 
@@ -39,7 +40,32 @@ def test_conversations_with_images_and_without_are_not_in_one_batch():
     assert max(Counter(order).values()) - min(Counter(order).values()) <= 1  # nobody waits for long
 
 
-@pytest.mark.parametrize("column", ["image", "images"])
+def test_where_a_conversation_has_its_pictures(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]
+    for record in ({"image": "a.jpg"}, {"images": ["a.jpg"]}, {"image": None, "images": ["a.jpg"]}):
+        found = Conversation.from_record({"conversations": turns, **record}, tmp_path)
+        assert found.images == (tmp_path / "a.jpg",)
+    with pytest.raises(ValueError, match="has 'image' and 'images'"):
+        Conversation.from_record({"conversations": turns, "image": "a.jpg", "images": ["a.jpg"]})
+
+
+def test_pictures_are_upright(tmp_path):
+    """Orientation 6: the camera was turned, and the first row of the file is the right side of the scene."""
+    from PIL import Image
+
+    lying = Image.new("RGB", (40, 20), "red")
+    lying.paste("blue", (0, 0, 40, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "photo.png", exif=exif)
+    turns = (("user", "<image><image>"),)
+    for picture in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        for found in Conversation("a", turns, (picture, picture)).pictures():
+            assert found.size == (20, 40)
+            assert (found.getpixel((2, 20)), found.getpixel((17, 20))) == ((255, 0, 0), (0, 0, 255))
+
+
+@pytest.mark.parametrize("column", ["image", "images", "both"])
 def test_hugging_face_datasets(column, tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is missing: moda_ext[train]")
     path = write_data(tmp_path / "data", 6)
@@ -47,10 +73,13 @@ def test_hugging_face_datasets(column, tmp_path):
     for record in records:
         image = record.pop("image", None)
         file = None if image is None else str(tmp_path / "data" / image)
-        record[column] = file if column == "image" else [] if file is None else [file]
-    kind = datasets.Image() if column == "image" else datasets.List(datasets.Image())
+        alone = column == "image" or (column == "both" and int(record["id"]) % 2 == 0)
+        places = {"image": file if alone else None, "images": None if alone else [] if file is None else [file]}
+        record |= places if column == "both" else {column: places[column]}
+    kinds = {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    kinds = kinds if column == "both" else {column: kinds[column]}
     turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
-    features = {"id": datasets.Value("string"), "conversations": datasets.List(turn), column: kind}
+    features = {"id": datasets.Value("string"), "conversations": datasets.List(turn), **kinds}
     rows = datasets.Dataset.from_list(records, features=datasets.Features(features))
     rows.save_to_disk(tmp_path / "saved")
     found = load_conversations([Source(dataset=str(tmp_path / "saved"), fraction=0.99)])

@@ -173,9 +173,13 @@ def generation_options(request: Instance, max_new_tokens: int) -> dict[str, Any]
 
 
 def endings(request: Instance) -> list[str]:
-    """The strings that end an answer."""
+    """The strings that end an answer.
+
+    A blank line is none: lmms-eval puts it there where a task says nothing, and it would cut off what is reasoned
+    before the answer.
+    """
     until = request.args[2].get("until") or []
-    return [until] if isinstance(until, str) else [end for end in until if end]
+    return [end for end in ([until] if isinstance(until, str) else until) if end and end != "\n\n"]
 
 
 def cut(answer: str, ends: Sequence[str]) -> str:
