@@ -31,7 +31,7 @@ SCENE_KINDS = ("things", "count", "writer")
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """What a part of the data is made of. No two parts share a sentence.
+    """What a part of the data is made of. No two parts share a sentence, letter for letter.
 
     Attributes:
         sentences: (sentence, whether it is positive).

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,8 +244,10 @@ def do_run(folder: Path, plan: Plan, variant: str, seed: int) -> Run:
     conversations, stage = read_conversations(small / "data" / chosen.data), plan.stage(chosen)
     place = folder / "training" / f"{_path(folder, variant, seed).stem}"
     begin, cost = time.process_time(), place / "seconds.json"
+    if not cost.exists():
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was killed: what it cost is not known
     model = train_stage(model, processor, stage, conversations, place, seed=seed, progress=False)
-    if not cost.exists():  # else it had been trained before
+    if not cost.exists():
         write_json(cost, time.process_time() - begin)
     log = json.loads((place / "log.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in log if "loss" in entry][-max(1, plan.steps // 10) :]

@@ -115,7 +115,7 @@ def _tasks(runs: Sequence[Run]) -> str:
             right = sum(o.count("1") for o in outcomes) / len(outcomes)
             share = Proportion(round(right), len(outcomes[0]))  # seeds are asked the same questions
             low, high = share.interval
-            mark = "" if low > chance else ", at chance"
+            mark = "" if low > chance else ", below chance" if high < chance else ", at chance"
             cells.append(f"{100 * right / share.n:.0f} ({100 * low:.0f} to {100 * high:.0f}{mark})")
         lines.append(cells)
     return _table(["right, no hint, % (95 %)", "chance", *groups], lines)

@@ -30,9 +30,9 @@ class Collator:
             error, as a model would not learn to stop. Otherwise an answer ends there before the template's white space.
 
     Raises:
-        ValueError: in a call, a conversation that is too long or without an answer, or a chat template that ends no
-            answer or writes the beginning of a conversation in another way once it goes on, by the id of the
-            conversation.
+        ValueError: in a call, by the id of the conversation: one that is too long, has no answer or an empty one, or a
+            picture in an answer; or a chat template that ends no answer, or writes the beginning of a conversation in
+            another way once it goes on.
     """
 
     def __init__(self, processor: Any, max_length: int | None = None, *, needs_end: bool = True):
@@ -68,9 +68,16 @@ class Collator:
             ids: (N,), its tokens, without padding.
         """
         spans, whole = [], self._tokens(text)
-        for turn, (role, _) in enumerate(conversation.messages):
+        for turn, (role, answer) in enumerate(conversation.messages):
             if role != "assistant":
                 continue
+            if not answer.strip():
+                raise ValueError(f"conversation {conversation.id}: an answer is empty: there is nothing to learn")
+            if PLACEHOLDER in answer:
+                raise ValueError(
+                    f"conversation {conversation.id}: an answer has {PLACEHOLDER} in it, and a model cannot learn to "
+                    "write a picture"
+                )
             start = self._beginning(conversation, turn, text, whole, ids)
             end = self._beginning(conversation, turn + 1, text, whole, ids)
             stops = [i for i in range(start, end) if int(ids[i]) in self._ends]

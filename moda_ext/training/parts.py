@@ -25,7 +25,7 @@ NAMES = {
     },
     "vision": {"vision_tower", "visual", "vision_model"},
 }
-TEXT_STACKS = ("language_model", "text_model")
+TARGETED = r".*(language_model|text_model)\..*\.({names})"  # modules of the language model, by the ends of their names
 
 
 def part_of(name: str) -> str:
@@ -45,7 +45,7 @@ def prepare(model: Any, stage: Stage) -> Any:
         ``model``, or PEFT's around it.
 
     Raises:
-        ValueError: a part that the model does not have.
+        ValueError: a part that the model does not have, or a target of ``lora`` that its language model does not have.
         ImportError: peft is not installed, and the stage has ``lora``.
     """
     model.requires_grad_(False)
@@ -55,6 +55,7 @@ def prepare(model: Any, stage: Stage) -> Any:
     if stage.lora is not None:
         import peft
 
+        check_targets(model, stage)
         names = "|".join(map(re.escape, stage.lora.target_modules))
         model = peft.get_peft_model(
             model,
@@ -62,7 +63,7 @@ def prepare(model: Any, stage: Stage) -> Any:
                 r=stage.lora.r,
                 lora_alpha=stage.lora.alpha,
                 lora_dropout=stage.lora.dropout,
-                target_modules=rf".*({'|'.join(TEXT_STACKS)})\..*\.({names})",
+                target_modules=TARGETED.format(names=names),
                 modules_to_save=["moda"] if "moda" in stage.train else None,
             ),
         )
@@ -78,6 +79,21 @@ def prepare(model: Any, stage: Stage) -> Any:
     if missing:
         raise ValueError(f"stage {stage.name}: the model has no {', '.join(missing)} to train")
     return model
+
+
+def check_targets(model: nn.Module, stage: Stage) -> None:
+    """PEFT says nothing where some of several targets are not there.
+
+    Raises:
+        ValueError: the language model has no module of such a name.
+    """
+    assert stage.lora is not None, "asked for where there are targets"
+    for target in stage.lora.target_modules:
+        pattern = re.compile(TARGETED.format(names=re.escape(target)))
+        if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
+            raise ValueError(
+                f"stage {stage.name}: no layer of the language model has a {target!r}, which lora.target_modules names"
+            )
 
 
 def optimizer_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:

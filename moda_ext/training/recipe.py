@@ -95,7 +95,8 @@ class Stage:
         steps: of the optimiser, instead of ``epochs``.
         batch_size: conversations in a forward pass of a process.
         gradient_accumulation: forward passes of a process in a step.
-        warmup: the share of the steps in which the learning rates rise from 0.
+        warmup: the share of the steps in which the learning rates rise from 0; none of a single step, and none where
+            the schedule is ``"constant"``.
         schedule: of the learning rates: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"constant_with_warmup"``.
         weight_decay: of everything but MODA's fast parameters.
         max_grad_norm: to which gradients are scaled down.

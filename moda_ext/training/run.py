@@ -170,12 +170,12 @@ def fit(
         )
     order = draw_order(with_image, stage.batch_size, steps * passes, seed)
     batches: Any = Subset(conversations, order)  # type: ignore[arg-type]  # a sequence will do
-    probe = None
+    probe = []
     if stage.deficit_every:
-        some = list(dict.fromkeys(i for i in order if with_image[i]))[: min(PROBE, stage.batch_size)]
+        some = [conversations[i] for i in list(dict.fromkeys(i for i in order if with_image[i]))[:PROBE]]
         if not some:
             raise ValueError(f"stage {stage.name}: deficit_every must be 0, as no conversation has an image")
-        probe = collator([conversations[i] for i in some])
+        probe = [collator(some[i : i + stage.batch_size]) for i in range(0, len(some), stage.batch_size)]
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)

@@ -53,7 +53,7 @@ class ConversationTrainer(Trainer):
         folder: of checkpoints and log.
         collator: makes a batch of conversations.
         seed: of dropout.
-        probe: a batch to measure deficit disorder attention on.
+        probe: batches to measure deficit disorder attention on; none for no such measurement.
         progress: show a bar.
 
     Raises:
@@ -72,7 +72,7 @@ class ConversationTrainer(Trainer):
         *,
         collator: Any,
         seed: int,
-        probe: Mapping[str, Tensor] | None,
+        probe: Sequence[Mapping[str, Tensor]],
         progress: bool,
     ):
         arguments = TrainingArguments(
@@ -84,7 +84,7 @@ class ConversationTrainer(Trainer):
             dataloader_num_workers=stage.workers,
             remove_unused_columns=False,
             lr_scheduler_type=stage.schedule,
-            warmup_steps=stage.warmup,
+            warmup_steps=0 if steps == 1 else stage.warmup,  # a single step at a rate of 0 would train nothing
             max_grad_norm=stage.max_grad_norm,
             activation_checkpointing=stage.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},
@@ -178,11 +178,12 @@ class ConversationTrainer(Trainer):
             self._balances.clear()
         if "loss" in logs and self.measures_now():
             logs |= self.measure_deficit()
+        logs.pop("train_loss", None)  # of the steps since the last start alone
         super().log(logs, start_time)
 
     def measures_now(self) -> bool:
         """Whether deficit disorder attention is measured after this step."""
-        return self.probe is not None and self.state.global_step % self.stage.deficit_every == 0
+        return bool(self.probe) and self.state.global_step % self.stage.deficit_every == 0
 
     @torch.no_grad()
     def measure_deficit(self) -> dict[str, float]:
@@ -191,13 +192,13 @@ class ConversationTrainer(Trainer):
         See :class:`moda_ext.diagnostics.AttentionMeter`. A figure that is not defined is left out. The model, its mode
         and the random numbers stay as they are.
         """
-        assert self.probe is not None, "asked for where there is one"
         modes = [(module, module.training) for module in self.network.modules()]
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        batch = self._prepare_inputs({key: value for key, value in self.probe.items() if key != "labels"})
         meter = AttentionMeter(self.network.eval())
         with torch.random.fork_rng(devices, device_type=self.args.device.type), self.autocast(), meter:
-            self.network(**batch, logits_to_keep=1, use_cache=False)
+            for batch in self.probe:
+                inputs = self._prepare_inputs({key: value for key, value in batch.items() if key != "labels"})
+                self.network(**inputs, logits_to_keep=1, use_cache=False)
         for module, mode in modes:
             module.training = mode
         return deficits(meter.result())
@@ -213,7 +214,7 @@ class ConversationTrainer(Trainer):
 
 
 class Keeper(TrainerCallback):
-    """Moves whole checkpoints to where they are resumed from, and has the log written where deficits are measured."""
+    """Moves whole checkpoints to where they are resumed from, and has the log written then and for deficits."""
 
     def __init__(self, trainer: ConversationTrainer):
         self.trainer = trainer
@@ -225,7 +226,9 @@ class Keeper(TrainerCallback):
             self.trainer.log(self.trainer.measure_deficit())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= self.trainer.measures_now()
+        # What a checkpoint does not hold is the loss since the last entry: with an entry before each, the log of a run
+        # that was interrupted is that of one that was not.
+        control.should_log |= self.trainer.measures_now() or control.should_save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
@@ -305,8 +308,10 @@ def load_trained(model: nn.Module, path: Path) -> None:
         ValueError: other parameters are trained in this model.
     """
     saved, own = load_file(path), _trained(model)
-    if saved.keys() != own.keys():
-        raise ValueError(f"{path} has other weights than the model trains: {sorted(saved.keys() ^ own.keys())[:4]}")
+    shapes = [{(name, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (saved, own)]
+    if shapes[0] != shapes[1]:
+        other = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:4]
+        raise ValueError(f"{path} has other weights than the model trains: {', '.join(other)}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])

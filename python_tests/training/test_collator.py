@@ -100,8 +100,6 @@ def test_a_template_without_an_end_is_refused_or_ends_before_its_white_space(pro
         Collator(other)([asked])
     assert learnt(other, Collator(other, needs_end=False)([asked])) == "A cat.Yes"
     assert learnt(processor, Collator(processor, needs_end=False)([asked])) == "A cat. </s>Yes</s>"
-    with pytest.raises(ValueError, match="conversation 7: has no answer"):
-        Collator(other, needs_end=False)([conversation("a", "b", "c", " ")])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,5 +163,10 @@ def test_errors(processor):
         Collator(processor, length - 1)([long])
     with pytest.raises(ValueError, match="conversation 7: has no answer"):
         Collator(processor)([conversation("What?")])
+    for needs_end in (True, False):
+        with pytest.raises(ValueError, match="conversation 7: an answer is empty"):
+            Collator(processor, needs_end=needs_end)([conversation("a", "b", "c", " ")])
+    with pytest.raises(ValueError, match="conversation 7: an answer has <image> in it"):
+        Collator(processor)([conversation("Draw!", "<image>\nHere.", images=1)])
     with pytest.raises(ValueError, match="with pictures and without"):
         Collator(processor)([long, conversation("a", "b")])

@@ -25,7 +25,7 @@ from moda_ext.training.data import draw_order, have_images, load_conversations
 from moda_ext.training.parts import prepare
 from moda_ext.training.recipe import Source
 from moda_ext.training.run import begin, steps_of
-from moda_ext.training.trainer import load_trained
+from moda_ext.training.trainer import load_trained, save_trained
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -141,7 +141,7 @@ def test_the_merged_model_computes_what_the_adapters_did(model, data, tmp_path):
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit(finished, model, data, batch, tmp_path, monkeypatch):
     recipe = read_recipe(write_recipe(tmp_path, model, data, deficit_every=3))
     with monkeypatch.context() as patch:
-        killed_in_batch(1 + batch, patch)  # the first is the probe
+        killed_in_batch(2 + batch, patch)  # the first two are the probe
         with pytest.raises(Killed):
             train(recipe, progress=False)
     output = train(recipe, progress=False)
@@ -150,6 +150,32 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(finished, model, da
     assert all("lora_" in name or "projector" in name or ".moda." in name for name in weights(output))
     logs = [json.loads((folder / "instruct/log.json").read_text())[:-1] for folder in (output, finished)]
     assert logs[0] == logs[1]
+
+
+def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(model, data, tmp_path, monkeypatch):
+    """Checkpoints at 2, 4 and 6, and entries of the log at 3 and 6 otherwise."""
+    logs = []
+    for name in ("whole", "interrupted"):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = read_recipe(write_recipe(folder, model, data, log_every=3, balance=0.1))
+        if name == "interrupted":
+            with monkeypatch.context() as patch:
+                killed_in_batch(5, patch)
+                with pytest.raises(Killed):
+                    train(recipe, progress=False)
+        output = train(recipe, progress=False)
+        logs.append(json.loads((output / "instruct/log.json").read_text()))
+    assert [entry["step"] for entry in logs[0]] == [2, 3, 4, 6, 6]
+    assert logs[0][:-1] == logs[1][:-1] and all("balance" in entry for entry in logs[0][:-1])
+    assert all("loss" not in key for key in logs[1][-1])  # what the last start did
+
+
+def test_a_single_step_trains(model, data, tmp_path):
+    before = load_file(model / "model.safetensors")
+    output = train(read_recipe(write_recipe(tmp_path, model, data, steps=1)), progress=False)
+    merged = weights(output, "model.safetensors")
+    assert any(name in merged and not torch.equal(before[name], merged[name]) for name in before)
 
 
 @pytest.mark.parametrize("moment", ["optimizer", "move"])
@@ -385,10 +411,20 @@ def test_errors(model, data, tmp_path):
         train_stage(loaded, processor, Stage("s", ["projector"]), [], tmp_path)
     with pytest.raises(ValueError, match="stage s: 4 conversations have no image and teach it nothing"):
         train_stage(loaded, processor, Stage("s", ["projector"]), conversations, tmp_path)
+    lora = Lora(target_modules=["q_proj", "vproj"])
+    with pytest.raises(ValueError, match="stage s: no layer of the language model has a 'vproj', which lora.target"):
+        train_stage(loaded, processor, Stage("s", [], lora=lora), conversations, tmp_path)
     stage = Stage("s", ["text"], deficit_every=1, steps=1)
     plain = [c for c in conversations if not c.images]
     with pytest.raises(ValueError, match="deficit_every must be 0"):
         train_stage(loaded, processor, stage, plain, tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    """(1, 2) would be copied into every row of (3, 2)."""
+    save_trained(torch.nn.Linear(2, 1, bias=False), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="has other weights than the model trains: weight"):
+        load_trained(torch.nn.Linear(2, 3, bias=False), tmp_path / "w.safetensors")
 
 
 def test_steps_of_epochs():
