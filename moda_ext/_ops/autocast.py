@@ -4,6 +4,7 @@ So it is in the alignment operators, whose sums, scales and weights are float32 
 modality_bias and sink are added to scores that are accumulated in float32, so they become float32.
 """
 
+import contextlib
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,13 @@ def cast_sums(query: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ..
     if region_dtype(query) is None:
         return tensors
     return tuple(_cast(tensor, accumulation_dtype(query.dtype)) for tensor in tensors)
+
+
+def suspended(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast, for what runs on tokens that were cast already: products of sums stay in the dtype of sums."""
+    if region_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def region_dtype(tensor: object) -> torch.dtype | None:

@@ -113,6 +113,7 @@ class AttentionBalanceLoss(nn.Module):
             counts = measures.key_counts(query_modality, key_modality, num_modalities, is_causal=is_causal)
         rows = measures.rows_that_see_all(counts, key_modality) & (query_modality >= 0)
         target = self._target(counts, query_modality).to(mass.dtype)[:, None]  # (B, 1, N, M)
+        mass = torch.where(rows[:, None, :, None], mass, 1.0)  # rows of padding may hold NaN
         share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=self.eps)
         divergence = (torch.xlogy(target, target) - target * share.clamp(min=self.eps).log()).sum(dim=-1)
         own = (divergence * rows[:, None]).sum() / (rows.sum() * mass.shape[1]).clamp(min=1)

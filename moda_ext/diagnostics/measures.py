@@ -108,6 +108,7 @@ def sum_rows(values: Tensor, chosen: Tensor) -> Tensor:
     """
     rest = values.shape[1:-2]
     columns = values.movedim(-2, 1).flatten(2).flatten(0, 1)  # (B Nq, ... K): one product for all
+    columns = columns.masked_fill(~chosen.any(dim=-1).flatten()[:, None], 0)  # rows of padding may hold NaN
     sums = chosen.to(values.dtype).flatten(0, 1).T @ columns
     return sums.reshape(chosen.shape[-1], *rest, values.shape[-1]).movedim(0, -2)
 
@@ -208,7 +209,7 @@ def attention_efficiency(flow: Tensor, pairs: Tensor) -> Tensor:
     return pair_weight(flow, pairs) / pair_weight(flow.sum(dim=-1, keepdim=True), pairs.sum(dim=-1, keepdim=True))
 
 
-def prompt_shares(mass: Tensor) -> Tensor:
+def prompt_shares(mass: Tensor, total: Tensor | None = None) -> Tensor:
     r"""Attention to the prompt, with rows normalised over the prompt's keys.
 
     .. math:: \hat A_{him} = A_{him} \Big/ \tfrac{1}{H} \textstyle\sum_{h'} \sum_{m'} A_{h'im'}
@@ -218,11 +219,12 @@ def prompt_shares(mass: Tensor) -> Tensor:
 
     Args:
         mass: (..., H, N, M): what row i gives to the prompt's keys of modality m.
+        total: (..., 1, N, 1): the divisor, where these are not all heads.
 
     Returns:
         Of the same shape; 0 in a row that gives the prompt nothing.
     """
-    total = mass.sum(dim=-1, keepdim=True).mean(dim=-3, keepdim=True)
+    total = mass.sum(dim=-1, keepdim=True).mean(dim=-3, keepdim=True) if total is None else total
     return torch.where(total == 0, 0.0, mass / total)
 
 
@@ -268,7 +270,7 @@ def token_similarity(hidden: Tensor, chosen: Tensor) -> Tensor:
         (B,), in at least float32; NaN for fewer than two tokens.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    unit = F.normalize(hidden.to(dtype), dim=-1) * chosen[..., None]
+    unit = F.normalize(hidden.to(dtype).masked_fill(~chosen[..., None], 0), dim=-1)
     n = chosen.sum(dim=1).to(dtype)
     total = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
     return torch.where(n > 1, total / (n * (n - 1)).clamp(min=1), torch.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -112,13 +113,16 @@ class AttentionMeter:
         self._sums: dict[int, LayerSums] = {}
         self._similarity: dict[int, list[Tensor]] = {}
         self._scores: dict[int, list[Tensor]] = {}  # for each layer, of each kept sequence
-        self._scored: list[tuple[Tensor, Tensor]] = []  # modality and uniform scores of each kept sequence
+        self._uniform: dict[int, list[Tensor]] = {}  # the same of uniform attention
+        self._scored: list[Tensor] = []  # the modalities of each kept sequence
+        self._settled = 0  # how many of them are not of the pass that is going on
         self._sequences: int | Tensor = 0
         self._prompts.reset()
         self._end_pass()
 
     def _end_pass(self) -> None:
         self._prompts.end_pass()
+        self._settle()
         self._call: _Call | None = None
         self._layer: int | None = None  # the last one that was recorded
         self._scoring: list[int] = []  # the sequences of this forward pass whose token scores are kept
@@ -172,6 +176,7 @@ class AttentionMeter:
             if self._scoring:
                 received = mean_over_heads(call.text_looks_at(record), record.mesh)
                 self._scores.setdefault(record.layer, []).extend(received[b] for b in self._scoring)
+                self._uniform.setdefault(record.layer, []).extend(call.uniform_looks_at[b] for b in self._scoring)
 
     @contextlib.contextmanager
     def generated_after(self, prompt_length: int | Tensor) -> Iterator[None]:
@@ -244,8 +249,9 @@ class AttentionMeter:
 
     @property
     def num_scored(self) -> int:
-        """Of how many sequences there are token scores."""
-        return len(self._scored)
+        """Of how many sequences there are token scores, of passes that are over."""
+        self._settle()
+        return self._settled
 
     def result(self) -> Diagnosis:
         """What was measured until now.
@@ -263,6 +269,7 @@ class AttentionMeter:
             for i in layers
         ]
         self._prompts.end_pass()
+        self._settle()
         unclear, short = self._prompts.unclear_borders(), self._prompts.short_layers()
         for index, layer in zip(layers, sums, strict=True):
             if unclear or index in short:
@@ -278,8 +285,12 @@ class AttentionMeter:
             values = [torch.cat(self._similarity[i]).double().cpu() for i in layers]
             similarity = torch.stack([v[~v.isnan()].mean() for v in values])
         scores = [
-            TokenScores(modality.cpu(), torch.stack([self._scores[i][k].float().cpu() for i in layers]), uniform.cpu())
-            for k, (modality, uniform) in enumerate(self._scored)
+            TokenScores(
+                modality.cpu(),
+                torch.stack([self._scores[i][k].float().cpu() for i in layers]),
+                torch.stack([self._uniform[i][k].float().cpu() for i in layers]).mean(dim=0),
+            )
+            for k, modality in enumerate(self._scored)
         ]
         return Diagnosis(self.name, names, tuple(layers), sums, int(self._sequences), similarity, scores, unclear)
 
@@ -300,12 +311,25 @@ class AttentionMeter:
         """Counts the sequences that a call begins, and chooses those whose token scores are kept."""
         valid_rows, valid_keys = ((t >= 0).sum(dim=1) for t in (call.query_modality, call.key_modality))
         self._sequences = self._sequences + ((valid_rows == valid_keys) & (valid_rows > 0)).sum()
+        self._settle()
         self._scoring = []
-        room = self.token_scores - len(self._scored)
+        room = self.token_scores - self._settled
         if room > 0 and call.query_modality.shape == call.key_modality.shape:
-            self._scoring = call.text_rows.any(dim=1).nonzero()[:room, 0].tolist()
-            uniform = call.uniform_looks_at()
-            self._scored += [(call.key_modality[b].clone(), uniform[b]) for b in self._scoring]
+            self._scoring = call.may_have_text_rows().nonzero()[:room, 0].tolist()
+            self._scored += [call.key_modality[b].clone() for b in self._scoring]
+
+    def _settle(self) -> None:
+        """Of the last pass, keeps the sequences that have a text row in some layer; of one broken off, none."""
+        new = range(self._settled, len(self._scored))
+        if new:
+            whole = all(len(scores) == len(self._scored) for scores in self._scores.values())
+            kept = [k for k in new if whole and any(bool(u[k].any()) for u in self._uniform.values())]
+            kept = [*range(self._settled), *kept]
+            self._scored = [self._scored[k] for k in kept]
+            for of_layers in (self._scores, self._uniform):
+                for layer, scores in of_layers.items():
+                    of_layers[layer] = [scores[k] for k in kept]
+        self._settled = len(self._scored)
 
 
 class _Prompts:
@@ -461,6 +485,7 @@ class _Call:
     """What the layers have in common in one forward pass: which row sees what."""
 
     def __init__(self, record: AttentionRecord, borders: Tensor | None, score_rows: str):
+        self.score_rows = score_rows
         self.query_modality, self.key_modality, self.visible = (
             record.query_modality,
             record.key_modality,
@@ -520,10 +545,20 @@ class _Call:
         for start in range(0, rows, block):
             stop = min(start + block, rows)
             if any(some[start:stop]):
-                weights = record.weights(start, stop)
-                received += torch.einsum("bhij,bi->bj", weights, self.text_rows[:, start:stop].to(weights.dtype))
+                chosen = self.text_rows[:, start:stop]
+                weights = record.weights(start, stop).masked_fill(~chosen[:, None, :, None], 0)
+                received += weights.sum(dim=(1, 2))
         return received / (heads * self.text_rows.sum(dim=1, keepdim=True).clamp(min=1))
 
+    def may_have_text_rows(self) -> Tensor:
+        """(B,), bool: text rows in a layer of this pass, whose window may be wider than that of this one."""
+        if self.visible is None or self.score_rows == "generated":
+            return self.text_rows.any(dim=1)
+        counts = measures.key_counts(self.query_modality, self.key_modality, self.num_modalities, is_causal=True)
+        see_all = measures.rows_that_see_all(torch.maximum(counts, self.counts), self.key_modality)
+        return (see_all & (self.query_modality == 0)).any(dim=1)
+
+    @functools.cached_property
     def uniform_looks_at(self) -> Tensor:
         """(B, Nk): the same for uniform attention."""
         share = self.text_rows / self.counts.sum(dim=-1).clamp(min=1)  # (B, N), of each visible key
@@ -600,7 +635,8 @@ class _GeneratedRows:
                     left = record.mass_on(self.place[:, None, keys] < borders, m, first, keys)
                 mass[:, :, rows, m] = left
         both = torch.stack([mass, (mass - of_first[:, :, self.rows]).clamp(min=0)], dim=1)
-        return self._sum(measures.prompt_shares(both))
+        total = mean_over_heads(both.sum(dim=-1, keepdim=True).mean(dim=-3, keepdim=True), record.mesh)
+        return self._sum(measures.prompt_shares(both, total))
 
     def _count(self) -> Tensor:
         """(B, rows, M), int64: the keys of each prompt that a row sees."""

@@ -71,7 +71,7 @@ class TokenScores:
         modality: (N,), int32.
         scores: (L, N), float32: the weight a key gets from a text row, mean over heads and over the text rows that see
             every modality of the sequence, or over those of generated tokens (``score_rows`` of the meter).
-        uniform: (N,), float32: the same for uniform attention.
+        uniform: (N,), float32: the same for uniform attention, mean over layers, of which some may have a window.
     """
 
     modality: Tensor
@@ -236,8 +236,7 @@ class Diagnosis:
     def undefined(self) -> list[str]:
         """What cannot be said about this data, in sentences; their figures are NaN."""
         said = []
-        every, both, _ = self.layers[0].pairs[:, 0]
-        generated = torch.stack([layer.pairs[ROWS.index("generated"), 0] for layer in self.layers]).amax(dim=0)
+        every, both, generated = torch.stack([layer.pairs[:, 0] for layer in self.layers]).amax(dim=0)
         for a, name in enumerate(self.modalities):
             if self.layers[0].rows[0, 0, a] == 0:
                 said.append(f"No {name} token was measured.")

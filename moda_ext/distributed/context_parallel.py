@@ -21,7 +21,7 @@ from moda_ext._ops import autocast
 from moda_ext.distributed.sequence import SequenceShards
 from moda_ext.functional import checks
 from moda_ext.functional.alignment import modality_gram
-from moda_ext.functional.attention import Results, check_attention, expand, modular_attention
+from moda_ext.functional.attention import Results, as_int32, check_attention, expand, modular_attention
 from moda_ext.functional.gram import normalize_gram
 from moda_ext.functional.parts import (
     Keys,
@@ -144,7 +144,7 @@ def context_parallel_attention(
     query, key, value = autocast.cast_tokens(query, key, value)
     _check(aligner, mask, query, key, value, modality, num_modalities, shards, scheme, context, is_causal, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    call = Call(modality.to(torch.int32), num_modalities, shards, is_causal, scale, context)
+    call = Call(as_int32(modality), num_modalities, shards, is_causal, scale, context)
     if scheme == "ulysses":
         out, mass = _over_heads(aligner, mask, query, key, value, call, return_mass)
     else:

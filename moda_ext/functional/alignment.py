@@ -13,7 +13,7 @@ from moda_ext import reference
 from moda_ext._ops import autocast, backend, operators
 from moda_ext._ops.limits import FLOATS, KEY_NORMS, MAX_RANK, NORMALIZATIONS, accumulation_dtype
 from moda_ext.functional import checks, composite
-from moda_ext.functional.attention import Results, last_contiguous
+from moda_ext.functional.attention import Results, as_int32, last_contiguous
 from moda_ext.functional.gram import (
     GramOptions,
     causal_gram_scale,
@@ -76,22 +76,23 @@ def modality_gram(
     op = "modality_gram"
     (key,) = autocast.cast_tokens(key)
     check_gram(op, key, modality, num_modalities, include, key_norm, normalize, eps)
-    chosen = backend.choose(op, key, name="key")
-    if chosen == backend.REFERENCE:
-        return reference.modality_gram(
-            key, modality, num_modalities, include=include, key_norm=key_norm, normalize=normalize, eps=eps
+    with autocast.suspended(key):
+        chosen = backend.choose(op, key, name="key")
+        if chosen == backend.REFERENCE:
+            return reference.modality_gram(
+                key, modality, num_modalities, include=include, key_norm=key_norm, normalize=normalize, eps=eps
+            )
+        modality = as_int32(modality)
+        if include is not None:
+            modality = modality.masked_fill(~include, -1)
+        gram = _implementation(op, chosen)(
+            key=last_contiguous(key),
+            modality=modality,
+            num_modalities=num_modalities,
+            unit_keys=key_norm == "l2",
+            eps=float(eps),
         )
-    modality = modality.to(torch.int32)
-    if include is not None:
-        modality = modality.masked_fill(~include, -1)
-    gram = _implementation(op, chosen)(
-        key=last_contiguous(key),
-        modality=modality,
-        num_modalities=num_modalities,
-        unit_keys=key_norm == "l2",
-        eps=float(eps),
-    )
-    return normalize_gram(gram, normalize)
+        return normalize_gram(gram, normalize)
 
 
 def project_queries(query: Tensor, gram: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def project_queries(query: Tensor, gram: Tensor) -> Tensor:
         torch.Size([2, 1, 8, 3, 64])
     """
     check_projected("project_queries", query, gram)
-    return project(query, gram)
+    with autocast.suspended(query):
+        return project(query, gram)
 
 
 def causal_gram_projection(
@@ -145,7 +147,7 @@ def causal_gram_projection(
         query: (B, Hq, Nq, D). float32, float64, bfloat16 or float16; D is a multiple of 8 from 8 to 256.
         key: (B, Hkv, Nk, D), dtype and device of ``query``; Hq is a multiple of Hkv. The queries are the last Nq of the
             Nk tokens: row i sees the keys j <= i + Nk - Nq.
-        query_modality: (B, Nq), integer. A padded row (-1) gets 0.
+        query_modality: (B, Nq), integer. A padded row (-1) gets 0, whatever finite numbers it holds.
         key_modality: (B, Nk), integer, in [0, M), or -1 for padding, which nobody sees.
         num_modalities: M, 1 to 16.
         key_norm: "l2" for unit keys, or None.
@@ -181,23 +183,24 @@ def causal_gram_projection(
     query, key = autocast.cast_tokens(query, key)
     check_causal(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
     options: GramOptions = {"key_norm": key_norm, "normalize": normalize, "eps": eps, "state": state}
-    chosen = backend.choose(op, query)
-    if chosen == backend.REFERENCE:
-        return reference.causal_gram_projection(
-            query, key, query_modality, key_modality, num_modalities, **options, return_state=return_state
+    with autocast.suspended(query):
+        chosen = backend.choose(op, query)
+        if chosen == backend.REFERENCE:
+            return reference.causal_gram_projection(
+                query, key, query_modality, key_modality, num_modalities, **options, return_state=return_state
+            )
+        scale, trace = row_scale(chosen, query, key, query_modality, key_modality, num_modalities, **options)
+        projection, gram = _implementation(op, chosen)(
+            query=last_contiguous(query),
+            key=last_contiguous(key),
+            key_modality=as_int32(key_modality),
+            row_scale=scale,
+            initial=None if state is None else state[0].contiguous(),
+            num_modalities=num_modalities,
+            unit_keys=key_norm == "l2",
+            eps=float(eps),
         )
-    scale, trace = row_scale(chosen, query, key, query_modality, key_modality, num_modalities, **options)
-    projection, gram = _implementation(op, chosen)(
-        query=last_contiguous(query),
-        key=last_contiguous(key),
-        key_modality=key_modality.to(torch.int32),
-        row_scale=scale,
-        initial=None if state is None else state[0].contiguous(),
-        num_modalities=num_modalities,
-        unit_keys=key_norm == "l2",
-        eps=float(eps),
-    )
-    return (projection, (gram, trace)) if return_state else projection
+        return (projection, (gram, trace)) if return_state else projection
 
 
 def duplex_query_views(
@@ -261,20 +264,21 @@ def duplex_query_views(
     query, key = autocast.cast_tokens(query, key)
     check_causal(op, query, key, query_modality, key_modality, num_modalities, key_norm, normalize, eps, state)
     check_fuser(op, query, num_modalities, a1, b1, a2, b2)
-    return query_views(
-        query,
-        key,
-        query_modality,
-        key_modality,
-        (a1, b1, a2, b2),
-        num_modalities,
-        key_norm=key_norm,
-        normalize=normalize,
-        eps=eps,
-        state=state,
-        return_indicator=return_indicator,
-        return_state=return_state,
-    )
+    with autocast.suspended(query):
+        return query_views(
+            query,
+            key,
+            query_modality,
+            key_modality,
+            (a1, b1, a2, b2),
+            num_modalities,
+            key_norm=key_norm,
+            normalize=normalize,
+            eps=eps,
+            state=state,
+            return_indicator=return_indicator,
+            return_state=return_state,
+        )
 
 
 def gram_indicator(query: Tensor, gram_projection: Tensor) -> Tensor:
@@ -326,7 +330,7 @@ def query_views(
     views, square, gram = _implementation(op, chosen)(
         query=last_contiguous(query),
         key=last_contiguous(key),
-        key_modality=key_modality.to(torch.int32),
+        key_modality=as_int32(key_modality),
         row_scale=scale,
         **low_rank_weights(weights, scale.dtype),
         initial=None if state is None else state[0].contiguous(),
@@ -372,7 +376,7 @@ def row_scale(
     # ||G_i||^2 = ||G_{i-1}||^2 + 2 phi_i G_i phi_i^T - |phi_i|^4: the raw projection of the keys themselves.
     features = last_contiguous(key_features(key, key_modality, key_norm, eps))
     ones = scale.new_ones((*key.shape[:3], num_modalities))
-    ids = key_modality.to(torch.int32)
+    ids = as_int32(key_modality)
     initial = None if state is None else state[0].contiguous()
     projection, _ = _implementation("causal_gram_projection", chosen)(
         query=features,
@@ -482,6 +486,7 @@ def check_causal(
             f"{columns}"
         )
     checks.token_ids(op, "query_modality", query_modality, query, "query", "(B, Nq)")
+    checks.ids(op, "query_modality", query_modality, num_modalities)
     if state is None:
         return
     if not isinstance(state, (tuple, list)) or len(state) != 2:

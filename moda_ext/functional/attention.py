@@ -97,19 +97,20 @@ def modular_attention(
     query, key, value = autocast.cast_tokens(query, key, value)
     modality_bias, sink = autocast.cast_sums(query, modality_bias, sink)
     check_attention(query, key, value, key_modality, modality_bias, sink, num_modalities, is_causal, scale)
-    return attend(
-        query,
-        key,
-        value,
-        key_modality,
-        num_modalities,
-        modality_bias=modality_bias,
-        sink=sink,
-        is_causal=is_causal,
-        scale=scale,
-        return_lse=return_lse,
-        return_mass=return_mass,
-    )
+    with autocast.suspended(query):
+        return attend(
+            query,
+            key,
+            value,
+            key_modality,
+            num_modalities,
+            modality_bias=modality_bias,
+            sink=sink,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=return_lse,
+            return_mass=return_mass,
+        )
 
 
 def modular_attention_varlen(
@@ -195,18 +196,19 @@ def modular_attention_varlen(
         packed = query, key, value, key_modality, cu_seqlens_q, cu_seqlens_k
         terms: dict[str, Any] = {"modality_bias": modality_bias, "sink": sink}
         terms |= {"num_modalities": num_modalities, "is_causal": is_causal, "scale": scale}
-        if chosen == backend.FLEX:
-            return pack_results(*flex.modular_attention_varlen(*packed, **terms), return_lse, return_mass)
-        terms |= {"return_lse": return_lse, "return_mass": return_mass}
-        return reference.modular_attention_varlen(*packed, max_seqlen_q, max_seqlen_k, **terms)
+        with autocast.suspended(query):
+            if chosen == backend.FLEX:
+                return pack_results(*flex.modular_attention_varlen(*packed, **terms), return_lse, return_mass)
+            terms |= {"return_lse": return_lse, "return_mass": return_mass}
+            return reference.modular_attention_varlen(*packed, max_seqlen_q, max_seqlen_k, **terms)
     rows = query.shape[-3:-1]
     out, lse, mass, _ = operators.modular_attention_varlen(
         query=query,
         key=key,
         value=value,
-        key_modality=key_modality.to(torch.int32),
-        cu_seqlens_q=cu_seqlens_q.to(torch.int32),
-        cu_seqlens_k=cu_seqlens_k.to(torch.int32),
+        key_modality=as_int32(key_modality),
+        cu_seqlens_q=as_int32(cu_seqlens_q),
+        cu_seqlens_k=as_int32(cu_seqlens_k),
         modality_bias=expand(modality_bias, (*rows, num_modalities), query.dtype),
         sink=expand(sink, rows, query.dtype),
         max_seqlen_q=max_seqlen_q,
@@ -247,7 +249,7 @@ def attend(
         query=query,
         key=key,
         value=value,
-        key_modality=key_modality.to(torch.int32),
+        key_modality=as_int32(key_modality),
         modality_bias=expand(modality_bias, (*rows, num_modalities), query.dtype),
         sink=expand(sink, rows, query.dtype),
         num_modalities=num_modalities,
@@ -266,6 +268,13 @@ def _choose(op: str, query: Tensor, key: Tensor, *others: Tensor | None) -> str:
 def expand(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """Broadcast without copying, in the accumulation dtype of ``dtype``: autograd sums the gradient back."""
     return None if tensor is None else tensor.to(accumulation_dtype(dtype)).expand(shape)
+
+
+def as_int32(integers: Tensor) -> Tensor:
+    """As the operators take them. What has no place there becomes the nearest that has, which they refuse as well."""
+    if integers.dtype in (torch.int64, torch.uint32, torch.uint64):
+        integers = integers.clamp(-(2**31), 2**31 - 1)
+    return integers.to(torch.int32)
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

@@ -133,6 +133,18 @@ def names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def ids(op: str, name: str, modality: Tensor, num_modalities: int) -> None:
+    """ValueError for an id outside [-1, num_modalities), as :func:`on_host`."""
+    if torch.compiler.is_compiling() or modality.device.type != "cpu" or modality.numel() == 0:
+        return
+    try:
+        least, most = (int(bound) for bound in modality.aminmax())
+    except RuntimeError:  # no value to read, see on_host
+        return
+    if least < -1 or most >= num_modalities:
+        raise ValueError(f"{op}: {name} must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)")
+
+
 def on_host(violated: Tensor, message: str) -> None:
     """ValueError(message) where the boolean tensor ``violated`` holds anywhere, wherever reading it costs no sync.
 

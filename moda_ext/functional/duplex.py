@@ -1,6 +1,5 @@
 """Duplex attention: alignment and attention in one, causal."""
 
-import torch
 from torch import Tensor
 
 from moda_ext._ops import autocast, backend, operators
@@ -13,7 +12,15 @@ from moda_ext.functional.alignment import (
     query_views,
     row_scale,
 )
-from moda_ext.functional.attention import Results, attend, check_attention, expand, last_contiguous, pack_results
+from moda_ext.functional.attention import (
+    Results,
+    as_int32,
+    attend,
+    check_attention,
+    expand,
+    last_contiguous,
+    pack_results,
+)
 from moda_ext.functional.gram import GramOptions
 
 
@@ -93,49 +100,50 @@ def duplex_attention(
     check_causal(op, query, new_key, *modalities, key_norm, normalize, eps, state, *new_names)
     check_fuser(op, query, num_modalities, *weights)
     check_conditioned_bias(op, query, modality_bias, condition, num_modalities)
-    if chosen == backend.COMPOSED:
-        of_views = query, new_key, query_modality, new_modality, weights, num_modalities
-        if condition is None:
-            views = query_views(*of_views, **alignment, return_indicator=False, return_state=False)
-        else:
-            views, indicator = query_views(*of_views, **alignment, return_indicator=True, return_state=False)
-            conditioned = condition.to(indicator.dtype) * indicator
-            modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
-        return attend(
-            views,
-            key,
-            value,
-            key_modality,
-            num_modalities,
-            modality_bias=modality_bias,
-            sink=sink,
-            is_causal=True,
-            scale=scale,
-            return_lse=return_lse,
-            return_mass=return_mass,
-        )
+    with autocast.suspended(query):
+        if chosen == backend.COMPOSED:
+            of_views = query, new_key, query_modality, new_modality, weights, num_modalities
+            if condition is None:
+                views = query_views(*of_views, **alignment, return_indicator=False, return_state=False)
+            else:
+                views, indicator = query_views(*of_views, **alignment, return_indicator=True, return_state=False)
+                conditioned = condition.to(indicator.dtype) * indicator
+                modality_bias = conditioned if modality_bias is None else modality_bias + conditioned
+            return attend(
+                views,
+                key,
+                value,
+                key_modality,
+                num_modalities,
+                modality_bias=modality_bias,
+                sink=sink,
+                is_causal=True,
+                scale=scale,
+                return_lse=return_lse,
+                return_mass=return_mass,
+            )
 
-    rows = query.shape[:-1]
-    scales, _ = row_scale(backend.NATIVE, query, new_key, *modalities, **alignment)
-    out, lse, mass = operators.duplex_attention(
-        query=last_contiguous(query),
-        key=last_contiguous(key),
-        value=last_contiguous(value),
-        key_modality=key_modality.to(torch.int32),
-        new_key=last_contiguous(new_key),
-        new_modality=new_modality.to(torch.int32),
-        row_scale=scales,
-        **low_rank_weights(weights, scales.dtype),
-        initial=None if state is None else state[0].contiguous(),
-        modality_bias=expand(modality_bias, (*rows, num_modalities), query.dtype),
-        condition=expand(condition, (*rows, num_modalities), query.dtype),
-        sink=expand(sink, rows, query.dtype),
-        num_modalities=num_modalities,
-        unit_keys=key_norm == "l2",
-        eps=float(eps),
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    )
-    return pack_results(out, lse, mass, return_lse, return_mass)
+        rows = query.shape[:-1]
+        scales, _ = row_scale(backend.NATIVE, query, new_key, *modalities, **alignment)
+        out, lse, mass = operators.duplex_attention(
+            query=last_contiguous(query),
+            key=last_contiguous(key),
+            value=last_contiguous(value),
+            key_modality=as_int32(key_modality),
+            new_key=last_contiguous(new_key),
+            new_modality=as_int32(new_modality),
+            row_scale=scales,
+            **low_rank_weights(weights, scales.dtype),
+            initial=None if state is None else state[0].contiguous(),
+            modality_bias=expand(modality_bias, (*rows, num_modalities), query.dtype),
+            condition=expand(condition, (*rows, num_modalities), query.dtype),
+            sink=expand(sink, rows, query.dtype),
+            num_modalities=num_modalities,
+            unit_keys=key_norm == "l2",
+            eps=float(eps),
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        )
+        return pack_results(out, lse, mass, return_lse, return_mass)
 
 
 def check_duplex(

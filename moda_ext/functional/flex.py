@@ -103,8 +103,7 @@ def _check_on_host(
     """What the kernels of the CPU refuse. ``offsets``: of packed sequences, each with the number that it ends at."""
     if not ids.is_cpu:  # reading would wait for the device
         return
-    message = f"{op}: key_modality must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)"
-    checks.on_host((ids < -1) | (ids >= num_modalities), message)
+    checks.ids(op, "key_modality", ids, num_modalities)
     for name, (cu_seqlens, tokens) in (offsets or {}).items():
         wrong = torch.cat([cu_seqlens[:1] != 0, cu_seqlens[-1:] != tokens, cu_seqlens.diff() < 0])
         checks.on_host(wrong, f"{op}: {name}: expected offsets that rise from 0 to {tokens}")
@@ -307,7 +306,8 @@ def _kept_blocks(make: Callable[[], Blocks], tensors: tuple[Tensor, ...], option
     for kept in _kept:
         if kept.state == state and all(reference() is t for reference, t in zip(kept.tensors, tensors, strict=True)):
             return kept.blocks
-    blocks = make()
+    with torch.inference_mode(False):  # a training step may want them next
+        blocks = make()
     _kept.insert(0, _Kept([weakref.ref(t) for t in tensors], state, blocks))
     del _kept[KEPT:]
     return blocks

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_ext._ops import backend, operators
-from moda_ext._ops.limits import FLOATS, INTEGERS, KEY_NORMS, OFFSETS, accumulation_dtype
+from moda_ext._ops import autocast, backend, operators
+from moda_ext._ops.limits import FLOATS, INTEGERS, KEY_NORMS, MAX_MODALITIES, OFFSETS, accumulation_dtype
 from moda_ext.functional import checks
 from moda_ext.functional.alignment import check_fuser, low_rank_weights
 from moda_ext.functional.attention import (
     Results,
+    as_int32,
     attention_options,
     expand,
     last_contiguous,
@@ -63,7 +64,7 @@ def paged_cache_update(key: Tensor, value: Tensor, modality: Tensor, kv_cache: T
         checks.mismatch(op, "kv_cache", "the heads of key", heads, kv_cache.shape[1])
     for name, tensor in (("modality", modality), ("slot_mapping", slot_mapping)):
         _check_integers(op, name, tensor, key, (tokens,), "(T,)", "key")
-    write(key, value, modality.to(torch.int32), kv_cache, slot_mapping.to(torch.int64))
+    write(key, value, as_int32(modality), kv_cache, slot_mapping.to(torch.int64))
 
 
 def paged_modular_attention(
@@ -216,7 +217,7 @@ def paged_duplex_attention(
     pages = Pages(kv_cache, *_integers(block_table, seq_lens, query_start_loc), max_seqlen_q, max_seqlen_k)
     out, lse, mass = align_and_attend(
         query,
-        query_modality.to(torch.int32),
+        as_int32(query_modality),
         pages,
         low_rank_weights(weights, accumulation_dtype(query.dtype)),
         num_modalities,
@@ -257,6 +258,7 @@ def write(key: Tensor, value: Tensor, modality: Tensor, kv_cache: Tensor, slot_m
     block = kv_cache.shape[2]
     beyond = slot_mapping >= kv_cache.shape[0] * block
     checks.on_host(beyond, "paged_cache_update: slot_mapping has a slot beyond kv_cache")
+    checks.ids("paged_cache_update", "modality", modality, MAX_MODALITIES)
     tokens, heads, size = key.shape
     if tokens == 0 or kv_cache.numel() == 0:
         return
@@ -293,21 +295,22 @@ def attend(
             num_modalities=num_modalities,
             scale=scale,
         )
-    gathered = _Gathered("paged_modular_attention", query, pages, num_modalities)
-    results = modular_attention(
-        gathered.rows_of(query, -3),
-        gathered.key,
-        gathered.value,
-        gathered.modality,
-        num_modalities=num_modalities,
-        modality_bias=gathered.of_each_row(modality_bias),
-        sink=gathered.of_each_row(sink),
-        is_causal=True,
-        scale=scale,
-        return_lse=True,
-        return_mass=True,
-    )
-    return gathered.packed(results)
+    with autocast.suspended(query):  # nor have the operators any
+        gathered = _Gathered("paged_modular_attention", query, pages, num_modalities)
+        results = modular_attention(
+            gathered.rows_of(query, -3),
+            gathered.key,
+            gathered.value,
+            gathered.modality,
+            num_modalities=num_modalities,
+            modality_bias=gathered.of_each_row(modality_bias),
+            sink=gathered.of_each_row(sink),
+            is_causal=True,
+            scale=scale,
+            return_lse=True,
+            return_mass=True,
+        )
+        return gathered.packed(results)
 
 
 def align_and_attend(
@@ -346,29 +349,30 @@ def align_and_attend(
             eps=float(eps),
             scale=scale,
         )
-    gathered = _Gathered("paged_duplex_attention", query, pages, num_modalities)
-    results = duplex_attention(
-        gathered.rows_of(query, -3),
-        gathered.key,
-        gathered.value,
-        gathered.rows_of(query_modality, 0, padding=-1),
-        gathered.modality,
-        weights["a1"],
-        weights["b1"],
-        weights["a2"],
-        weights["b2"],
-        num_modalities,
-        key_norm=key_norm,
-        normalize=normalize,
-        eps=eps,
-        modality_bias=gathered.of_each_row(modality_bias),
-        condition=gathered.of_each_row(condition),
-        sink=gathered.of_each_row(sink),
-        scale=scale,
-        return_lse=True,
-        return_mass=True,
-    )
-    return gathered.packed(results)
+    with autocast.suspended(query):
+        gathered = _Gathered("paged_duplex_attention", query, pages, num_modalities)
+        results = duplex_attention(
+            gathered.rows_of(query, -3),
+            gathered.key,
+            gathered.value,
+            gathered.rows_of(query_modality, 0, padding=-1),
+            gathered.modality,
+            weights["a1"],
+            weights["b1"],
+            weights["a2"],
+            weights["b2"],
+            num_modalities,
+            key_norm=key_norm,
+            normalize=normalize,
+            eps=eps,
+            modality_bias=gathered.of_each_row(modality_bias),
+            condition=gathered.of_each_row(condition),
+            sink=gathered.of_each_row(sink),
+            scale=scale,
+            return_lse=True,
+            return_mass=True,
+        )
+        return gathered.packed(results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,7 +489,7 @@ def positions_of_rows(seq_lens: Tensor, query_start_loc: Tensor, rows: int) -> T
 
 def _integers(block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As the operators take them."""
-    return block_table.to(torch.int32), seq_lens.to(torch.int32), query_start_loc.to(torch.int32)
+    return as_int32(block_table), as_int32(seq_lens), as_int32(query_start_loc)
 
 
 class _Gathered:

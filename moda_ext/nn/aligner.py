@@ -19,7 +19,7 @@ from moda_ext.functional.alignment import (
     modality_gram,
     project_queries,
 )
-from moda_ext.functional.attention import last_contiguous
+from moda_ext.functional.attention import as_int32, last_contiguous
 from moda_ext.functional.gram import GramOptions, normalize_gram
 from moda_ext.nn.states import GramState
 
@@ -233,7 +233,7 @@ class DuplexAligner(nn.Module):
         check_fuser("DuplexAligner.align_keys", key, self.num_modalities, *weights)
         return operators.duplex_aligned_keys(
             key=last_contiguous(key),
-            modality=modality.to(torch.int32),
+            modality=as_int32(modality),
             include=include,
             **low_rank_weights(weights, accumulation_dtype(key.dtype)),
             num_modalities=self.num_modalities,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_ext._ops import backend, mkl
-from moda_ext.functional.attention import modular_attention
+from moda_ext.functional.attention import as_int32, modular_attention
 from moda_ext.functional.duplex import duplex_attention
 from moda_ext.nn.aligner import DuplexAligner
 from moda_ext.nn.guards import refuse_split_heads, refuse_split_tokens
@@ -312,7 +312,7 @@ class ModularDuplexAttention(DuplexLayer):
                 f"ModularDuplexAttention: state must have the batch size of x ({x.shape[0]}), got {before[0].shape[0]}"
             )
 
-        modality = modality.to(torch.int32)
+        modality = as_int32(modality)
         seen = 0 if before is None else (before[2] >= 0).sum(dim=1)  # (B,)
         query, key, value = (  # (B, H, N, D), in memory (B, N, H, D)
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.alignment import modality_gram
+from moda_ext.functional.attention import as_int32
 
 __all__ = ["AttentionState", "GramState"]
 
@@ -104,7 +105,7 @@ class GramState:
 
     def with_recent(self, key: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and modalities behind the recent ones: what is to be added to ``gram``."""
-        modality = modality.to(torch.int32)
+        modality = as_int32(modality)
         return torch.cat([self.key, key], dim=2), torch.cat([self.modality, modality], dim=1)
 
     def reorder(self, beam_idx: Tensor) -> GramState:

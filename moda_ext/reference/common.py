@@ -17,6 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def members(op: str, name: str, modality: Tensor, num_modalities: int) -> Tensor:
     """(B, N, M): whether token j is of modality m. ValueError for an id outside [-1, M) that can be read."""
+    modality = modality.long()  # an unsigned number is never below -1
     raise_if_on_host(
         lambda: (modality < -1) | (modality >= num_modalities),
         f"{op}: {name} must lie in [-1, {num_modalities}), with -1 for padding (num_modalities)",

@@ -45,6 +45,14 @@ class TestBalanceLoss:
         mass = MASS[:, None].clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda m: AttentionBalanceLoss("equal")(m, MODALITY), mass)
 
+    def test_padding_may_hold_anything(self):
+        mass = torch.rand(4, 2, 10, 2)
+        padded = torch.where((TOKENS < 0)[:, None, :, None], torch.nan, mass).requires_grad_()
+        loss = AttentionBalanceLoss()(padded, TOKENS)
+        torch.testing.assert_close(loss, AttentionBalanceLoss()(mass, TOKENS))
+        loss.backward()
+        assert padded.grad.isfinite().all() and padded.grad.any()
+
     def test_a_hidden_modality_gives_a_bounded_loss(self):
         mass = torch.tensor([[[[1.0, 0.0]] * 4]], requires_grad=True)
         loss = AttentionBalanceLoss(eps=1e-4)(mass, MODALITY)

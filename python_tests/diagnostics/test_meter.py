@@ -1,5 +1,6 @@
 """The meter beside dense attention weights, on layers of this package and on models of Transformers."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -76,6 +77,20 @@ def dense_weights(model, *inputs):
     with torch.no_grad(), recorded(model, dense):
         model(*inputs)
     return dense.weights
+
+
+@contextlib.contextmanager
+def failing(module):
+    """A layer that raises when it is called."""
+
+    def fail(*_):
+        raise ArithmeticError
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class TestMeterOnOwnLayers:
@@ -227,6 +242,39 @@ class TestMeterOnOwnLayers:
         expected = (masses[0].double() * text).sum(dim=(0, 2)).mean(dim=0) / text.sum()
         torch.testing.assert_close(meter.result().mass(rows="all")[0, 0], expected, rtol=1e-5, atol=0)
 
+    def test_padding_may_hold_anything(self):
+        stack, x = make_stack(), self.X.clone()
+        options = {"token_scores": 9, "similarity": True}
+        expected = measured(stack, x, TOKENS, **options)
+        x[TOKENS < 0] = torch.nan
+        found = measured(stack, x, TOKENS, **options)
+        for rows in ("all", "both"):
+            for name in ("self", "cross", "score", "mdi"):
+                torch.testing.assert_close(
+                    found.figure(name, rows=rows), expected.figure(name, rows=rows), equal_nan=True
+                )
+        assert found.figure("self").isfinite().all()
+        torch.testing.assert_close(found.similarity, expected.similarity)
+        for ours, theirs in zip(found.token_scores, expected.token_scores, strict=True):
+            torch.testing.assert_close(ours.scores, theirs.scores)
+        with torch.no_grad(), AttentionBalanceLoss().collect(stack.eval()) as penalties:
+            for inputs in (self.X, x):
+                stack(inputs, TOKENS)
+        torch.testing.assert_close(penalties[:2], penalties[2:])
+
+    def test_a_pass_that_is_broken_off_leaves_no_scores(self):
+        stack = make_stack()
+        with torch.no_grad(), AttentionMeter(stack, token_scores=4) as meter:
+            stack(self.X[:2], TOKENS[:2])
+            with failing(stack.layers[1]), pytest.raises(ArithmeticError):
+                stack(self.X, TOKENS)
+            assert meter.num_scored == 2
+            stack(self.X, TOKENS)
+        scores = meter.result().token_scores
+        assert len(scores) == 4
+        torch.testing.assert_close(scores[2].scores, scores[0].scores)
+        torch.testing.assert_close(scores[3].scores, scores[1].scores)
+
     def test_the_model_is_left_as_it_was(self):
         stack = make_stack()
         expected = stack(self.X, TOKENS)
@@ -292,6 +340,29 @@ class TestMeterOnTransformers:
                 rows = kinds[0].any(dim=-1) & kinds[1].any(dim=-1) & (modality[b] == 0)
                 expected = dense[b][:, rows].mean(dim=(0, 1)) * mask[b]
                 torch.testing.assert_close(scores.scores[layer], expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("window", [1, 4])
+    def test_uniform_scores_are_of_all_layers(self, window):
+        """Where the first has a window: uniform attention is by no means uniform over keys, and still by chance."""
+        import transformers
+        from vision_language import make_config, make_inputs
+
+        config = make_config("gemma3")
+        config.text_config.sliding_window = window
+        layers = len(config.text_config.layer_types)
+        config.text_config.layer_types = ["sliding_attention", *["full_attention"] * (layers - 1)]
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        for name, parameter in model.named_parameters():
+            if ".q_proj.weight" in name:
+                parameter.data.zero_()
+        with torch.no_grad(), AttentionMeter(model, token_scores=2) as meter:
+            model(**make_inputs("gemma3"))
+        diagnosis = meter.result()
+        assert len(diagnosis.token_scores) == meter.num_scored == 2
+        for scores in diagnosis.token_scores:
+            assert scores.uniform.sum() > 0
+            torch.testing.assert_close(scores.scores.mean(dim=0), scores.uniform, rtol=0, atol=1e-6)
+        assert not any("No text row sees a key of another" in sentence for sentence in diagnosis.undefined())
 
     def test_generated_tokens_are_measured(self):
         from vision_language import make_inputs, make_model

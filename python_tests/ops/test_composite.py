@@ -129,3 +129,14 @@ def test_no_matrix_of_all_pairs_and_nothing_that_waits(name, monkeypatch):
 
     largest = sizes_in_graphs(OF_USERS[name], make)[0]
     assert largest <= 2 * length * 128  # the pairs are 2^28: 64 times as many
+
+
+@pytest.mark.parametrize("keys", [0, 4])
+def test_no_rows(keys, monkeypatch):
+    """And perhaps no keys: sums of nothing."""
+    monkeypatch.setattr(backend, "choose", lambda *_, **__: backend.COMPOSITE)
+    query, key, ids = torch.randn(2, 4, 0, 16), torch.randn(2, 2, keys, 16), torch.zeros(2, keys, dtype=torch.int64)
+    found, (gram, _) = alignment.causal_gram_projection(query, key, ids[:, :0], ids, return_state=True)
+    expected, (of_oracle, _) = reference.causal_gram_projection(query, key, ids[:, :0], ids, return_state=True)
+    assert found.shape == expected.shape == (2, 2, 4, 0, 16)
+    torch.testing.assert_close(gram, of_oracle)

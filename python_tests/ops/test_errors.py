@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from moda_ext import attention
+from moda_ext import alignment, attention, use_backend
 from moda_ext.alignment import DuplexAligner
 
 
@@ -416,3 +416,79 @@ def test_aligned_keys_name_the_aligner():
     aligner, key = DuplexAligner(8, scope="full"), torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match=r"^DuplexAligner.align_keys: modality must have the shape \(B, N\)"):
         aligner.align_keys(key, torch.zeros(1, 3, dtype=torch.int32))
+
+
+BEYOND = 2**32
+
+
+def wide_calls():
+    """Integers that are another number, or padding, in 32 bits."""
+    query, key, value = (torch.randn(1, 2, 4, 16) for _ in range(3))
+    right, wrong = torch.tensor([[0, 1, 1, 0]]), torch.tensor([[0, 1 + BEYOND, BEYOND - 1, 0]])
+    weights = [torch.randn(*shape) for shape in ((2, 16, 4), (2, 4, 16)) * 2]
+    cache, table = torch.zeros(3, 2, 8, 40), torch.tensor([[1, 2]])
+    rows, offsets = torch.randn(1, 2, 16), torch.tensor([0, 1])
+    packed = [t[0].transpose(0, 1) for t in (query, key, value)]
+    return {
+        "modular_attention": lambda: attention.modular_attention(query, key, value, wrong),
+        "varlen ids": lambda: attention.modular_attention_varlen(
+            *packed, wrong[0], torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4
+        ),
+        "varlen offsets": lambda: attention.modular_attention_varlen(
+            *packed, right[0], torch.tensor([0, 4 + BEYOND]), torch.tensor([0, 4 + BEYOND]), 4, 4
+        ),
+        "modality_gram": lambda: alignment.modality_gram(key, wrong),
+        "causal_gram_projection": lambda: alignment.causal_gram_projection(query, key, right, wrong),
+        "duplex_attention": lambda: attention.duplex_attention(query, key, value, right, wrong, *weights),
+        "paged lengths": lambda: attention.paged_modular_attention(
+            rows, cache, table, torch.tensor([9 + BEYOND]), offsets
+        ),
+        "paged table": lambda: attention.paged_modular_attention(
+            rows, cache, table + BEYOND, torch.tensor([9]), offsets
+        ),
+        "paged modality": lambda: attention.paged_cache_update(
+            torch.randn(1, 2, 16), torch.randn(1, 2, 16), torch.tensor([1 + BEYOND]), cache, torch.tensor([8])
+        ),
+        "layer": lambda: attention.ModularDuplexAttention(32, 2)(torch.randn(1, 4, 32), wrong),
+    }
+
+
+@pytest.mark.parametrize("call", wide_calls())
+def test_integers_without_a_place_in_32_bits_are_refused(call):
+    with pytest.raises(ValueError):
+        wide_calls()[call]()
+
+
+@pytest.mark.parametrize("wrong", [2, -2, 300])
+def test_ids_of_rows_are_checked_as_those_of_keys_are(wrong):
+    query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
+    right, ids = torch.tensor([[0, 1, 1]]), torch.tensor([[0, wrong, 1]])
+    weights = [torch.randn(*shape) for shape in ((2, 16, 4), (2, 4, 16)) * 2]
+    for call in (
+        lambda: alignment.causal_gram_projection(query, key, ids, right),
+        lambda: alignment.duplex_query_views(query, key, ids, right, *weights),
+        lambda: attention.duplex_attention(query, key, key, ids, right, *weights),
+    ):
+        with pytest.raises(ValueError, match="query_modality must lie in"):
+            call()
+
+
+def test_unsigned_ids_are_as_good_as_others():
+    key, ids = torch.randn(1, 2, 9, 16), torch.randint(0, 2, (1, 9), dtype=torch.uint8)
+    expected = alignment.modality_gram(key, ids.long())
+    assert torch.equal(alignment.modality_gram(key, ids), expected)
+    with use_backend("reference"):
+        torch.testing.assert_close(alignment.modality_gram(key, ids), expected)
+        attended = attention.modular_attention(key, key, key, ids)
+    torch.testing.assert_close(attention.modular_attention(key, key, key, ids), attended)
+
+
+@pytest.mark.parametrize("modality", [99, -7])
+def test_no_page_gets_a_modality_that_is_none(modality):
+    """Where there is no kernel, as there is none where something wants a gradient."""
+    cache = torch.zeros(1, 2, 8, 40)
+    tokens = [torch.randn(2, 2, 16) for _ in range(2)]
+    for name in ("native", "reference"):
+        with use_backend(name), pytest.raises(ValueError, match="modality"):
+            attention.paged_cache_update(*tokens, torch.tensor([0, modality]), cache, torch.tensor([0, 1]))
+        assert not cache.any()

@@ -333,3 +333,11 @@ def test_models_compute_on_it(flex, family, monkeypatch):
         assert_close(gradient, gradients[1][name], units=4096)
     for cache in CACHES:
         check_generation(family, model, inputs, cache_implementation=None if cache == "dynamic" else cache)
+
+
+def test_blocks_made_in_inference_mode_serve_a_training_step(flex):
+    tokens, ids = [torch.randn(1, 2, 140, 16, requires_grad=True) for _ in range(3)], torch.zeros(1, 140).int()
+    with torch.inference_mode():
+        modular_attention(*(t.detach() for t in tokens), ids, is_causal=True)
+    modular_attention(*tokens, ids, is_causal=True).sum().backward()
+    assert tokens[0].grad is not None

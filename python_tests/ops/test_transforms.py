@@ -6,7 +6,16 @@ from problems import make_problem
 from tolerance import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import moda_ext
 from moda_ext import attention, reference
+from moda_ext._ops import backend as choices
+from moda_ext.alignment import causal_gram_projection, duplex_query_views, modality_gram
+from moda_ext.attention import (
+    duplex_attention,
+    modular_attention,
+    paged_duplex_attention,
+    paged_modular_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -446,3 +455,57 @@ def test_inference_mode(device):
     expected = call(*leaves, modality)
     with torch.inference_mode():
         all_close(call(*leaves, modality), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "composite", "reference"])
+def test_autocast_reaches_no_sum(device, backend, monkeypatch):
+    """What is computed of tokens that were cast is what it is of them without autocast, in the dtypes of sums."""
+    if backend == "composite":  # on every device, though it is for GPUs
+        choose = choices.choose
+        composed = ("modality_gram", "causal_gram_projection", "duplex_query_views")
+        monkeypatch.setattr(
+            choices, "choose", lambda op, *t, **k: choices.COMPOSITE if op in composed else choose(op, *t, **k)
+        )
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (3 * torch.randn(1, 4, 200, 64, generator=generator).to(device) for _ in range(3))
+    weights = [torch.randn(*shape, generator=generator).to(device) for shape in ((2, 64, 4), (2, 4, 64)) * 2]
+    ids = torch.randint(0, 2, (1, 200), generator=generator).to(device)
+
+    def run(query, key, value):
+        with moda_ext.use_backend("reference" if backend == "reference" else None):
+            attended = modular_attention(query, key, value, ids, is_causal=True, return_lse=True, return_mass=True)
+            gram = modality_gram(key, ids)
+            projected, state = causal_gram_projection(
+                query, key, ids, ids, key_norm=None, normalize="frobenius", return_state=True
+            )
+            views, indicator = duplex_query_views(query, key, ids, ids, *weights, return_indicator=True)
+            chunk = causal_gram_projection(query, key, ids, ids, key_norm=None, state=state)
+            duplex = duplex_attention(query, key, value, ids, ids, *weights, return_lse=True)
+        return [*attended, gram, projected, *state, views, indicator, chunk, *duplex]
+
+    expected = run(*(t.bfloat16() for t in (query, key, value)))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = run(query, key, value)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_autocast_and_pages():
+    """The operators on pages know no autocast, and what they fall back on, for a gradient, must not either."""
+    cache, table = torch.randn(4, 2, 16, 2 * 64 + 8), torch.tensor([[2, 0]])
+    cache[..., 128] = torch.randint(0, 2, (4, 1, 16))
+    weights = dict(zip(("a1", "b1", "a2", "b2"), (torch.randn(2, 64, 4), torch.randn(2, 4, 64)) * 2, strict=True))
+    for grad in (False, True):
+        query = torch.randn(2, 8, 64, requires_grad=grad)
+        pages = cache, table, torch.tensor([19]), torch.tensor([0, 2])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = (
+                paged_modular_attention(query, *pages),
+                paged_duplex_attention(query, torch.tensor([0, 1]), *pages, **weights),
+            )
+        expected = (
+            paged_modular_attention(query, *pages),
+            paged_duplex_attention(query, torch.tensor([0, 1]), *pages, **weights),
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
