@@ -54,8 +54,9 @@ class MODAConfig:
     JSON file can hold them.
 
     Args:
-        modalities: the modality of each kind of token, from 0: ``"text"``, and ``"image"``, ``"video"`` and ``"audio"``
-            where the family has such tokens. By default text is 0, image and video are 1 (the paper's two modalities).
+        modalities: the modality of each kind of token: 0 of ``"text"``, and from 1 of ``"image"``, ``"video"`` and
+            ``"audio"`` where the family has such tokens; kinds may share one. By default image and video are 1 (the
+            paper's two modalities).
         aligner: keyword arguments of :class:`moda_ext.alignment.DuplexAligner` (``fusion``, ``rank``, ``key_norm``,
             ``normalize``), or None for no aligner. The scope is causal.
         mask: keyword arguments of :class:`moda_ext.mask.ModularMask` (``variant``, ``decay``, ``length``, ``base``,
@@ -89,9 +90,10 @@ class MODAConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _plain(field.name, getattr(self, field.name)))
         ids = set(self.modalities.values())
-        if self.modalities.get("text") is None or ids != set(range(len(ids))):
+        if self.modalities.get("text") != 0 or ids != set(range(len(ids))):
             raise ValueError(
-                f"MODAConfig: modalities must name 'text' and number the modalities from 0, got {self.modalities}"
+                "MODAConfig: modalities must number the kinds of token from 0, which is 'text': what is no "
+                f"placeholder of another kind; got {self.modalities}"
             )
         if self.mode not in MODES:
             raise ValueError(f"MODAConfig: mode must be one of {MODES}, got {self.mode!r}")

@@ -334,11 +334,12 @@ class ModularMask(nn.Module):
         if not any(tensor.is_meta for tensor in self.state_dict().values()):
             self.load_state_dict(self.state_dict())
 
-    def upgrade_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
-        """Brings a state dict of any version to today's form, in place, and this mask to what it switches off.
+    def upgrade_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> list[str]:
+        """Brings a state dict of any version to today's form, in place.
 
-        The names begin with ``prefix``. No values are copied into the mask.
+        The names begin with ``prefix``. Returns the buffers that this mask lacks for it, see :meth:`make_room`.
         """
+        lacking: list[str] = []
         for name in ("prior", "base"):
             key, off_key = f"{prefix}{name}", f"{prefix}{name}_off"
             if key not in state_dict or not hasattr(self, name):
@@ -349,18 +350,27 @@ class ModularMask(nn.Module):
                 if off.all():  # neither has pseudo scores
                     del state_dict[key]
                     continue
-                del self.base
-                self.register_buffer("base", torch.zeros_like(self.decay))
-                self.has_base = True
+                lacking.append(name)
             if off.any():
                 state_dict[key], state_dict[off_key] = value.masked_fill(off, 0.0), off.to(value.dtype)
             if off_key in state_dict and f"{name}_off" not in self._buffers:
-                self.register_buffer(f"{name}_off", torch.zeros_like(getattr(self, name).detach()))
+                lacking.append(f"{name}_off")
             elif off_key not in state_dict and f"{name}_off" in self._buffers:
                 state_dict[off_key] = torch.zeros_like(value)
+        return lacking
+
+    def make_room(self, buffers: Sequence[str]) -> None:
+        """Registers what :meth:`upgrade_state_dict` found lacking: what was off by the settings is on from now on."""
+        if "base" in buffers:
+            del self.base
+            self.register_buffer("base", torch.zeros_like(self.decay))
+            self.has_base = True
+        for name in ("prior", "base"):
+            if f"{name}_off" in buffers:
+                self.register_buffer(f"{name}_off", torch.zeros_like(getattr(self, name).detach()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.upgrade_state_dict(state_dict, prefix)
+        self.make_room(self.upgrade_state_dict(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -356,3 +356,12 @@ def test_release_checkpoint_is_converted():
     assert not torch.allclose(released.key[:, :, ~text], plain.key[:, :, ~text])
     with pytest.raises(ValueError, match="lacks weights of the language model: embed_tokens.weight"):
         load_release(make_model("llava"), {k: v for k, v in checkpoint.items() if k != "model.embed_tokens.weight"})
+    with pytest.raises(ValueError, match="lacks lm_head.weight, and the model's head is not tied"):
+        load_release(make_model("llava"), {k: v for k, v in checkpoint.items() if k != "lm_head.weight"})
+    tied = make_model("llava")
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    before = tied.lm_head.weight.detach().clone()
+    with pytest.raises(ValueError, match="an lm_head.weight of its own, and the model's head is tied"):
+        load_release(tied, checkpoint)
+    assert torch.equal(tied.lm_head.weight, before)
+    load_release(tied, {**checkpoint, "lm_head.weight": checkpoint["model.embed_tokens.weight"]})

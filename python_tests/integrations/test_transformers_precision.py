@@ -235,3 +235,18 @@ def test_moda_in_an_offloaded_model_is_where_the_layer_computes(family, way, tmp
     assert attention_modules(model)[0].q_proj.weight.is_meta
     assert {p.device.type for p in moda_parameters(model).values()} == {"cpu"}
     assert torch.equal(logits_of(randomize(model), inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_autocast_reaches_no_sum_of_attention(family):
+    """Gemma 3's images see all of themselves, by a mask and scores of all pairs: no product of theirs is rounded."""
+    model, inputs, records = make_trained(family), make_inputs(family, padding=None), []
+    for attention in attention_modules(model):
+        if getattr(attention, "moda", None) is not None:
+            attention.moda.mask = None  # no sink: the mass of a row is 1
+    with torch.no_grad(), recording(model, records.append), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs, use_cache=False)
+    assert len(records) > 1
+    for record in records:
+        assert record.mass.dtype == record.lse.dtype == torch.float32
+        assert (record.mass.sum(dim=-1) - 1).abs().max() < 1e-5

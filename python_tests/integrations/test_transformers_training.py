@@ -24,6 +24,7 @@ from moda_ext.integrations.transformers import (
     train_only_moda,
 )
 from moda_ext.integrations.transformers.proof import TRAINED
+from moda_ext.integrations.transformers.versions import at_least
 
 
 @family
@@ -176,3 +177,20 @@ def test_a_step_on_two_fsdp_processes_equals_one_process(tmp_path):
     for name, tensor in model.state_dict().items():
         assert_close(state[name], tensor)
     assert any(not torch.equal(untrained[name], state[name]) for name in state if ".moda.aligner" in name)
+
+
+@pytest.mark.skipif(not at_least((5, 24)), reason="Transformers before 5.24 drops the cache there, of any model")
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_generation_in_training_mode_with_checkpointing(family):
+    """As in reinforcement learning. Where no gradient is wanted nothing is checkpointed, and the cache stays."""
+    inputs = make_inputs(family)
+    model = make_trained(family)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**copy.deepcopy(inputs), **options)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(model.generate(**copy.deepcopy(inputs), **options), expected)
+    with torch.no_grad():
+        without = model(**inputs).logits
+    with_gradients = model(**inputs).logits
+    assert_close(without, with_gradients)

@@ -8,6 +8,7 @@ text stack has hooks if and only if its config has settings (``config.moda``); w
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
@@ -85,6 +86,12 @@ class Recorded(PlainlyRecorded, total=False):
     bias: Tensor | None
 
 
+PSEUDO_SCORES_ARE_OFF = (
+    "the state dict has a base of pseudo scores, which the model's settings switch off (mask={'base': None}); give the "
+    "model the settings that it was saved with"
+)
+
+
 class MODAAttention(DuplexLayer):
     """What a layer's attention has of MODA: the aligner and the mask, ``self_attn.moda``.
 
@@ -105,6 +112,12 @@ class MODAAttention(DuplexLayer):
             else:
                 self.aligner = config.make_aligner(head_dim)
             self.mask = config.make_mask(num_heads)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        base = state_dict.get(f"{prefix}mask.base")
+        if self.mask is not None and not self.mask.has_base and base is not None and (base != -math.inf).any():
+            raise ValueError(f"load_state_dict: {PSEUDO_SCORES_ARE_OFF}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """The values of a new module, except in tensors that a checkpoint has filled."""
@@ -229,7 +242,8 @@ def attention_under(visible: Tensor | None) -> Callable:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(query.dtype)
         arguments = *(t.to(dtype) for t in (query, key, value)), key_modality.long()
-        out, lse, mass = reference.dense_attention(*arguments, **options, visible=visible)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse, mass = reference.dense_attention(*arguments, **options, visible=visible)
         return out.to(value.dtype), lse, mass
 
     return attention
@@ -357,8 +371,9 @@ def _duplex_attention(
     """``(out, what is recorded or None)`` of a layer with MODA, whose Gram goes on in the cache layer."""
     aligner = moda.aligner if isinstance(moda.aligner, DuplexAligner) else None
     aligns = aligner is not None
-    if visible is not None and aligns:
-        _check_past_is_visible(tokens, visible, context.start)
+    counts = moda.mask is not None and moda.mask.length is not None and moda.mask.has_base
+    if visible is not None and (aligns or counts):
+        _check_past_is_visible(tokens, visible, context.start, aligns)
     state = None
     if cached is not None and aligner is not None:
         state = cached.gram
@@ -495,8 +510,12 @@ def _tokens(
     return Tokens(query, key, value, query_modality, key_modality, new_key, query_modality, scale), visible
 
 
-def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor) -> None:
-    """The Gram of a row is made of all tokens before it, so its mask may hide none of them."""
+def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor, aligns: bool) -> None:
+    """The Gram of a row is made of all tokens before it, and so is the count of the pseudo scores that are left to it:
+    its mask may hide none of them."""
+    reason, remedy = ("their Gram would leak", "aligner=None")
+    if not aligns:
+        reason, remedy = ("a row's pseudo scores are counted from the start of the batch's row", "length=None")
     keys = torch.arange(tokens.key.shape[2], device=tokens.key.device)
     rows = torch.arange(tokens.query.shape[2], device=tokens.key.device) + start
     past = (tokens.key_modality >= 0)[:, None] & (keys <= rows[:, None])  # (B, Nq, Nk)
@@ -504,8 +523,9 @@ def _check_past_is_visible(tokens: Tokens, visible: Tensor, start: int | Tensor)
     hidden, message = (
         (past & ~visible[:, 0]).any(),
         (
-            "the aligner cannot run under a mask that hides earlier tokens (packed sequences, where position_ids start "
-            "again, or a mask of your own): their Gram would leak. Pad the sequences instead, or use aligner=None"
+            f"{'the aligner' if aligns else 'a mask with a finite length'} cannot run under a mask that hides earlier "
+            "tokens (packed sequences, where position_ids start again, or a mask of your own): "
+            f"{reason}. Pad the sequences instead, or use {remedy}"
         ),
     )
     if torch.compiler.is_compiling():

@@ -20,10 +20,13 @@ from moda_ext.integrations.transformers.attention import NAME, ModalityContext
 from moda_ext.integrations.transformers.cache import check_agreement, modality_layer, prepare_cache, refuse_cache
 from moda_ext.integrations.transformers.engines import refuse_other_sequence_parallelism
 from moda_ext.integrations.transformers.parts import TextStack
-from moda_ext.integrations.transformers.versions import versions
+from moda_ext.integrations.transformers.versions import at_least, versions
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Earlier ones drop the cache under checkpointing without gradients too.
+DROPS_ALWAYS = not at_least((5, 24))
 
 __all__ = ["BaseModelHook", "TextStackHook", "cache_argument", "placeholder", "token_modalities"]
 
@@ -99,7 +102,10 @@ class TextStackHook(BaseModelHook):
         modality = modality.to(tokens.device, torch.int32)
 
         cache = self._cache(kwargs)
-        if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
+        checkpoints = module.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in module.layers
+        )
+        if checkpoints and (torch.is_grad_enabled() or DROPS_ALWAYS):
             cache = None  # Transformers drops it in every layer, and recomputing must not find a Gram
         elif cache is None and self._uses_cache(module, kwargs):
             if self.cache_name is None:
@@ -120,8 +126,11 @@ class TextStackHook(BaseModelHook):
         mask = kwargs.get("attention_mask")
         modality = _without_padding(modality, mask, start)
         key_modality = modality if layer is None else layer.append(modality)
-        if layer is not None and mask is not None and not isinstance(mask, dict) and mask.dim() == 2:
-            _check_past_mask(mask, key_modality, start)
+        of_stack = _of_stack(mask)
+        if layer is not None and of_stack is not None and of_stack.dim() == 2:
+            _check_past_mask(of_stack, key_modality, start)
+        if layer is not None and mask is None:
+            _refuse_packed(kwargs.get("position_ids"), modality.shape, start)
         context = ModalityContext(modality, key_modality, start, self.num_modalities, cache, mask is not None)
         kwargs["modality_context"] = context
         return args, kwargs
@@ -163,18 +172,32 @@ def _check_past_mask(mask: Tensor, key_modality: Tensor, start: int | Tensor) ->
     )
 
 
+def _refuse_packed(position_ids: Tensor | None, shape: torch.Size, start: int | Tensor) -> None:
+    """Transformers does not look for packed sequences where there is a cache, and would let them see one another."""
+    if isinstance(start, Tensor) or start or position_ids is None or position_ids.shape[-1] != shape[1] or shape[1] < 2:
+        return
+    if position_ids.dim() == 2:  # others, of three axes, start again at every picture
+        torch._assert_async(
+            ~(position_ids.diff(dim=-1) < 0).any(),
+            "position_ids start again (packed sequences) where a cache is in use, with which Transformers lets the "
+            "sequences see one another: pass use_cache=False",
+        )
+
+
+def _of_stack(mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    """The mask of the layers with full attention, where there is one for each kind of layer."""
+    return mask.get("full_attention", next(iter(mask.values()))) if isinstance(mask, dict) else mask
+
+
 def _without_padding(modality: Tensor, mask: Tensor | dict[str, Tensor] | None, start: int | Tensor) -> Tensor:
     """-1 for the tokens that the attention mask leaves out."""
-    if isinstance(mask, dict):  # one mask for each kind of layer
-        of_stack: Tensor | None = mask.get("full_attention", next(iter(mask.values())))
-    else:
-        of_stack = mask
+    of_stack = _of_stack(mask)
     if of_stack is None:
         return modality
     rows, new = modality.shape
     shown = of_stack.to(modality.device)
     columns = torch.arange(new, device=modality.device) + start
-    if shown.dim() == 4 and shown.dtype == torch.bool:
+    if shown.dim() == 4 and shown.shape[1] == 1 and shown.dtype == torch.bool:
         index = columns[:, None].expand(shown.shape[0], new, 1)
         visible = shown[:, 0].gather(2, index).squeeze(2)  # a token that does not see itself
     elif shown.dim() == 2:

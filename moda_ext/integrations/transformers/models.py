@@ -365,7 +365,7 @@ def knowing_modalities(inner: PreTrainedModel, modalities: dict[str, int] | None
     handles = _register(_hooks(inner, plain.modalities))
     try:
         text_config.moda = plain.values()
-        PreTrainedModel.set_attn_implementation(inner, {"text_config": NAME})
+        _switch(inner, NAME)
         yield
     finally:
         for handle in handles:
@@ -470,7 +470,7 @@ def _logits(
     mask = None if mask is None or mask.dim() != 2 else mask != 0
     try:
         inner.eval()
-        PreTrainedModel.set_attn_implementation(inner, {"text_config": implementation})  # without the warning
+        _switch(inner, implementation)
         whole = call(**{**inputs, "use_cache": False}).logits
         logits = [whole.flatten(0, 1) if mask is None else whole[mask.to(whole.device)]]
         if not new_tokens:
@@ -551,7 +551,24 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
         model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
     split_over_model(model, text_stack(model), modules.values())
     _register(hooks)
-    PreTrainedModel.set_attn_implementation(model, {"text_config": NAME})
+    _switch(model, NAME)
+
+
+def _switch(model: PreTrainedModel, implementation: str) -> None:
+    """The attention of the text stack, without a warning.
+
+    Raises:
+        RuntimeError: it stays what it was. Transformers only logs where it does not know how a stack chooses.
+    """
+    PreTrainedModel.set_attn_implementation(model, {"text_config": implementation})
+    for attention in attention_modules(model):
+        chosen = attention.config._attn_implementation
+        if chosen != implementation:
+            raise RuntimeError(
+                f"MODA: {type(text_stack(model)).__name__} keeps its {chosen!r} attention where {implementation!r} is "
+                f"asked for, so MODA would have no effect {versions()}. Its attention must be chosen as that of "
+                "Transformers' own models is, by ALL_ATTENTION_FUNCTIONS.get_interface"
+            )
 
 
 def _hooks(model: PreTrainedModel, modalities: dict[str, int]) -> list:

@@ -4,7 +4,7 @@ from importlib import metadata
 
 from moda_ext._version import TRANSFORMERS_BELOW, TRANSFORMERS_MIN, TRANSFORMERS_TESTED, __version__, series
 
-__all__ = ["beyond_tested", "check_minimum", "versions"]
+__all__ = ["at_least", "beyond_tested", "check_minimum", "versions"]
 
 
 def found() -> str | None:
@@ -31,10 +31,15 @@ def check_minimum() -> None:
         )
 
 
+def at_least(release: tuple[int, ...]) -> bool:
+    """Whether the installed Transformers is of that release or a later one."""
+    version = found()
+    return version is not None and _series(version) >= release
+
+
 def beyond_tested() -> bool:
     """Whether the installed Transformers is of a release that did not exist when moda_ext was tested."""
-    version = found()
-    return version is not None and _series(version) >= TRANSFORMERS_BELOW
+    return at_least(TRANSFORMERS_BELOW)
 
 
 def versions() -> str:

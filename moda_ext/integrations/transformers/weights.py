@@ -15,7 +15,7 @@ from torch.distributed import is_available
 from transformers import PreTrainedModel
 
 from moda_ext.integrations.settings import MODAConfig
-from moda_ext.integrations.transformers.attention import MODAAttention
+from moda_ext.integrations.transformers.attention import PSEUDO_SCORES_ARE_OFF, MODAAttention
 from moda_ext.integrations.transformers.engines import sharded_like
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
@@ -170,11 +170,14 @@ def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
 
 @torch.no_grad()
 def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> None:
-    for prefix, module in modules.items():
-        if module.mask is not None:  # files of before have infinities in them
-            module.mask.upgrade_state_dict(state_dict, f"{prefix}.mask.")
+    masks = {f"{prefix}.mask.": module.mask for prefix, module in modules.items() if module.mask is not None}
+    # Files of before have infinities in them.
+    lacking = {prefix: mask.upgrade_state_dict(state_dict, prefix) for prefix, mask in masks.items()}
+    if any("base" in buffers for buffers in lacking.values()):
+        raise ValueError(f"load_moda_state_dict: {PSEUDO_SCORES_ARE_OFF}")
     own = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    names = own.keys() | {prefix + name for prefix, buffers in lacking.items() for name in buffers}
+    missing, unknown = sorted(names - state_dict.keys()), sorted(state_dict.keys() - names)
     if missing or unknown:
         raise ValueError(f"load_moda_state_dict: state_dict lacks {missing} and has {unknown}, which the model lacks")
     for name, tensor in own.items():
@@ -188,8 +191,11 @@ def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> N
                 f"load_moda_state_dict: {name} of the model is offloaded, or on the meta device. Load MODA's weights "
                 "before the model is dispatched"
             )
-    for name, tensor in own.items():
-        tensor.copy_(sharded_like(state_dict[name], tensor))
+    for prefix, mask in masks.items():
+        mask.make_room(lacking[prefix])
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(sharded_like(state_dict[f"{prefix}.{name}"], tensor))
 
 
 def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
@@ -205,9 +211,15 @@ def save_moda(model: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError("save_moda: this model has no MODA parameters; see apply_moda")
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("save_moda: this model's MODA parameters are on the meta device and have no values")
-    settings = MODAConfig.from_dict(text_stack(model).config.moda).to_json()
+    settings = _own_settings(model).to_json()
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     save_file(tensors, os.fspath(path), metadata={"format": "pt", "moda": settings})
+
+
+def _own_settings(model: nn.Module) -> MODAConfig:
+    """Those of the layers, which several models with one config object would overwrite in it; or else the config's."""
+    modules = list(_moda_modules(model).values())
+    return modules[0].config if modules else MODAConfig.from_dict(text_stack(model).config.moda)
 
 
 def load_moda(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -223,7 +235,7 @@ def load_moda(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         config = MODAConfig.from_json(settings)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     if has_moda(model, "load_moda"):
-        own = MODAConfig.from_dict(text_stack(model).config.moda)
+        own = _own_settings(model)
         if own != config:
             raise ValueError(f"load_moda: the model's settings are {own}, those of the file {config}")
     else:
@@ -247,7 +259,8 @@ def load_release(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> list[
         Names of ``state_dict`` that were not loaded.
 
     Raises:
-        ValueError: there is no aligner in it, one is incomplete, or it lacks a weight of the text stack.
+        ValueError: there is no aligner in it, one is incomplete, it lacks a weight of the text stack, or its output
+            head is none that the model can have.
         RuntimeError: a shape differs.
     """
     aligners, rest = split_release_state_dict(state_dict)
@@ -260,9 +273,18 @@ def load_release(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> list[
     missing = sorted(own - language.keys())
     if missing:
         raise ValueError(f"load_release: state_dict lacks weights of the language model: {', '.join(missing)}")
+    head, of_release = model.get_output_embeddings(), rest.get("lm_head.weight")
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        if of_release is None and not tied:
+            raise ValueError("load_release: state_dict lacks lm_head.weight, and the model's head is not tied")
+        if of_release is not None and tied and not torch.equal(of_release, rest[language["embed_tokens.weight"]]):
+            raise ValueError(
+                "load_release: state_dict has an lm_head.weight of its own, and the model's head is tied to its "
+                "embeddings; set tie_word_embeddings=False in its config"
+            )
     stack.load_state_dict({name: rest[source] for name, source in language.items()})
     loaded = set(language.values())
-    head = model.get_output_embeddings()
     if "lm_head.weight" in rest and head is not None:
         head.load_state_dict({"weight": rest["lm_head.weight"]}, strict=False)
         loaded.add("lm_head.weight")
