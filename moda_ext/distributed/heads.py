@@ -93,7 +93,7 @@ class HeadSplit:
         """A block in which the layer's aligner and mask have the tensors of this process's heads.
 
         Raises:
-            RuntimeError: some are sharded in it, by an FSDP that would bring others than these.
+            RuntimeError: some are sharded in it, by an FSDP that would bring others than these, or are no parameters.
         """
         mask, places = layer.mask, list(_places(layer))
         group, rank = self.mesh.get_group(), self.mesh.get_local_rank()
@@ -102,6 +102,13 @@ class HeadSplit:
             raise RuntimeError(
                 "MODA: aligner or mask of a layer with split heads are sharded for themselves. Call fully_shard on the "
                 "layer, or on a block around it, so that they are whole in the layer's forward pass"
+            )
+        parts = [module for part in (layer.aligner, mask) if part is not None for module in part.modules()]
+        flat = any(isinstance(value, Tensor) and value.requires_grad for part in parts for value in vars(part).values())
+        if flat and torch.is_grad_enabled():
+            raise RuntimeError(
+                "MODA: aligner or mask of a layer with split heads have no parameters in its forward pass, whose "
+                "gradients could be summed: give FullyShardedDataParallel use_orig_params=True, or use fully_shard"
             )
         local = list(before)
         wanted = [index for index, tensor in enumerate(before) if tensor.requires_grad]

@@ -44,6 +44,11 @@ DEFAULT_MODALITIES = {"text": 0, "image": 1, "video": 1}
 CAN_BE_OFF = ("prior", "base")  # the options of a mask that may hold -inf
 NUMBERS = (*CAN_BE_OFF, "decay", "length", "rank", "layers", "modalities")
 
+PSEUDO_SCORES_ARE_OFF = (
+    "the weights have a base of pseudo scores, which the model's settings switch off (mask={'base': None}); give the "
+    "model the settings that it was saved with"
+)
+
 
 @dataclasses.dataclass
 class MODAConfig:

@@ -334,6 +334,11 @@ class ModularMask(nn.Module):
         if not any(tensor.is_meta for tensor in self.state_dict().values()):
             self.load_state_dict(self.state_dict())
 
+    def is_off_unlike(self, state_dict: dict[str, Tensor], prefix: str = "") -> bool:
+        """Whether this mask has no pseudo scores, and a state dict has some, which would switch them on here."""
+        base = state_dict.get(f"{prefix}base")
+        return not self.has_base and base is not None and bool((base != -math.inf).any())
+
     def upgrade_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> list[str]:
         """Brings a state dict of any version to today's form, in place.
 

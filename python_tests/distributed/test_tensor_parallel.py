@@ -1,6 +1,7 @@
 """The layer with its heads over several processes computes what it computes in one."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from parallel import EXACT, SINGLE, assert_equal_gradients, assert_replicas_equal, error, full, randomize_moda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -320,6 +321,23 @@ def check_sharded():
         RuntimeError, match="aligner or mask .* are sharded for themselves. Call fully_shard on the lay"
     ):
         parts(x[row], modality[row])
+
+
+def check_flat_parameters():
+    """FullyShardedDataParallel makes plain tensors of them: no gradient would be summed, and the copies drift apart."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    flattened = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    x, modality = make_inputs()
+    for settings in ({"mask": False}, {"mask": {"variant": "fix"}}):
+        split = flattened(tensor_parallel(make(settings), mesh["tp"]), device_mesh=mesh["dp"])
+        with torch.no_grad():
+            assert split(x, modality).isfinite().all()
+        with pytest.raises(RuntimeError, match="have no parameters in its forward pass"):
+            split(x, modality)
+
+
+def test_with_flat_parameters(two_ranks):
+    two_ranks.run(check_flat_parameters)
 
 
 def test_with_sharded_parameters(four_ranks):

@@ -17,6 +17,7 @@ from moda_ext.integrations.transformers import (  # noqa: E402
     apply_moda,
     context_parallel,
     recording,
+    text_stack,
 )
 
 NINE = [family for family in FAMILIES if family != "gemma3"]  # which has sliding windows
@@ -157,7 +158,28 @@ def test_ranks_with_different_batches_are_told_everywhere():
         inputs["input_ids"][0, 0] += dist.get_rank()
         model(**inputs)
 
-    refused(ValueError, "the ranks of a sequence were given different batches", call)
+    def see(model, inputs):
+        inputs["pixel_values"] = inputs["pixel_values"] + 1e-3 * dist.get_rank()  # such as a crop by chance
+        model(**inputs)
+
+    for given in (call, see):
+        refused(ValueError, "the ranks of a sequence were given different batches", given)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_position_embeddings_that_depend_on_the_length_are_refused(kind):
+    """A rank has its own positions alone, and so would have frequencies of its own."""
+    model = make("llava", None)
+    text_stack(model).rotary_emb.rope_type = kind
+
+    def rank() -> None:
+        with (
+            pytest.raises(ValueError, match=f"position embeddings of type '{kind}'"),
+            context_parallel(copy.deepcopy(model), mesh_of_all()),
+        ):
+            pass
+
+    run_threads(rank, 2)
 
 
 def test_lengths_that_cannot_be_cut():

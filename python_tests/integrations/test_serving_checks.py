@@ -161,17 +161,40 @@ def test_on_a_cpu_the_server_leaves_memory_to_others(checkpoint, monkeypatch):
     assert option not in serve.arguments(checkpoint, "127.0.0.1", 8000, False, [])
 
 
-@pytest.mark.parametrize("given", (["--model-impl", "transformers"], ["--model-impl=transformers"]))
+@pytest.mark.parametrize(
+    "given", (["--model-impl", "transformers"], ["--model-impl=transformers"], ["--model_impl=transformers"])
+)
 def test_the_transformers_backend_keeps_moda(checkpoint, given):
     words = serve.arguments(checkpoint, "127.0.0.1", 8000, False, [*given, "--seed", "1"])
     assert words[-4:] == ["--seed", "1", "--hf-overrides", json.dumps({"architectures": [ANY_FAMILY]})]
     assert ANY_FAMILY in architectures()
 
 
+def test_what_a_file_of_options_says_is_kept(checkpoint, tmp_path):
+    """vLLM takes what the command line says before that."""
+    file = tmp_path / "options.yaml"
+    file.write_text("dtype: bfloat16\nserved_model_name: mine\ngpu-memory-utilization: 0.3\n")
+    words = serve.arguments(checkpoint, "127.0.0.1", 8000, False, ["--config", str(file)])
+    assert not {"--dtype", "--served-model-name", "--gpu-memory-utilization"} & set(words)
+    file.write_text("additional-config: {}\n")
+    with pytest.raises(serve.ServeError, match="--metrics is --additional-config"):
+        serve.arguments(checkpoint, "127.0.0.1", 8000, True, [f"--config={file}"])
+    file.write_text("model-impl: transformers\n")
+    with pytest.raises(serve.ServeError, match="must be on the command line"):
+        serve.arguments(checkpoint, "127.0.0.1", 8000, False, ["--config", str(file)])
+    file.write_text("- dtype\n")
+    with pytest.raises(serve.ServeError, match="must hold a table of options"):
+        serve.arguments(checkpoint, "127.0.0.1", 8000, False, ["--config", str(file)])
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--additional-config", "{}"], "--metrics is --additional-config"),
+        (["--additional_config={}"], "--metrics is --additional-config"),
+        (["--additional-config.x", "1"], "--metrics is --additional-config"),
+        (["--model_impl=transformers", "--hf_overrides.x", "1"], "--model-impl transformers is --hf-overrides"),
+        (["--config", "nowhere.yaml"], "--config: cannot read nowhere.yaml"),
         (["--model-impl", "transformers", "--hf-overrides", "{}"], "--model-impl transformers is --hf-overrides"),
     ],
 )

@@ -215,9 +215,9 @@ def test_weights_with_pseudo_scores_are_refused_where_the_settings_have_none(tmp
     on = apply_moda(make_model("llava"), MODAConfig(mask={"base": -1.0, "learn_base": True}))
     off, inputs = apply_moda(make_model("llava")), make_inputs("llava")
     expected = logits_of("llava", off, inputs)
-    with pytest.raises(ValueError, match="has a base of pseudo scores, which the model's settings switch off"):
+    with pytest.raises(ValueError, match="have a base of pseudo scores, which the model's settings switch off"):
         load_moda_state_dict(off, moda_state_dict(on))
-    with pytest.raises(ValueError, match="has a base of pseudo scores, which the model's settings switch off"):
+    with pytest.raises(ValueError, match="have a base of pseudo scores, which the model's settings switch off"):
         off.load_state_dict(on.state_dict())
     assert torch.equal(logits_of("llava", off, inputs), expected)
     other = apply_moda(make_model("llava"), MODAConfig(aligner={"rank": 3}, mask={"prior": [[0.0, -torch.inf]] * 2}))

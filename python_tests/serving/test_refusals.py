@@ -46,6 +46,7 @@ def configure(path, **options):
         ({"enable_lora": True}, "LoRA adapters .* merge them"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "carry pages elsewhere"),
         ({"kv_offloading_size": 1.0}, "carry pages elsewhere"),
+        ({"compilation_config": {"mode": 1}}, "a graph of the whole model would write the modalities of a step after"),
         ({"additional_config": {"moda_metrics": True}}, "moda_metrics needs PROMETHEUS_MULTIPROC_DIR"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -142,10 +143,13 @@ def rewrite(path, change) -> None:
     save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("what", ("a layer", "a tensor", "settings"))
+@pytest.mark.parametrize("what", ("a layer", "a tensor", "settings", "pseudo scores"))
 def test_weights_that_do_not_fit(changed, serve, what):
-    """A layer without its weights, one tensor less, and weights for a layer that the settings leave out."""
+    """A layer without its weights, one tensor less, weights for a layer that the settings leave out, and a base of
+    pseudo scores that the settings switch off."""
     path = changed(moda={"layers": [0, 2]} if what == "settings" else {})
+    if what == "pseudo scores":
+        path = switched_off(path)
     part = {"a layer": "layers.1.self_attn.moda.", "a tensor": "layers.1.self_attn.moda.aligner.a1"}.get(what)
     if part is not None:
         rewrite(path, lambda tensors: {name: t for name, t in tensors.items() if part not in name})
@@ -153,9 +157,24 @@ def test_weights_that_do_not_fit(changed, serve, what):
         "a layer": r"lacks those of layers \['1'\]",
         "a tensor": 'Missing key.*"aligner.a1"',
         "settings": r"has weights for layers \['1'\] that the settings leave out",
+        "pseudo scores": "has a base of pseudo scores|have a base of pseudo scores",
     }[what]
     with pytest.raises((ValueError, RuntimeError), match=reason), serve(path):
         pass
+
+
+def switched_off(path):
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["moda"]["mask"] |= {"base": None, "learn_base": False}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_weights_cannot_be_reloaded_in_place(changed, serve):
+    """vLLM moves parameters to the meta device for it, loads by ways that are not ours, and puts the old ones back."""
+    path = changed()
+    with serve(path) as served, pytest.raises(Exception, match="cannot be reloaded in place"):
+        served.llm.collective_rpc("reload_weights")
 
 
 def test_layers_that_the_model_lacks(changed, serve):

@@ -8,7 +8,6 @@ text stack has hooks if and only if its config has settings (``config.moda``); w
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
@@ -24,7 +23,7 @@ from moda_ext import reference
 from moda_ext._ops.limits import accumulation_dtype
 from moda_ext.functional.attention import modular_attention
 from moda_ext.integrations.recording import AttentionRecord
-from moda_ext.integrations.settings import MODAConfig
+from moda_ext.integrations.settings import PSEUDO_SCORES_ARE_OFF, MODAConfig
 from moda_ext.integrations.transformers.cache import (
     MODADynamicLayer,
     MODADynamicSlidingWindowLayer,
@@ -86,12 +85,6 @@ class Recorded(PlainlyRecorded, total=False):
     bias: Tensor | None
 
 
-PSEUDO_SCORES_ARE_OFF = (
-    "the state dict has a base of pseudo scores, which the model's settings switch off (mask={'base': None}); give the "
-    "model the settings that it was saved with"
-)
-
-
 class MODAAttention(DuplexLayer):
     """What a layer's attention has of MODA: the aligner and the mask, ``self_attn.moda``.
 
@@ -114,8 +107,7 @@ class MODAAttention(DuplexLayer):
             self.mask = config.make_mask(num_heads)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        base = state_dict.get(f"{prefix}mask.base")
-        if self.mask is not None and not self.mask.has_base and base is not None and (base != -math.inf).any():
+        if self.mask is not None and self.mask.is_off_unlike(state_dict, f"{prefix}mask."):
             raise ValueError(f"load_state_dict: {PSEUDO_SCORES_ARE_OFF}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 

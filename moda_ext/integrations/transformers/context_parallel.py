@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ else:
 __all__ = ["ContextParallelTrainerMixin", "context_parallel"]
 
 CUT = "inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"
+MOVING_ROPE = ("dynamic", "longrope")  # of Transformers, whose frequencies depend on the longest position
+OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PACKED = "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"  # what describes several sequences in a row
 
 
@@ -63,8 +66,8 @@ def context_parallel(
         The shards: ``shards.shard(labels, 1)`` are the labels of this rank's logits.
 
     Raises:
-        ValueError: layers with a sliding window, MODA that is switched off, a length that cannot be cut (pad it), or
-            batches that differ between the ranks.
+        ValueError: layers with a sliding window, position embeddings that depend on a sequence's length, MODA that is
+            switched off, a length that cannot be cut (pad it), or batches that differ between the ranks.
         NotImplementedError: what a part of a sequence cannot have: a cache, ``generate``, a mask of pairs, packed
             sequences, ``logits_to_keep``, recording.
 
@@ -85,6 +88,13 @@ def context_parallel(
         raise ValueError(
             f"context_parallel: layers {windows} have a sliding window; if your sequences are shorter than the window, "
             "set text_config.sliding_window=None before the model is made"
+        )
+    rope = getattr(getattr(text_stack(inner), "rotary_emb", None), "rope_type", "default")
+    moving = [kind for kind in (rope.values() if isinstance(rope, dict) else (rope,)) if kind in MOVING_ROPE]
+    if moving:
+        raise ValueError(
+            f"context_parallel: position embeddings of type {moving[0]!r} choose their frequencies by the last "
+            "position of a pass, and ranks have different ones"
         )
     if "generate" in vars(inner):
         raise ValueError("context_parallel: this model is in a context already")
@@ -140,12 +150,15 @@ class _ModelHook:
     def _check_same_batch(self, kwargs: dict) -> None:
         """Other tokens on one rank, as loaders for data ranks give them, would make all results wrong without an error.
 
-        The ids, masks and labels of a batch are compared by a number made of them.
+        Ids, masks, labels and pictures of a batch are compared by a number made of their bits.
         """
         own = torch.zeros(2, dtype=torch.int64, device=self.shards.mesh.device_type)
         for _, tensor in sorted(kwargs.items()):
-            if isinstance(tensor, Tensor) and not tensor.is_floating_point():
-                numbers = tensor.detach().to(own.device, torch.int64).flatten()
+            if isinstance(tensor, Tensor):
+                bits = tensor.detach().to(own.device)
+                if bits.is_floating_point():
+                    bits = bits.contiguous().view(OF_SIZE[bits.itemsize])
+                numbers = bits.to(torch.int64).flatten()
                 weights = torch.arange(len(numbers), device=own.device) % 65_521 + 1
                 own = own * 31 + torch.stack([((numbers + 1) * weights).sum(), own.new_tensor(len(numbers))])
         every = self.shards.of_every_rank(own)
@@ -311,6 +324,12 @@ class ContextParallelTrainerMixin(_Trainer):
         if self.args.world_size > 1:
             size = self._context_mesh.size()
             dealt.num_processes, dealt.process_index = dealt.num_processes // size, dealt.process_index // size
+            seed = getattr(
+                loader, "worker_init_fn", None
+            )  # of Transformers: by rank, so that pictures are cut by chance
+            if isinstance(seed, functools.partial) and "rank" in seed.keywords:
+                rank = seed.keywords["rank"] // size
+                loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
             if dealt.num_processes == 1:  # then the last batch needs no other of its size
                 dealt.even_batches = False
         return loader

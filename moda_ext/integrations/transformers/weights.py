@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import is_available
 from transformers import PreTrainedModel
 
-from moda_ext.integrations.settings import MODAConfig
-from moda_ext.integrations.transformers.attention import PSEUDO_SCORES_ARE_OFF, MODAAttention
+from moda_ext.integrations.settings import PSEUDO_SCORES_ARE_OFF, MODAConfig
+from moda_ext.integrations.transformers.attention import MODAAttention
 from moda_ext.integrations.transformers.engines import sharded_like
 from moda_ext.integrations.transformers.models import apply_moda, attention_modules, has_moda, text_stack
 from moda_ext.release import split_release_state_dict
@@ -171,10 +171,10 @@ def load_moda_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
 @torch.no_grad()
 def _copy(state_dict: dict[str, Tensor], modules: dict[str, MODAAttention]) -> None:
     masks = {f"{prefix}.mask.": module.mask for prefix, module in modules.items() if module.mask is not None}
+    if any(mask.is_off_unlike(state_dict, prefix) for prefix, mask in masks.items()):
+        raise ValueError(f"load_moda_state_dict: {PSEUDO_SCORES_ARE_OFF}")
     # Files of before have infinities in them.
     lacking = {prefix: mask.upgrade_state_dict(state_dict, prefix) for prefix, mask in masks.items()}
-    if any("base" in buffers for buffers in lacking.values()):
-        raise ValueError(f"load_moda_state_dict: {PSEUDO_SCORES_ARE_OFF}")
     own = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
     names = own.keys() | {prefix + name for prefix, buffers in lacking.items() for name in buffers}
     missing, unknown = sorted(names - state_dict.keys()), sorted(state_dict.keys() - names)

@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from moda_ext._ops.limits import HEAD_SIZE_STEP, MAX_HEAD_SIZE
-from moda_ext.integrations.settings import MODAConfig
+from moda_ext.integrations.settings import PSEUDO_SCORES_ARE_OFF, MODAConfig
 from moda_ext.integrations.vllm import BACKEND
 from moda_ext.integrations.vllm.metrics import AttentionMass
 from moda_ext.nn.paged import PagedAttention, Pages, Rows
@@ -71,7 +71,16 @@ class MODALayer(nn.Module):
 
         Raises:
             RuntimeError: one is missing, unknown, or of another shape.
+            ValueError: they have pseudo scores, which the settings switch off.
+            NotImplementedError: vLLM reloads weights in place, and would put these old ones back.
         """
+        if any(tensor.is_meta for tensor in self.state_dict().values()):
+            raise NotImplementedError(
+                "MODA: aligner and mask cannot be reloaded in place (reload_weights, sleep level 2); start the engine "
+                "anew with the new checkpoint"
+            )
+        if self.mask is not None and self.mask.is_off_unlike(weights, "mask."):
+            raise ValueError(f"MODA: {PSEUDO_SCORES_ARE_OFF}")
         own = {name: _own_heads(value) if name.startswith("mask.") else value for name, value in weights.items()}
         self.load_state_dict(own)
         self._prepared = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.v1.attention.backend import AttentionType
@@ -85,6 +85,10 @@ def _of_engine(vllm_config: VllmConfig) -> list[str]:
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         reasons.append(
             "context parallelism splits the keys of a sequence, and the aligner's Gram is made of all of them"
+        )
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        reasons.append(
+            "a graph of the whole model would write the modalities of a step after its layers have read them"
         )
     if parallel.use_ubatching:
         reasons.append("two batches at once (DBO) would share one tensor of modalities")

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def arguments(model: Path, host: str, port: int, metrics: bool, options: Sequenc
     Raises:
         ServeError: options that do not go together.
     """
-    given = {option.partition("=")[0] for option in options if option.startswith("--")}
+    in_file = _of_config_file(options)
+    given = {_name(option) for option in options if option.startswith("--")} | in_file.keys()
     result = ["--model", str(model), "--host", host, "--port", str(port)]
     if "--served-model-name" not in given:
         result += ["--served-model-name", model.resolve().name]
@@ -139,7 +140,49 @@ def arguments(model: Path, host: str, port: int, metrics: bool, options: Sequenc
                 "--metrics is --additional-config '{\"moda_metrics\": true}': add that to yours, or drop one"
             )
         result += ["--additional-config", json.dumps({"moda_metrics": True})]
-    return result + _with_own_architecture(options)
+    if str(in_file.get("--model-impl")) == "transformers":
+        raise ServeError("--model-impl transformers must be on the command line, not in the file of --config")
+    return result + _with_own_architecture(options, given)
+
+
+def _name(option: str) -> str:
+    """An option as vLLM understands it: with "_" for "-", with a value, or a key inside of its value."""
+    return option.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def _of_config_file(options: Sequence[str]) -> dict[str, Any]:
+    """What the file of ``--config`` gives, by option; the command line would win over it.
+
+    Raises:
+        ServeError: there is no such file, or it is no table.
+    """
+    words = _words(options)
+    files = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
+    found: dict[str, Any] = {}
+    for file in files:
+        import yaml  # of vLLM
+
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ServeError(f"--config: cannot read {file}: {error}") from error
+        if not isinstance(content, dict):
+            raise ServeError(f"--config: {file} must hold a table of options")
+        found |= {_name(f"--{key}"): value for key, value in content.items()}
+    return found
+
+
+def _words(options: Sequence[str]) -> list[str]:
+    """Names and values apart."""
+    words: list[str] = []
+    for option in options:
+        if not option.startswith("--"):
+            words.append(option)
+            continue
+        name, equal, value = option.partition("=")
+        stem, dot, key = name.partition(".")
+        words += [stem.replace("_", "-") + dot + key, *([value] if equal else [])]
+    return words
 
 
 def _half_of_what_is_free() -> float:
@@ -150,12 +193,12 @@ def _half_of_what_is_free() -> float:
     return 0.5 * memory.available / memory.total
 
 
-def _with_own_architecture(options: Sequence[str]) -> list[str]:
+def _with_own_architecture(options: Sequence[str], given: Collection[str]) -> list[str]:
     """vLLM's ``--model-impl transformers`` would leave MODA out; our class on that backend is an architecture."""
-    words = [word for option in options for word in (option.split("=", 1) if option.startswith("--") else [option])]
+    words = _words(options)
     if ["--model-impl", "transformers"] not in [words[i : i + 2] for i in range(len(words))]:
         return list(options)
-    if "--hf-overrides" in words:
+    if "--hf-overrides" in given:
         raise ServeError(
             f'--model-impl transformers is --hf-overrides \'{{"architectures": ["{ANY_FAMILY}"]}}\': add it'
         )
