@@ -272,7 +272,7 @@ def expand(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> T
 
 def as_int32(integers: Tensor) -> Tensor:
     """As the operators take them. What has no place there becomes the nearest that has, which they refuse as well."""
-    if integers.dtype in (torch.int64, torch.uint32, torch.uint64):
+    if integers.dtype == torch.int64:
         integers = integers.clamp(-(2**31), 2**31 - 1)
     return integers.to(torch.int32)
 

@@ -99,11 +99,9 @@ class _Chunks:
         modality = pad(modality, (0, self.filler), value=-1).unflatten(1, (-1, CHUNK))[:, None, ..., None]
         self.keys = [torch.where(modality == m, self.features, 0.0) for m in range(num_modalities)]
         sums = torch.stack([k.mT @ k for k in self.keys])  # (M, B, Hkv, n, D, D)
-        first = (
-            sums.new_zeros(*sums.shape[:3], 1, *sums.shape[4:])
-            if initial is None
-            else initial.movedim(2, 0).unsqueeze(3)
-        )
+        if initial is None:
+            initial = sums.new_zeros(*key.shape[:2], num_modalities, *sums.shape[4:])
+        first = initial.movedim(2, 0).unsqueeze(3)
         states = torch.cat([first, sums], dim=3).cumsum(dim=3)
         self.before = states[:, :, :, :-1]
         self.gram = states[:, :, :, -1].movedim(0, 2)
