@@ -432,7 +432,11 @@ class TestCommand:
         main = threading.main_thread().ident
         passed = passes(model, lambda n: signal.pthread_kill(main, signal.SIGINT) if n == 3 else None)
         monkeypatch.setattr(diagnostics, "load_model", lambda *_, **__: (model, processor))
-        code, out, err = chat("--max-new-tokens", 1500, "--attention", lines=["Hello", "/save talk.jsonl"])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background: ignored
+        try:
+            code, out, err = chat("--max-new-tokens", 1500, "--attention", lines=["Hello", "/save talk.jsonl"])
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert (code, len(passed) < 1000) == (0, True)
         assert "stopped" in err and "saved talk.jsonl" in err and "where the answer looked" not in out
         (saved,) = read_conversations("talk.jsonl")
