@@ -153,6 +153,8 @@ def test_a_stack_that_keeps_its_own_attention_is_refused(monkeypatch):
     monkeypatch.setattr(type(text_stack(plain)), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(RuntimeError, match="keeps its 'sdpa' attention where 'moda' is asked for"):
         apply_moda(plain)
+    assert type(plain) is type(make_model("llava")) and not text_stack(plain)._forward_pre_hooks  # nothing has changed
+    assert not any(".moda." in name for name in plain.state_dict()) and not hasattr(plain.config.text_config, "moda")
     with (
         pytest.raises(RuntimeError, match="keeps its 'sdpa' attention"),
         recording(make_model("llava"), lambda record: None),

@@ -324,9 +324,8 @@ class ContextParallelTrainerMixin(_Trainer):
         if self.args.world_size > 1:
             size = self._context_mesh.size()
             dealt.num_processes, dealt.process_index = dealt.num_processes // size, dealt.process_index // size
-            seed = getattr(
-                loader, "worker_init_fn", None
-            )  # of Transformers: by rank, so that pictures are cut by chance
+            # Transformers seeds workers by rank, and those of one sequence would crop its pictures differently.
+            seed = getattr(loader, "worker_init_fn", None)
             if isinstance(seed, functools.partial) and "rank" in seed.keywords:
                 rank = seed.keywords["rank"] // size
                 loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})

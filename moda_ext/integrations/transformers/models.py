@@ -63,6 +63,7 @@ class MODAModelMixin(_Generative):
         settings = _settings(config) or MODAConfig()
         config.text_config.moda = settings.values()
         _attach(self, *_prepare(self, settings))
+        _switch(self, NAME)
         if requested not in (None, NAME):
             self.set_attn_implementation({"text_config": requested})
 
@@ -263,7 +264,8 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
         ValueError: a model of another family, one that has MODA, or layers that cannot have it, such as those with a
             sliding window (the Gram of a window would have to forget).
         NotImplementedError: the model is sharded by FSDP already.
-        RuntimeError: with a Transformers that came later than the tested ones: MODA does not work with it.
+        RuntimeError: with a Transformers that came later than the tested ones: MODA does not work with it; or a text
+            stack whose attention Transformers does not switch.
 
     Example:
         >>> from transformers import AutoModelForImageTextToText
@@ -284,7 +286,8 @@ def apply_moda(model: Model, config: MODAConfig | None = None) -> Model:
     if config is None:
         config = _settings(inner.config) or MODAConfig()
     _prove(family)
-    modules, hooks = _prepare(inner, config)  # raises before anything changes
+    modules, hooks = _prepare(inner, config)  # raises before anything changes, and so does the next
+    _switch(inner, NAME)
     inner.config.text_config.moda = config.values()
     inner.config.__class__, inner.__class__ = config_class, model_class
     _attach(inner, modules, hooks)
@@ -551,7 +554,6 @@ def _attach(model: PreTrainedModel, modules: dict[int, MODAAttention], hooks: li
         model._keys_to_ignore_on_load_unexpected = off | set(model._keys_to_ignore_on_load_unexpected or ())
     split_over_model(model, text_stack(model), modules.values())
     _register(hooks)
-    _switch(model, NAME)
 
 
 def _switch(model: PreTrainedModel, implementation: str) -> None:
