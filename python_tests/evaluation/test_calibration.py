@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import re
 
+import commands
 import pytest
 import torch
 
@@ -259,14 +259,8 @@ class TestDial:
 
 def call(*arguments):
     """(exit code, what it printed)."""
-    from typer.testing import CliRunner
-
-    from moda_ext.cli import app
-
-    result = CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(re.sub(r"[│╭╮╰╯─┃┏━┓┡┩└┘]", " ", result.output).split())
+    code, output = commands.call("calibrate", *arguments)
+    return code, commands.words(output)
 
 
 @pytest.fixture(scope="module", params=["layers", "heads"])

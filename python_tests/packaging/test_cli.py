@@ -226,7 +226,7 @@ class TestDiagnose:
         monkeypatch.setattr(runner, "load_model", lambda *_, **__: pytest.fail("the first model was loaded"))
         code, output = call("diagnose", *options, tmp_path / "bare", "--out", tmp_path / "r.html")
         assert code == 2
-        assert "cannot load the checkpoint" in words(output) and "bare" in output
+        assert "cannot load the checkpoint" in words(output) and "/bare" in output
 
         def needs_torchvision(name):
             raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")

@@ -10,7 +10,8 @@ def call(*arguments):
 
     from moda_ext.cli import app
 
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    wide = {"COLUMNS": "1000"}  # rich cuts a path where the terminal ends
+    result = CliRunner().invoke(app, list(map(str, arguments)), env=wide)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -18,7 +19,7 @@ def call(*arguments):
 
 def words(output):
     """Without the frames and line breaks that rich makes."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", output).split())
+    return " ".join(re.sub(r"[│╭╮╰╯─┃┏━┓┡┩└┘]", " ", output).split())
 
 
 class Page(HTMLParser):
