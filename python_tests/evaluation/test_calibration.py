@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import commands
 import pytest
 import torch
+from commands import call
 
 from moda_ext.conversations import Conversation, read_conversations, write_conversations
 from moda_ext.evaluation.calibration import (
@@ -257,12 +257,6 @@ class TestDial:
         assert prior[:, 0, 1].tolist() == [1.75, 2.75, 0.75, 0.75]
 
 
-def call(*arguments):
-    """(exit code, what it printed)."""
-    code, output = commands.call("calibrate", *arguments)
-    return code, commands.words(output)
-
-
 @pytest.fixture(scope="module", params=["layers", "heads"])
 def calibrated(request, believer, tmp_path_factory):
     """The directory that the command made, and what it printed."""
@@ -271,7 +265,7 @@ def calibrated(request, believer, tmp_path_factory):
     out = tmp_path_factory.mktemp("calibrated") / "out"
     options = ["--model", believer / "model", "--data", believer / "dev.jsonl", "--out", out, "--doses", "3,4,5"]
     options += ["--device", "cpu", "--tolerance", "20", "--batch-size", "54", "--seed", "3"]
-    code, output = call(*options, *(["--per-head"] if request.param == "heads" else []))
+    code, output = call("calibrate", *options, *(["--per-head"] if request.param == "heads" else []))
     assert code == 0, output
     return out, output
 
@@ -337,7 +331,7 @@ class TestCommand:
         monkeypatch.setattr(calibration, "measure", failing)
         options = ["--model", believer / "model", "--data", believer / "dev.jsonl", "--out", tmp_path / "out"]
         with pytest.raises(RuntimeError, match="out of memory"):
-            call(*options, "--doses", "1,3,5", "--device", "cpu", "--batch-size", "54")
+            call("calibrate", *options, "--doses", "1,3,5", "--device", "cpu", "--batch-size", "54")
         data = json.loads((tmp_path / "out" / "calibration.json").read_text())
         assert data["complete"] is False and data["chosen"] is None
         assert data["selection"]["before"] == measured[0].to_dict()
@@ -365,7 +359,7 @@ class TestCommand:
     def test_where_none_is_better_nothing_is_saved(self, believer, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         options = ["--model", believer / "model", "--data", believer / "dev.jsonl", "--out", tmp_path / "out"]
-        code, output = call(*options, "--doses", "0.001", "--device", "cpu")
+        code, output = call("calibrate", *options, "--doses", "0.001", "--device", "cpu")
         assert code == 1
         assert "no prior is better within 1 points" in output
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["calibration.json", "calibration.png"]
@@ -396,7 +390,7 @@ class TestCommand:
         write_conversations("bad.jsonl", [records[0], {**records[1], "hint": "left"}])
         write_conversations("one.jsonl", records[:3])
         options = {"--model": "random", "--data": believer / "dev.jsonl", "--out": "out", **changed}
-        code, output = call(*(word for pair in options.items() for word in pair if word is not None))
+        code, output = call("calibrate", *(word for pair in options.items() for word in pair if word is not None))
         assert code == 2
         assert message in output
         assert not (tmp_path / "out").exists()

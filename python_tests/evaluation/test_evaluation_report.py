@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from commands import Page, call, words  # noqa: E402
+from commands import Page, call  # noqa: E402
 from questions import write_mmrole, write_questions  # noqa: E402
 
 from moda_ext.evaluation import Answer, Evaluation, TaskResult, evaluate, read_tasks, write_report  # noqa: E402
@@ -52,7 +52,7 @@ def report(checkpoints, questions, tmp_path_factory):
 class TestReport:
     def test_equal_models_have_no_significant_difference(self, report):
         page, data = report[0].read_text(), json.loads(report[0].with_suffix(".json").read_text())
-        assert "no significant difference" in words(report[1])
+        assert "no significant difference" in report[1]
         assert page.count("1, no significant difference</td>") == 6  # overall, three accuracies by hint, follows, words
         assert data["overall"]["significant"] is False and data["overall"]["difference"] == 0
         assert [c["significant"] for c in data["by_task"]] == [False] * 5
@@ -134,7 +134,7 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     for scored in (0, 3):  # the judge is never reached, or not for the second task
         server.replies = ["[Scores]: (3, 4)"] * 8 * scored + [401]
         code, output = call("evaluate", *options, *judge, "--out", out)
-        assert code == 2 and "refuses: 401" in words(output) and "the answers are in" in words(output)
+        assert code == 2 and "refuses: 401" in output and "the answers are in" in output
         lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         assert [len(line["scores"]) for line in lines] == [8] * scored + [0] * (6 - scored)
 
@@ -149,7 +149,7 @@ def test_a_judge_scores_long_answers(checkpoints, tmp_path, server, monkeypatch)
     assert [task["judge_errors"] for task in tasks] == [0, 1]
     assert set(tasks[0]["scores"].values()) == {0.75}
     assert "right answers" not in output and "0.750 (24 of 24)" in output and "0.750 (23 of 24)" in output
-    assert "mmrole out-of-distribution: 1 of 24 verdicts are missing and in no mean" in words(output)
+    assert "mmrole out-of-distribution: 1 of 24 verdicts are missing and in no mean" in output
     page = out.read_text()
     assert page.count("<td>0.750 of 3</td>") == 15 and page.count("<td>0.750 of 2</td>") == 1 and "0.750" in output
     assert "secret" not in out.read_text()
@@ -212,26 +212,26 @@ class TestErrors:
         options = {"--model": "random", "--tasks": questions, "--out": "report.html", **changed}
         code, output = call("evaluate", *(x for pair in options.items() for x in pair))
         assert code == 2
-        assert message in words(output)
+        assert message in output
 
     @pytest.mark.parametrize("tasks", [["test.jsonl"], ["."], ["small", "--data", "."]])
     def test_a_report_does_not_overwrite_its_questions(self, questions, tasks, monkeypatch):
         monkeypatch.chdir(questions)
         before = (questions / "test.jsonl").read_bytes()
         code, output = call("evaluate", "--model", "random", "--tasks", *tasks, "--out", "test.html")
-        assert code == 2 and "would overwrite the questions test.jsonl" in words(output)
+        assert code == 2 and "would overwrite the questions test.jsonl" in output
         assert (questions / "test.jsonl").read_bytes() == before
 
     @pytest.mark.parametrize("rest", [[], ["--tasks", "small"]])
     def test_an_option_without_a_value(self, rest):
         """As of a variable of the shell that is empty: the next option is no value."""
         code, output = call("evaluate", "--model", *rest)
-        assert code == 2 and "Invalid value for --model: needs a value" in words(output)
+        assert code == 2 and "Invalid value for --model: needs a value" in output
 
     def test_a_pair_needs_two(self, questions, tmp_path):
         models = ["--model", "random", "random", "--compare", "random"]
         code, output = call("evaluate", *models, "--tasks", questions, "--out", tmp_path / "r.html")
-        assert code == 2 and "needs a checkpoint for each of --model, got 1 for 2" in words(output)
+        assert code == 2 and "needs a checkpoint for each of --model, got 1 for 2" in output
 
     def test_a_processor_without_a_chat_template(self, questions, tmp_path):
         from moda_ext.diagnostics.tiny import tiny_llava
@@ -243,9 +243,9 @@ class TestErrors:
         code, output = call(
             "evaluate", "--model", tmp_path / "bare", "--tasks", questions, "--out", tmp_path / "r.html"
         )
-        assert code == 2 and "has no chat template" in words(output)
+        assert code == 2 and "has no chat template" in output
 
     def test_one_value_stays_one(self, tmp_path):
         """Several are for options that take several: diagnose has one model."""
         code, output = call("diagnose", "--model", "random", "random", "--images", "x", "--prompts", "y")
-        assert code == 2 and "unexpected extra argument" in words(output)
+        assert code == 2 and "unexpected extra argument" in output

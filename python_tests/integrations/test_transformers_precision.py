@@ -1,6 +1,7 @@
 """MODA in models of every precision and place: 16 bits, quantised, float8, offloaded."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -182,12 +183,13 @@ def quantized(model, kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kind", ("dynamic", "packed", "float8"))
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("dynamic", torch.float32), *itertools.product(("packed", "float8"), (torch.float32, torch.bfloat16))],
+    ids=str,
+)
 @two_families
 def test_quantised_layers_get_moda_in_the_dtype_they_compute_in(family, kind, dtype, tmp_path):
-    if kind == "dynamic" and dtype != torch.float32:
-        pytest.skip("dynamic quantisation computes in float32")
     model, inputs = quantized(make_model(family).to(dtype), kind), cast(make_inputs(family), dtype)
     apply_moda(model, MODAConfig(**{**TRAINED, "mask": {}}))
     assert {(p.dtype, p.device.type) for p in moda_parameters(model).values()} == {(dtype, "cpu")}

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from commands import Page, call, words
+from commands import Page, call
 
 import moda_ext
 from moda_ext.diagnostics import Diagnosis
@@ -50,7 +50,7 @@ def test_bench():
     assert output.count("forward + backward") == 2
     code, output = call("bench", "--heads", "6")
     assert code == 2
-    assert "must be a multiple of 4, got 6" in words(output)
+    assert "must be a multiple of 4, got 6" in output
 
 
 @pytest.mark.parametrize("missing", ["typer", "matplotlib", "PIL", "transformers"])
@@ -164,7 +164,7 @@ class TestDiagnose:
         options = {"--images": photographs, "--prompts": "Hello", "--new-tokens": 2, "--out": out}
         code, output = call("diagnose", "--model", "random", *(x for pair in options.items() for x in pair))
         assert code == 0, output
-        assert "say nothing about any real model" in words(output)
+        assert "say nothing about any real model" in output
         assert "say nothing about any real model" in out.read_text()
         diagnosis = Diagnosis.from_json(out.with_suffix(".json").read_text())
         assert diagnosis.sequences == 2  # the directory holds two
@@ -181,14 +181,14 @@ class TestDiagnose:
         page = Page(out.read_text())
         for third, (_, mdi) in zip(("early", "middle", "late"), thirds["mdi"], strict=True):
             assert f"{mdi:.4g}" in out.read_text() and f"{mdi:.2f}" in output
-            assert f"{third} layers, text over vision" in words(output)
+            assert f"{third} layers, text over vision" in output
         assert all(f"{aei:.4g}" in out.read_text() for values in thirds["aei"] for aei in values)
         (chart,) = [image for image in page.images if image["alt"].startswith("MDI of each layer")]
         assert base64.b64decode(chart["src"].partition(",")[2]).count(b"<path") > 10
 
     def test_without_new_tokens_the_report_says_what_is_missing(self, report):
         missing = "No generated token was measured"
-        assert missing in report[0].read_text() and missing in words(report[1])
+        assert missing in report[0].read_text() and missing in report[1]
         assert "What the generated tokens look at" not in report[0].read_text()
 
     @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ class TestDiagnose:
         }
         code, output = call("diagnose", *(x for pair in options.items() for x in pair))
         assert code == 2
-        assert message in words(output)
+        assert message in output
 
     def test_a_checkpoint_without_its_processor_is_refused_before_anything_is_measured(
         self, checkpoints, photographs, tmp_path, monkeypatch
@@ -226,7 +226,7 @@ class TestDiagnose:
         monkeypatch.setattr(runner, "load_model", lambda *_, **__: pytest.fail("the first model was loaded"))
         code, output = call("diagnose", *options, tmp_path / "bare", "--out", tmp_path / "r.html")
         assert code == 2
-        assert "cannot load the checkpoint" in words(output) and "/bare" in output
+        assert "cannot load the checkpoint" in output and "/bare" in output
 
         def needs_torchvision(name):
             raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
@@ -234,12 +234,12 @@ class TestDiagnose:
         monkeypatch.setattr(runner, "load_processor", needs_torchvision)
         code, output = call("diagnose", *options, checkpoints / "plain", "--out", tmp_path / "r.html")
         assert code == 2
-        assert "requires the Torchvision library" in words(output)
+        assert "requires the Torchvision library" in output
 
     def test_an_empty_directory_has_no_images(self, tmp_path):
         code, output = call("diagnose", "--model", "random", "--images", tmp_path, "--prompts", "Hello")
         assert code == 2
-        assert "no images (.jpg" in words(output)
+        assert "no images (.jpg" in output
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium installed (Debian package: chromium)")

@@ -14,7 +14,7 @@ pytest.importorskip("typer", reason="typer is not installed")
 pytest.importorskip("yaml", reason="yaml is not installed")
 pytest.importorskip("transformers", minversion="5.23", reason="transformers 5.23 is missing: moda_ext[transformers]")
 
-from commands import call, words
+from commands import call
 
 from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import load_model
@@ -138,14 +138,14 @@ def test_train_then_evaluate_then_chat(small, trained, tmp_path):
     options = ["--tasks", "small", "--data", small / "data", "--limit", 1, "--max-new-tokens", 4, "--out", report]
     code, output = call("evaluate", "--model", trained, "--compare", small / "model", *options)
     assert code == 0, output
-    assert "significant" in words(output)
+    assert "significant" in output
     figures = json.loads(report.with_suffix(".json").read_text())
     assert "object" in json.dumps(figures) and "<html" in report.read_text()
     picture = next((small / "data" / "images").glob("test-object-0*"))
     question = "Which animal is in the picture?"
     code, output = call("chat", "--model", trained, "--image", picture, "--prompt", question, "--max-new-tokens", 4)
     assert code == 0, output
-    assert "expect the answers of a model of that size" in words(output)
+    assert "expect the answers of a model of that size" in output
 
 
 def test_calibrate_says_when_there_is_nothing_to_gain(small, tmp_path):
@@ -185,8 +185,8 @@ def test_study(small, tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert (out / "README.md").read_text() == write_tables(runs)
     code, output = call("study", *options, "--variants", "lora", "--lr", "0.5")
-    assert code == 2 and "was begun with another lr" in words(output)
+    assert code == 2 and "was begun with another lr" in output
     code, output = call("study", *options, "--variants", "balance")
-    assert code == 2 and "variants must have moda too" in words(output)
+    assert code == 2 and "variants must have moda too" in output
     code, output = call("study", *options, "--variants", "nothing")
-    assert code == 2 and "unknown variants nothing; known are " + ", ".join(VARIANTS) in words(output)
+    assert code == 2 and "unknown variants nothing; known are " + ", ".join(VARIANTS) in output

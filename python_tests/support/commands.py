@@ -1,6 +1,5 @@
 """The command line as a user calls it, and what is in a report."""
 
-import re
 from html.parser import HTMLParser
 
 
@@ -10,16 +9,11 @@ def call(*arguments):
 
     from moda_ext.cli import app
 
-    wide = {"COLUMNS": "1000"}  # rich cuts a path where the terminal ends
+    wide = {"COLUMNS": "1000"}  # rich breaks lines, and paths, where the terminal ends
     result = CliRunner().invoke(app, list(map(str, arguments)), env=wide)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
-
-
-def words(output):
-    """Without the frames and line breaks that rich makes."""
-    return " ".join(re.sub(r"[│╭╮╰╯─┃┏━┓┡┩└┘]", " ", output).split())
 
 
 class Page(HTMLParser):
