@@ -62,7 +62,7 @@ def assemble(
         if (folder / part).exists():
             raise FileExistsError(f"{folder / part} is there already")
     progress("the language model and the vision tower")
-    model, processor = join()
+    model, processor = join(seed)
     progress(f"{scenes} scenes and the questions about them")
     made = training_scenes(scenes, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ def assemble(
             (parts / part).rename(folder / part)
 
 
-def join() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """``(model, processor)`` in float32, with a random projector."""
+def join(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """``(model, processor)`` in float32, with a random projector; ``seed`` is that of the rows of new tokens."""
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -97,7 +97,9 @@ def join() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.eos_token = TURN_END
-    language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     tower = EfficientNetLiteModel(EfficientNetLiteConfig(SIZE, CELL))
     load_weights(tower, torch.load(fetch(TOWER), weights_only=True, map_location="cpu"))
     config = LlavaConfig(

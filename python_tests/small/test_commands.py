@@ -20,6 +20,7 @@ from moda_ext.conversations import encode, read_conversations
 from moda_ext.diagnostics import load_model
 from moda_ext.evaluation.answers import forced_matches, generate_answers
 from moda_ext.integrations.transformers import MODAConfig, apply_moda, check_identity
+from moda_ext.small.assemble import join
 from moda_ext.study import VARIANTS, read_runs, write_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,13 @@ def trained(small, tmp_path_factory):
     code, output = call("train", ROOT / "recipes" / "small_cpu.yaml", *overrides, "--quiet")
     assert code == 0, output
     return folder
+
+
+def test_the_seed_determines_the_rows_of_new_tokens(loaded):
+    made = loaded[0].get_input_embeddings().weight
+    for seed, same in ((0, True), (1, False)):
+        rows = join(seed)[0].get_input_embeddings().weight
+        assert torch.equal(rows, made) is same
 
 
 def test_the_tower_knows_what_it_was_published_for():
