@@ -47,7 +47,7 @@ def assemble(
         folder: made if need be.
         scenes: to train on.
         dev, test: questions of each task.
-        seed: of all random numbers.
+        seed: of all random numbers; with as many threads of the same processor it gives the same files to the byte.
         progress: gets a line on what is being done.
 
     Raises:
