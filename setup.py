@@ -298,7 +298,7 @@ extras = {
     "lmms": [*VERSION["LMMS_EVAL_REQUIREMENTS"], "moda_ext[transformers]"],
     "cli": ["moda_ext[demo,diagnostics,evaluation,transformers]", "rich", "typer"],
     "train": ["accelerate", "datasets", "gguf", "moda_ext[cli]", "peft", "pyyaml", "tensorboard"],
-    "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest"],
+    "test": ["cmake>=3.25", "hypothesis", "ninja", "numpy", "pytest", "pytest-xdist"],
     # Without these, their tests are skipped; those of the report also want Chromium (Debian: chromium).
     "test-transformers": [
         "accelerate",

@@ -168,13 +168,27 @@ def install(python: Path, extra: str) -> None:
     run(python, "-m", "moda_ext.info", env={**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"})
 
 
+def jobs() -> int:
+    """What to do at once: compilers and tests."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def cpp_tests(python: Path, folder: str, *options: str) -> None:
     step(f"C++ tests in {folder} {' '.join(options)}")
-    jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
     env = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}  # cmake and ninja from pip
     run("cmake", "-S", ".", "-B", folder, "-G", "Ninja", *options, env=env)
-    run("cmake", "--build", folder, "--parallel", jobs, env=env)
-    run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error", "--parallel", jobs, env=env)
+    run("cmake", "--build", folder, "--parallel", jobs(), env=env)
+    run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error", "--parallel", jobs(), env=env)
+
+
+def pytest_command(python: Path, *arguments: object) -> tuple[list[object], dict[str, str]]:
+    """Words and variables: files of tests side by side, a thread each; one after another where they share a GPU."""
+    variables = {**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"}
+    if has_gpu():
+        return [python, "-m", "pytest", *arguments], variables
+    variables.setdefault("OMP_NUM_THREADS", "1")
+    side_by_side = ["-n", min(jobs(), 8), "--dist", "loadfile"]  # fixtures of a file are made once
+    return [python, "-m", "pytest", *side_by_side, *arguments], variables
 
 
 def demo(python: Path, arguments: list[str]) -> None:
@@ -191,7 +205,8 @@ def test(python: Path, arguments: list[str]) -> None:
     cpp_tests(python, "build/cmake", torch)
     cpp_tests(python, "build/sanitize", torch, "-DMODA_EXT_SANITIZE=ON")
     step("Python tests")
-    run(python, "-m", "pytest", *arguments, env={**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"})
+    command, variables = pytest_command(python, *arguments)
+    run(*command, env=variables)
 
 
 def bench(python: Path, arguments: list[str]) -> None:
@@ -337,12 +352,12 @@ def matrix_entry(parent: Path, name: str) -> tuple[str, str]:
         pip("--no-build-isolation", ".[test,test-transformers]")
         chosen = [tests, *(f"--ignore={tests / file}" for file in NOT_OF_AN_INSTALLATION)]
     found = ", ".join(f"{package} {version_of(package, python)}" for package in ("torch", "transformers"))
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command, variables = pytest_command(python, "-q", "-p", "no:cacheprovider", *chosen)
     print("$ " + " ".join(map(str, command)), flush=True)
     process = subprocess.Popen(
-        command,
+        [str(word) for word in command],
         cwd=tests,  # in ROOT it would import the package of the checkout
-        env={**os.environ, "MODA_EXT_REQUIRE_NATIVE": "1"},
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -30,7 +30,7 @@ def test_the_cpu_has_kernels_of_every_operator_and_dtype(op):
 
 
 @native
-@pytest.mark.parametrize("op", backend.FUSED)
+@pytest.mark.parametrize("op", sorted(backend.FUSED))
 def test_a_fused_operator_runs_where_nothing_is_differentiated(op):
     choice = backend.explain(op, "cpu", differentiated=True)
     assert choice.backend == backend.COMPOSED
