@@ -1,4 +1,4 @@
-"""Groups of processes for all tests of this folder."""
+"""Groups of processes for the tests of a file: the threads of gloo, a few for each group, never rest."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ def _group(world):
     ranks.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks():
     yield from _group(2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks():
     yield from _group(4)
