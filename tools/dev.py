@@ -169,7 +169,7 @@ def install(python: Path, extra: str) -> None:
 
 
 def jobs() -> int:
-    """What to do at once: compilers and tests."""
+    """How many compilers, or files of tests, run at once."""
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 

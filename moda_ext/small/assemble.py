@@ -77,7 +77,7 @@ def assemble(
             (parts / part).rename(folder / part)
 
 
-def join(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def join(seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """``(model, processor)`` in float32, with a random projector; ``seed`` is that of the rows of new tokens."""
     from transformers import (
         AutoModelForCausalLM,
