@@ -167,6 +167,8 @@ def test_key_side_equals_query_side(device, fusion, scope, normalize):
     assert_close(query_side, modular_attention(query, aligned, value, modality, **keywords))
 
 
+fused_device = pytest.mark.parametrize("device", ("cpu",))  # the fused operator has kernels on the CPU alone
+
 # Tiles are used from 64 keys on; A2^T G is made of the keys or of the Gram, whichever is less.
 ALIGNED_KEYS = {
     "few keys": {"tokens": 30},
@@ -181,13 +183,12 @@ ALIGNED_KEYS = {
 
 
 @pytest.mark.usefixtures("native", "two_threads")
+@fused_device
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("normalize", ("trace", "frobenius", "row"))
 @pytest.mark.parametrize("shape", ALIGNED_KEYS.values(), ids=ALIGNED_KEYS)
 def test_keys_aligned_in_one_step_are_as_accurate_as_the_composition(device, shape, normalize, dtype):
     """Keys of both layouts, some outside the context, and padding that holds NaN."""
-    if device != "cpu":
-        pytest.skip("the fused operator has kernels on the CPU alone")
     shape = {"tokens": 150, "head_dim": 64, "rank": 4, "num_modalities": 2, **shape}
     tokens, head_dim, modalities = shape["tokens"], shape["head_dim"], shape["num_modalities"]
     keywords = {"rank": shape["rank"], "normalize": normalize}
@@ -226,9 +227,8 @@ def fused_calls(function):
 
 
 @pytest.mark.usefixtures("native")
+@fused_device
 def test_keys_are_aligned_in_one_step_where_no_gradient_is_asked_for(device):
-    if device != "cpu":
-        pytest.skip("the fused operator has kernels on the CPU alone")
     _, key, modality = inputs(device)
     aligner = make_aligner(device, scope="full")
     composed, count = fused_calls(lambda: aligner.align_keys(key, modality))
